@@ -1,0 +1,1 @@
+"""Finding a TensorRT, and building engines with it."""

@@ -1,0 +1,1 @@
+"""The shipped model, the script that trained it, and recipes for known models."""
