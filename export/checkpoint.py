@@ -1,0 +1,197 @@
+"""A Hugging Face checkpoint on disk: its config, its safetensors headers, and the empty model they fill.
+
+Nothing here reads a weight. A checkpoint is data: pickled weights are refused, and a config that names
+code of its own is refused unless the caller asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lynx_trt.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Far above any real header (DeepSeek-V3's shards have 0.2 MB), far below what a corrupt length would allocate.
+LARGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor of the checkpoint lies; `dtype` is safetensors' name (`BF16`, `F32`, ...)."""
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that was looked through: its config parses and every shard is whole."""
+
+    folder: Path
+    config: PretrainedConfig
+    tensors: dict[str, StoredTensor]
+    trust_remote_code: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Read the config and the safetensors headers of `folder`.
+
+    Raises:
+        CheckpointError: no such folder, no config.json, a shard missing or truncated, pickled weights only.
+        UnsupportedModelError: transformers doesn't know the model, it wants to run code of its own, or it is quantized.
+    """
+    if not folder.exists():
+        raise CheckpointError(f"no such checkpoint: {folder}; give the folder that holds config.json")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, not a checkpoint folder; give the folder that holds config.json")
+    config = _read_config(folder, trust_remote_code)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _shards(folder):
+        tensors.update(_read_header(file))
+    _check_index(folder, tensors)
+    return Checkpoint(folder, config, tensors, trust_remote_code)
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json, so it is not a Hugging Face checkpoint")
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise CheckpointError(f"{path} has no model_type, so it is not the config of a Hugging Face model")
+    if raw.get("auto_map") and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{path} names code of its own (auto_map); if you trust it, pass --trust-remote-code to run it"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized ({method}), which this version can't read; "
+            "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"transformers can't read {path} (model_type {raw['model_type']!r}): {message}"
+        ) from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} names {name!r}, which is outside the checkpoint folder")
+            if not (folder / name).is_file():
+                raise CheckpointError(f"shard {name} is missing from {folder}; {INDEX} lists {len(names)} shards")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read; "
+            "convert them to safetensors with save_pretrained()"
+        )
+    raise CheckpointError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, checked against the file's size (format: 8 bytes length, JSON, data)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 < length <= min(size - 8, LARGEST_HEADER):
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: it has {size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {key: value for key, value in header.items() if key != "__metadata__"}
+            tensors = {
+                key: StoredTensor(
+                    file, key, value["dtype"], tuple(value["shape"]), value["data_offsets"][1] - value["data_offsets"][0]
+                )
+                for key, value in entries.items()
+            }
+            end = max((value["data_offsets"][1] for value in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise CheckpointError(f"{file} is damaged: its safetensors header can't be read") from None
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{file} is truncated or damaged: its header asks for {8 + length + end} bytes, the file has {size}; copy it again"
+        )
+    return tensors
+
+
+def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    missing = sorted(set(listed) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors that {INDEX} lists are in no shard, first {missing[0]!r}; copy the checkpoint again"
+        )
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of the config with parameters on the `meta` device and computed buffers for real.
+
+    Buffers that no checkpoint stores (rotary frequencies) are computed by the model's own `_init_weights`,
+    as transformers does when it loads a checkpoint.
+
+    Raises:
+        UnsupportedModelError: the config is of no causal language model, or transformers can't build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+            ).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"transformers can't build a causal language model of type {checkpoint.config.model_type!r}: {message}"
+        ) from None
+    for module in model.modules():
+        computed = [name for name in module._buffers if name in module._non_persistent_buffers_set]
+        for name in computed:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if computed:
+            with torch.no_grad():
+                model._init_weights(module)
+    return model

@@ -1,0 +1,312 @@
+"""A Hugging Face causal language model as one lynx ONNX graph, for prefill and decode alike.
+
+Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers:
+
+    input_ids [B,S] i64        token ids, each row right-padded
+    past_lengths [B] i64       tokens of each sequence that the cache already holds
+    lengths [B] i64            tokens of each row that are real in this step (0: the whole row is padding)
+    budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
+    past_key_values.I.key, .value [B,h,L,d]
+
+Outputs: logits [B,V] of each row's last real token, active_experts [N] i32, and the caches as
+present_key_values.I.key, .value, written at past_lengths.
+
+The weights are not needed to trace: the model is traced with fake tensors, and the graph's initializers are
+filled from the checkpoint afterwards, in a stream (`finish`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from lynx_trt.errors import ExportError, UnsupportedModelError
+from lynx_trt.export import attention, moe, ops
+from lynx_trt.export.checkpoint import Checkpoint, empty_model
+from lynx_trt.export.native import native_rotary, use_native_norms
+from lynx_trt.selection import Selection
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Steps of up to this many tokens a sequence are decode steps, to which the budgets apply.
+DECODE_MAX_LENGTH = 1
+PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One layer's cache: heads and sizes of keys and values."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+
+
+@dataclass
+class Exported:
+    """A traced graph whose large initializers still have no data, and what was found on the way."""
+
+    graph: ir.Model
+    model: PreTrainedModel
+    layers: list[moe.MoeLayer]
+    caches: list[CacheShape]
+    cache_rows: int  # L; one more than the usable length where a row is reserved for attention sinks
+    experts_per_token: int
+
+
+class _StepModule(nn.Module):
+    """The model's forward with our inputs and outputs; every registered hook and interface meets here."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[moe.MoeLayer], selection: Selection) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.selection = selection
+        self._last: torch.Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_last_token)
+
+    def _keep_last_token(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Only the last real token of each row goes through the vocabulary: [B,S,H] -> [B,1,H]."""
+        hidden = arguments[0]
+        assert self._last is not None
+        index = self._last[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return (torch.gather(hidden, 1, index), *arguments[1:])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_lengths: torch.Tensor,
+        lengths: torch.Tensor,
+        budgets: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        length = input_ids.shape[1]
+        offsets = torch.arange(length)
+        positions = past_lengths[:, None] + offsets
+        self._last = torch.clamp(lengths - 1, min=0)
+        is_decode = torch.full((), length, dtype=torch.int64) <= DECODE_MAX_LENGTH
+        all_experts = torch.tensor([layer.experts for layer in self.layers], dtype=torch.int32)
+        moe_step = moe.MoeStep(
+            selection=self.selection,
+            budgets=torch.where(is_decode, budgets, all_experts),
+            token_mask=(offsets < lengths[:, None]).reshape(-1),
+            active={},
+        )
+        cache = Cache(layers=[attention.CacheLayer(key, value) for key, value in past])
+        step = attention.Step(positions, past_lengths, past_lengths + length)
+        with attention.tracing(step), moe.tracing(moe_step):
+            output = self.model(
+                input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        missing = [layer.name for layer in self.layers if layer.position not in moe_step.active]
+        if missing:
+            raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
+        active = torch.stack([moe_step.active[layer.position] for layer in self.layers])
+        return output.logits[:, 0].float(), active, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def trace(checkpoint: Checkpoint, *, precision: str, max_length: int, selection: Selection) -> Exported:
+    """Trace the checkpoint's model into a graph without weights.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        precision: fp32, fp16 or bf16: the dtype of weights, activations and cache.
+        max_length: tokens a sequence may have, prompt and output together.
+        selection: parameters of every LynxSelect.
+
+    Raises:
+        UnsupportedModelError: the model is none that this version can rewrite; the reason is named.
+        ExportError: fewer blocks were rewritten than the model has.
+    """
+    attention.register()
+    moe.register()
+    model = empty_model(checkpoint, DTYPES[precision])
+    model.config.use_cache = True
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    _use_fake_parameters(model, fake)
+    layers = moe.find_layers(model)
+    caches = _cache_shapes(model, fake)
+    cache_rows = max_length + (1 if _has_sinks(model) else 0)
+    use_native_norms(model)
+    model.set_attn_implementation(attention.NAME)
+    model.set_experts_implementation(moe.NAME)
+    module = _StepModule(model, layers, selection).eval()
+    with _quiet():
+        graph = _export(module, caches, cache_rows, DTYPES[precision], fake)
+    _check_count(graph, layers)
+    return Exported(graph, model, layers, caches, cache_rows, _experts_per_token(graph))
+
+
+def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
+    """Meta parameters and stored buffers become fake CPU tensors; ties stay ties. Computed buffers stay real."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    with fake:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                with fake:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheShape]:
+    """What each layer caches, seen in a forward of two tokens.
+
+    Raises:
+        UnsupportedModelError: the model can't run so, or a layer keeps something else than keys and values.
+    """
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("batched_mm")
+    cache = DynamicCache(config=model.config)
+    try:
+        with fake, torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} can't be traced: {_first_line(error)}") from error
+    shapes = []
+    for position, layer in enumerate(cache.layers):
+        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        others = (v for n, v in vars(layer).items() if n not in ("keys", "values"))
+        extra = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
+        keys, values = tensors
+        if keys is None or values is None or keys.dim() != 4 or values.dim() != 4 or extra:
+            raise UnsupportedModelError(
+                f"layer {position} of {type(model).__name__} keeps a {type(layer).__name__}, "
+                "not keys and values: recurrent, hybrid and indexed caches are not supported"
+            )
+        shapes.append(CacheShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+    if len(shapes) != model.config.get_text_config().num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {model.config.get_text_config().num_hidden_layers} layers "
+            f"but caches keys and values in {len(shapes)}"
+        )
+    return shapes
+
+
+def _has_sinks(model: PreTrainedModel) -> bool:
+    return any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
+
+
+def _export(
+    module: _StepModule, caches: list[CacheShape], cache_rows: int, dtype: torch.dtype, fake: FakeTensorMode
+) -> ir.Model:
+    from transformers.exporters import exporter_onnx
+    from transformers.exporters.utils import apply_patches
+
+    batch, length = 2, 3
+    batch_dim = torch.export.Dim("batch", min=1, max=4096)
+    length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
+    with fake:
+        past = [
+            (
+                torch.zeros(batch, shape.key_heads, cache_rows, shape.key_size, dtype=dtype),
+                torch.zeros(batch, shape.value_heads, cache_rows, shape.value_size, dtype=dtype),
+            )
+            for shape in caches
+        ]
+        arguments = (
+            torch.zeros(batch, length, dtype=torch.int64),
+            torch.zeros(batch, dtype=torch.int64),
+            torch.ones(batch, dtype=torch.int64),
+            torch.ones(len(module.layers), dtype=torch.int32),
+            past,
+        )
+    dynamic = ({0: batch_dim, 1: length_dim}, {0: batch_dim}, {0: batch_dim}, {}, [({0: batch_dim}, {0: batch_dim})] * len(caches))
+    names = [f"key_values.{layer}.{part}" for layer in range(len(caches)) for part in ("key", "value")]
+    try:
+        # The rotary probe computes real numbers, so it stands before the fake mode.
+        with native_rotary(module.model), fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=ops.OPSET,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=exporter_onnx._ONNX_TRANSLATION_TABLE,
+                dynamic_shapes=dynamic,
+                input_names=["input_ids", "past_lengths", "lengths", "budgets", *(f"past_{name}" for name in names)],
+                output_names=["logits", "active_experts", *(f"present_{name}" for name in names)],
+            )
+    except ExportError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(module.model).__name__} can't be exported: {_root_cause(error)}") from error
+    assert program is not None
+    return program.model
+
+
+def _check_count(graph: ir.Model, layers: list[moe.MoeLayer]) -> None:
+    """As many of each op as the model has MoE blocks, or the build stops here."""
+    for op in (ops.SELECT, ops.EXPERTS):
+        count = sum(node.domain == ops.DOMAIN and node.op_type == op for node in graph.graph)
+        if count != len(layers):
+            names = ", ".join(layer.name for layer in layers)
+            raise ExportError(f"the graph has {count} {op} nodes, the model {len(layers)} MoE blocks: {names}")
+
+
+def _experts_per_token(graph: ir.Model) -> int:
+    sizes = set()
+    for node in graph.graph:
+        if node.op_type == ops.SELECT:
+            index = node.inputs[2]
+            assert index is not None
+            assert index.shape is not None
+            sizes.add(int(index.shape[1]))
+    if len(sizes) != 1:
+        raise UnsupportedModelError(f"the MoE blocks use different numbers of experts a token: {sorted(sizes)}")
+    return sizes.pop()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter talks on stdout, through warnings and through loggers; none of it is for a user of ours."""
+    import io
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_fake(value: ir.Value) -> bool:
+    """Whether an initializer still has no data."""
+    raw = getattr(value.const_value, "raw", None)
+    return isinstance(raw, FakeTensor)
+
+

@@ -1,0 +1,184 @@
+"""Which rule a router follows, found by asking the model's own MoE block.
+
+To send a token to another expert, LynxSelect has to know how *any* expert would have been ranked (`choice`)
+and weighted (`combine`). No model says so in a form that can be read, so the block is run on random numbers,
+and the rules that published models use are tried until one reproduces its experts and its weights. Where
+none does, tokens can only lose experts (`drop`), with the weights that the model gave.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+PROBE = "lynx_probe"
+PROBE_TOKENS = 64
+# Below every score that a router can give, yet finite: a non-finite row would count as broken and be masked.
+NEVER = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a router ranks and weighs experts. Paths are relative to the MoE block.
+
+    scores = softmax | sigmoid | identity of the logits; choice = scores + bias, outside of the `groups_used` best of
+    `groups` groups never; combine = scores, over their sum among the chosen if `renormalize`, times `scale`.
+    """
+
+    scores: str
+    bias: str | None = None
+    groups: int = 1
+    groups_used: int = 1
+    group_score: str = "none"  # none | best | best_two
+    renormalize: bool = True
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        """The rule in a few words."""
+        parts = [self.scores]
+        parts += ["+ correction bias"] if self.bias else []
+        parts += [f"{self.groups_used} of {self.groups} groups"] if self.groups > 1 else []
+        parts += ["renormalised"] if self.renormalize else []
+        parts += [f"x {self.scale:g}"] if self.scale != 1.0 else []
+        return ", ".join(parts)
+
+    def choice_and_combine(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits [T,E] f32, bias [E] f32 -> choice [T,E] f32, combine [T,E] f32."""
+        combine = {"softmax": _softmax, "sigmoid": torch.sigmoid, "identity": _identity}[self.scores](logits)
+        choice = combine if bias is None else combine + bias
+        if self.group_score == "none":
+            return choice, combine
+        experts = logits.shape[-1]
+        grouped = choice.view(-1, self.groups, experts // self.groups)
+        best = grouped.topk(2 if self.group_score == "best_two" else 1, dim=-1).values.sum(-1)
+        used = torch.zeros_like(best).scatter(1, best.topk(self.groups_used, dim=-1).indices, 1.0)
+        allowed = used.unsqueeze(-1).expand(-1, -1, experts // self.groups).reshape(-1, experts) > 0
+        return torch.where(allowed, choice, NEVER), combine
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(logits, dim=-1)
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one run of the block showed."""
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+    biases: dict[str, torch.Tensor]
+    attributes: list[float]
+
+
+def find_rule(block: nn.Module, experts_name: str, router_class: type[nn.Module], logits_at: int) -> Rule | None:
+    """The rule that `block` follows, or None if it is none of ours (or can't be run on its own).
+
+    Args:
+        block: the module that holds the router and the experts; its parameters may be on the meta device.
+        experts_name: name of the experts within the block.
+        router_class: class of the router, an instance of which is within the block.
+        logits_at: place of the logits in the router's output.
+    """
+    with suppress(Exception), torch.no_grad():
+        seen = _run(block, experts_name, router_class, logits_at)
+        return next((rule for candidate in _candidates(block, seen) if (rule := _fit(candidate, seen))), None)
+    return None
+
+
+def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module], logits_at: int) -> _Seen:
+    probe = _with_random_weights(block, experts_name)
+    routers = {id(m): (name, m) for name, m in probe.named_modules() if isinstance(m, router_class)}
+    ((_, router),) = routers.values()
+    captured: dict[str, torch.Tensor] = {}
+
+    def on_router(_: nn.Module, __: Any, output: Any) -> None:
+        captured["logits"] = output[logits_at]
+
+    def on_experts(_: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        captured["index"], captured["weight"] = index, weight
+        return torch.zeros_like(hidden)
+
+    router.register_forward_hook(on_router)
+    ALL_EXPERTS_FUNCTIONS.register(PROBE, on_experts)
+    experts: Any = probe.get_submodule(experts_name)
+    experts.config._experts_implementation = PROBE
+    size = int(experts.gate_up_proj.shape[1 if experts.is_transposed else 2]) if experts.has_gate else 0
+    size = size or int(experts.up_proj.shape[1 if experts.is_transposed else 2])
+    hidden = torch.randn(1, PROBE_TOKENS, size, generator=torch.Generator().manual_seed(0))
+    probe(hidden)
+    logits = captured["logits"].float().reshape(PROBE_TOKENS, -1)
+    count = logits.shape[-1]
+    state = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
+    biases = {n: t.reshape(-1) for n, t in state.items() if t.numel() == count and not n.startswith(experts_name)}
+    attributes = [v for m in probe.modules() for v in vars(m).values() if isinstance(v, float)]
+    return _Seen(logits, captured["index"], captured["weight"].float(), biases, attributes)
+
+
+def _with_random_weights(block: nn.Module, experts_name: str) -> Any:
+    """A copy of the block with real random float32 weights, but for the experts', which the probe doesn't run."""
+    generator = torch.Generator().manual_seed(1)
+    memo: dict[int, Any] = {}
+    for name, tensor in itertools.chain(block.named_parameters(), block.named_buffers()):
+        if name.startswith(f"{experts_name}."):
+            memo[id(tensor)] = tensor
+            continue
+        if not tensor.is_floating_point():
+            continue
+        real = torch.randn(tensor.shape, generator=generator) / max(1.0, tensor.shape[-1] ** 0.5 / 2)
+        memo[id(tensor)] = nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real
+    return copy.deepcopy(block, memo)
+
+
+def _candidates(block: nn.Module, seen: _Seen) -> Iterator[Rule]:
+    """Rules to try, the plain ones first, so that a model without bias or groups is never called grouped."""
+    experts = seen.logits.shape[-1]
+    groupings: list[tuple[int, int, str]] = [(1, 1, "none")]
+    for groups, used in _group_sizes(block):
+        if 1 < groups < experts and experts % groups == 0 and used < groups:
+            groupings += [(groups, used, "best_two"), (groups, used, "best")]
+    for grouping, bias, renormalize, scores in itertools.product(
+        groupings, (None, *seen.biases), (True, False), ("softmax", "sigmoid", "identity")
+    ):
+        yield Rule(scores, bias, *grouping, renormalize=renormalize)
+
+
+def _group_sizes(block: nn.Module) -> set[tuple[int, int]]:
+    """Every (groups, groups used) that the block or one of its modules names."""
+    found = set()
+    for module in block.modules():
+        for source in (module, getattr(module, "config", None)):
+            groups = next((g for n in ("num_group", "n_group", "num_groups") if (g := getattr(source, n, None))), None)
+            used = getattr(source, "topk_group", None)
+            if isinstance(groups, int) and isinstance(used, int):
+                found.add((groups, used))
+    return found
+
+
+def _fit(rule: Rule, seen: _Seen) -> Rule | None:
+    """`rule` with its scale, if it gives what the block gave."""
+    choice, combine = rule.choice_and_combine(seen.logits, seen.biases[rule.bias] if rule.bias else None)
+    ranked = choice.topk(seen.index.shape[-1], dim=-1).indices
+    if not torch.equal(ranked.sort(-1).values, seen.index.sort(-1).values):
+        return None
+    weight = combine.gather(1, seen.index)
+    if rule.renormalize:
+        weight = weight / weight.sum(-1, keepdim=True)
+    scale = float((seen.weight.sum() / weight.sum()).item())
+    # The model's own number, if it has one, and not its float32 reconstruction.
+    scale = next((value for value in (1.0, *seen.attributes) if abs(value - scale) < 1e-5 * abs(scale)), scale)
+    if not torch.allclose(weight * scale, seen.weight, rtol=1e-4, atol=1e-6):
+        return None
+    return Rule(rule.scores, rule.bias, rule.groups, rule.groups_used, rule.group_score, rule.renormalize, scale)

@@ -1,0 +1,234 @@
+"""Weights in a stream: from a checkpoint's shards to one safetensors file that the ONNX graph points into.
+
+Checkpoints come in two layouts: the merged one (a tensor holds all experts of a layer), and the hub's (one
+tensor an expert). transformers owns the rules that turn one into the other; they are applied here to one
+parameter at a time, so that the memory needed is that of the largest parameter and not of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lynx_trt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from transformers import PreTrainedModel
+
+    from lynx_trt.export.checkpoint import Checkpoint, StoredTensor
+
+WEIGHTS_FILE = "weights.safetensors"
+# Initializers below this stay inside the .onnx file; it keeps shape constants readable in a viewer.
+EXTERNAL_BYTES = 1024
+SAFETENSORS_DTYPE = {
+    "FLOAT": "F32",
+    "FLOAT16": "F16",
+    "BFLOAT16": "BF16",
+    "DOUBLE": "F64",
+    "INT64": "I64",
+    "INT32": "I32",
+    "INT8": "I8",
+    "UINT8": "U8",
+    "BOOL": "BOOL",
+}
+
+
+@dataclass
+class _Source:
+    """What one parameter is made from: stored tensors by source pattern, and transformers' converter (None: as is)."""
+
+    converter: Any
+    stored: dict[str, list[StoredTensor]] = field(default_factory=dict)
+
+
+class CheckpointWeights:
+    """Parameters of `model` by name, each read and converted only when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Plan where every parameter and stored buffer comes from.
+
+        Raises:
+            CheckpointError: tensors are missing, or their shapes are not what the config says.
+        """
+        self._model = model
+        self._wanted = dict(model.state_dict(keep_vars=True))
+        self._files = ExitStack()
+        self._open: dict[Path, Any] = {}
+        self._sources, self._targets = self._plan(checkpoint)
+        self._check(checkpoint)
+
+    def _plan(self, checkpoint: Checkpoint) -> tuple[dict[str, _Source], dict[str, str]]:
+        """Sources by the name of their first target, and each parameter's first target."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        sources: dict[str, _Source] = {}
+        targets: dict[str, str] = {}
+        for key in sorted(checkpoint.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, self._wanted)
+            if name not in self._wanted and key in self._wanted:
+                name, pattern = rename_source_key(key, [], [], prefix, self._wanted)
+            if name not in self._wanted:
+                continue  # e.g. a multi-token-prediction head that the model class doesn't have
+            converter = by_pattern[pattern] if pattern is not None else None
+            source = sources.setdefault(name, _Source(converter))
+            source.stored.setdefault(pattern or name, []).append(checkpoint.tensors[key])
+            for other in self._all_targets(name, converter):
+                targets[other] = name
+        return sources, targets
+
+    @staticmethod
+    def _all_targets(name: str, converter: Any) -> list[str]:
+        if converter is None:
+            return [name]
+        first = converter.target_patterns[0]
+        return [name.replace(first, pattern, 1) for pattern in converter.target_patterns]
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        tied = set(self._tied())
+        missing = sorted(set(self._wanted) - set(self._targets) - tied)
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of the {len(self._wanted)} tensors that its config asks for, "
+                f"first {missing[0]!r}; config.json and the weights in {checkpoint.folder} don't belong together"
+            )
+        for name, source in self._sources.items():
+            wanted = tuple(self._wanted[name].shape)
+            if source.converter is None:
+                stored = source.stored[name][0].shape
+                if stored != wanted:
+                    raise CheckpointError(self._disagrees(name, stored, wanted))
+            else:
+                self._check_merged(name, source, wanted)
+
+    def _check_merged(self, name: str, source: _Source, wanted: tuple[int, ...]) -> None:
+        """One stored tensor an expert: their number and size must add up, which needs no data to see."""
+        stored = [tensor for tensors in source.stored.values() for tensor in tensors]
+        elements = sum(_elements(tensor.shape) for tensor in stored)
+        expected = sum(_elements(tuple(self._wanted[t].shape)) for t, first in self._targets.items() if first == name)
+        if elements != expected:
+            shapes = f"{len(stored)} tensors of {stored[0].shape}"
+            raise CheckpointError(self._disagrees(name, shapes, wanted))
+
+    @staticmethod
+    def _disagrees(name: str, stored: object, wanted: object) -> str:
+        return f"{name} is stored as {stored}, but config.json says {wanted}; they don't belong together"
+
+    def _tied(self) -> Iterator[str]:
+        """Names of parameters that share another one's storage (an output embedding tied to the input's)."""
+        yield from getattr(self._model, "all_tied_weights_keys", None) or {}
+
+    def resolve(self, name: str) -> str | None:
+        """The stored parameter behind `name`, following ties; None if the checkpoint has nothing for it."""
+        tied = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
+        if name not in self._targets and name in tied:
+            return self.resolve(tied[name])
+        return name if name in self._targets else None
+
+    def load(self, name: str) -> torch.Tensor:
+        """Parameter `name`, in the model's dtype.
+
+        Raises:
+            CheckpointError: its shape, after conversion, is not the model's.
+        """
+        first = self._targets[name]
+        source = self._sources[first]
+        if source.converter is None:
+            tensor = self._read(source.stored[name][0])
+        else:
+            converter = copy.deepcopy(source.converter)
+            for pattern, stored in source.stored.items():
+                converter.collected_tensors[pattern] = [self._read(item) for item in stored]
+            converted = converter.convert(first, model=self._model, config=self._model.config)
+            value = converted[name]
+            tensor = value[0] if isinstance(value, list) else value
+        wanted = self._wanted[name]
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
+        return tensor.to(wanted.dtype)
+
+    def _read(self, stored: StoredTensor) -> torch.Tensor:
+        from safetensors import safe_open
+
+        if stored.file not in self._open:
+            self._open[stored.file] = self._files.enter_context(safe_open(stored.file, framework="pt"))
+        return self._open[stored.file].get_tensor(stored.key)
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._open.clear()
+        self._files.close()
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def write_weights(
+    model: ir.Model,
+    folder: Path,
+    load: Callable[[ir.Value], Any],
+    *,
+    file_name: str = WEIGHTS_FILE,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write every large initializer of `model` to one safetensors file and point the graph into it.
+
+    `load(value)` gives an initializer's data as bytes-like; it is called once for each, in file order, and its result
+    is dropped before the next call. Returns the bytes of data written.
+    """
+    import onnx_ir as ir
+
+    values = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= EXTERNAL_BYTES
+    ]
+    # Wider types first, so that every tensor starts at a multiple of its element's size.
+    values.sort(key=lambda value: -value.const_value.dtype.itemsize)
+    header: dict[str, Any] = {}
+    offset = 0
+    for value in values:
+        tensor = value.const_value
+        dtype = SAFETENSORS_DTYPE[tensor.dtype.name]
+        shape = [int(size) for size in tensor.shape]
+        header[value.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)
+    start = 8 + len(encoded)
+    with (folder / file_name).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        written = 0
+        for value in values:
+            written += stream.write(load(value))
+            if on_progress:
+                on_progress(written, offset)
+        if stream.tell() != start + offset:
+            raise AssertionError(f"wrote {stream.tell()} bytes of {start + offset}")
+        stream.flush()
+        os.fsync(stream.fileno())
+    for value in values:
+        tensor = value.const_value
+        begin, end = header[value.name]["data_offsets"]
+        value.const_value = ir.ExternalTensor(
+            file_name, start + begin, end - begin, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+        )
+    return offset

@@ -1,0 +1,92 @@
+"""A traced graph to files: optimized, given its function bodies, its weights streamed in beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lynx_trt.errors import CheckpointError
+from lynx_trt.export import functions
+from lynx_trt.export.checkpoint import Checkpoint
+from lynx_trt.export.hf import PREFIX, Exported, is_fake
+from lynx_trt.export.weights import EXTERNAL_BYTES, CheckpointWeights, write_weights
+
+ONNX_FILE = "model.onnx"
+
+
+def write_onnx(
+    exported: Exported,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write `model.onnx` and `weights.safetensors` into `folder`; returns the bytes of weights.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a parameter, or has it in another shape.
+    """
+    graph = exported.graph
+    _optimize(graph)
+    _name_like_the_checkpoint(exported)
+    weights = CheckpointWeights(checkpoint, exported.model)
+    try:
+        _load_small(exported, weights)
+        nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)
+    finally:
+        weights.close()
+    proto = ir.to_proto(graph)
+    functions.add_functions(proto)
+    (folder / ONNX_FILE).write_bytes(proto.SerializeToString())
+    return nbytes
+
+
+def _optimize(graph: ir.Model) -> None:
+    """Fold constants and drop dead nodes, without touching an initializer that has no data yet."""
+    from onnxscript import optimizer
+
+    def should_fold(node: ir.Node) -> bool | None:
+        if any(value is not None and value.const_value is not None and is_fake(value) for value in node.inputs):
+            return False
+        return None
+
+    optimizer.optimize(graph, should_fold=should_fold, onnx_shape_inference=False)
+
+
+def _name_like_the_checkpoint(exported: Exported) -> None:
+    """Initializers get their parameter's own name; a parameter that is tied to another one gets that one's."""
+    graph = exported.graph.graph
+    for value in list(graph.initializers.values()):
+        name = value.name or ""
+        if name.startswith(PREFIX) and is_fake(value):
+            value.name = name.removeprefix(PREFIX)
+    for name, original in (getattr(exported.model, "all_tied_weights_keys", None) or {}).items():
+        if name in graph.initializers and original in graph.initializers:
+            ir.convenience.replace_all_uses_with(graph.initializers[name], graph.initializers[original])
+            del graph.initializers[name]
+
+
+def _stored_name(value: ir.Value, weights: CheckpointWeights) -> str:
+    name = weights.resolve(value.name or "")
+    if name is None:
+        raise CheckpointError(f"the checkpoint has nothing for {value.name!r}, which the graph needs")
+    return name
+
+
+def _load_small(exported: Exported, weights: CheckpointWeights) -> None:
+    for value in exported.graph.graph.initializers.values():
+        if is_fake(value) and value.const_value is not None and value.const_value.nbytes < EXTERNAL_BYTES:
+            tensor = weights.load(_stored_name(value, weights))
+            value.const_value = ir.tensor_adapters.TorchTensor(tensor.contiguous(), name=value.name)
+
+
+def _bytes(value: ir.Value, weights: CheckpointWeights) -> Any:
+    if not is_fake(value):
+        assert value.const_value is not None
+        return value.const_value.tobytes()
+    return memoryview(weights.load(_stored_name(value, weights)).contiguous().view(torch.uint8).reshape(-1).numpy())
