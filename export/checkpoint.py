@@ -137,7 +137,11 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             entries = {key: value for key, value in header.items() if key != "__metadata__"}
             tensors = {
                 key: StoredTensor(
-                    file, key, value["dtype"], tuple(value["shape"]), value["data_offsets"][1] - value["data_offsets"][0]
+                    file,
+                    key,
+                    value["dtype"],
+                    tuple(value["shape"]),
+                    value["data_offsets"][1] - value["data_offsets"][0],
                 )
                 for key, value in entries.items()
             }

@@ -108,9 +108,7 @@ class _StepModule(nn.Module):
         cache = Cache(layers=[attention.CacheLayer(key, value) for key, value in past])
         step = attention.Step(positions, past_lengths, past_lengths + length)
         with attention.tracing(step), moe.tracing(moe_step):
-            output = self.model(
-                input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         missing = [layer.name for layer in self.layers if layer.position not in moe_step.active]
         if missing:
             raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
@@ -229,7 +227,13 @@ def _export(
             torch.ones(len(module.layers), dtype=torch.int32),
             past,
         )
-    dynamic = ({0: batch_dim, 1: length_dim}, {0: batch_dim}, {0: batch_dim}, {}, [({0: batch_dim}, {0: batch_dim})] * len(caches))
+    dynamic = (
+        {0: batch_dim, 1: length_dim},
+        {0: batch_dim},
+        {0: batch_dim},
+        {},
+        [({0: batch_dim}, {0: batch_dim})] * len(caches),
+    )
     names = [f"key_values.{layer}.{part}" for layer in range(len(caches)) for part in ("key", "value")]
     try:
         # The rotary probe computes real numbers, so it stands before the fake mode.
@@ -308,5 +312,3 @@ def is_fake(value: ir.Value) -> bool:
     """Whether an initializer still has no data."""
     raw = getattr(value.const_value, "raw", None)
     return isinstance(raw, FakeTensor)
-
-

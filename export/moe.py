@@ -39,6 +39,7 @@ class MoeLayer:
     block: nn.Module
     experts: int
     intermediate: int
+    expert_parameters: int  # of one expert, biases included
     logits: torch.Tensor | None = None  # the router's, of the step being traced
 
 
@@ -88,6 +89,7 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
             block=block,
             experts=int(weight.shape[0]),
             intermediate=int(weight.shape[2 if module.is_transposed else 1]) // (2 if module.has_gate else 1),
+            expert_parameters=sum(p.numel() for p in module.parameters()) // int(weight.shape[0]),
         )
         module._lynx = layer
         if recorder and rule:
@@ -142,7 +144,9 @@ def _tensor(block: nn.Module, path: str) -> torch.Tensor:
 def _input_weight(name: str, module: nn.Module) -> torch.Tensor:
     weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not hasattr(module, "down_proj"):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) doesn't hold its experts' weights in the known form")
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) doesn't hold its experts' weights in the known form"
+        )
     return weight
 
 
@@ -153,7 +157,9 @@ def _form(name: str, module: Any) -> ExpertsForm:
         UnsupportedModelError: a norm after each expert, or an activation that none of ours reproduces.
     """
     if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedModelError(f"{name} ({type(module).__name__}) normalises each expert's output, which the op can't")
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) normalises each expert's output, which the op can't"
+        )
     hidden = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) * 5
     for form in _candidates(module):
         with suppress(Exception), torch.no_grad():

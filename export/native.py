@@ -49,7 +49,9 @@ def _is_plain_rms_norm(module: nn.Module, epsilon: float) -> bool:
     probe = copy.copy(module)
     probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     # Small rows too: only there a wrong epsilon shows.
-    hidden = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [1e-3], [30.0]])
+    hidden = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [[1.0], [1e-3], [30.0]]
+    )
     with torch.no_grad(), suppress(Exception):
         return torch.allclose(probe(hidden), F.rms_norm(hidden, weight.shape, weight, epsilon), atol=1e-5)
     return False

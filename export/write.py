@@ -47,15 +47,25 @@ def write_onnx(
 
 
 def _optimize(graph: ir.Model) -> None:
-    """Fold constants and drop dead nodes, without touching an initializer that has no data yet."""
+    """Fold constants and drop dead nodes.
+
+    Weights that have no data yet pass as graph inputs meanwhile, so that no pass wants to fold or compare them.
+    """
     from onnxscript import optimizer
 
-    def should_fold(node: ir.Node) -> bool | None:
-        if any(value is not None and value.const_value is not None and is_fake(value) for value in node.inputs):
-            return False
-        return None
-
-    optimizer.optimize(graph, should_fold=should_fold, onnx_shape_inference=False)
+    main = graph.graph
+    pending = {name: value for name, value in main.initializers.items() if is_fake(value)}
+    data = {name: value.const_value for name, value in pending.items()}
+    for name, value in pending.items():
+        del main.initializers[name]
+        value.const_value = None
+        main.inputs.append(value)
+    optimizer.optimize_ir(graph, onnx_shape_inference=False)
+    for name, value in pending.items():
+        main.inputs.remove(value)
+        if value.uses():
+            value.const_value = data[name]
+            main.initializers[name] = value
 
 
 def _name_like_the_checkpoint(exported: Exported) -> None:

@@ -1,0 +1,256 @@
+"""The artifact: a folder with the graph, its weights, the engine, the tokenizer, and `lynx.json` that says what they are.
+
+A folder is written aside and renamed when it is whole, so a name that exists is an artifact that is finished. The
+manifest holds the sha256 of every file and the versions of everything that built it; whoever opens one checks first
+that it fits (`check`), and says what doesn't.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lynx_trt import __version__
+from lynx_trt.errors import ArtifactError, UsageError
+
+SCHEMA = 1
+MANIFEST = "lynx.json"
+TOKENIZER = "tokenizer.json"
+ENGINE = "engine.plan"
+CHUNK = 1 << 20
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MoeLayerRecord(_Record):
+    """One MoE block; `rule` is how its router ranks and weighs experts, None if no known rule fits."""
+
+    name: str
+    experts: int
+    experts_per_token: int
+    intermediate: int
+    expert_bytes: int = Field(description="bytes of one expert's weights in the graph")
+    form: dict[str, str | int | float]
+    rule: str | None
+
+
+class CacheRecord(_Record):
+    """One layer's KV cache: heads and sizes."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+
+
+class ModelRecord(_Record):
+    """The model's dimensions. Lengths are in tokens."""
+
+    name: str
+    architecture: str
+    model_type: str
+    precision: Literal["fp32", "fp16", "bf16"]
+    layers: int
+    hidden: int
+    vocabulary: int
+    parameters: int
+    weight_bytes: int
+    max_length: int
+    cache_rows: int = Field(description="rows of the cache; more than max_length where one is reserved for sinks")
+    moe_layers: list[MoeLayerRecord]
+    caches: list[CacheRecord]
+    end_tokens: list[int]
+    decode_max_length: int
+
+
+class SelectionRecord(_Record):
+    """The selection: the preset's name, its parameters, and the budgets of each MoE layer."""
+
+    preset: str
+    parameters: dict[str, str | int | float | bool]
+    budgets: list[int]
+
+
+class FileRecord(_Record):
+    """One file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+class EngineRecord(_Record):
+    """How the engine was built, and what it needs to run. Sizes are in bytes, times in seconds."""
+
+    flavor: str
+    tensorrt: str
+    expert_weights: Literal["engine", "external"]
+    compute_capabilities: list[int] = Field(description="SMs that the plugin has kernels for; empty: none yet")
+    seconds: float
+    peak_bytes: int
+    plan_bytes: int
+    plugin_layers: dict[str, int]
+    profiles: list[dict[str, Any]]
+    tensors: list[dict[str, Any]]
+    external: list[dict[str, Any]]
+    warnings: list[str]
+
+
+class Manifest(_Record):
+    """`lynx.json`."""
+
+    schema_version: Literal[1] = SCHEMA
+    created: str
+    model: ModelRecord
+    selection: SelectionRecord
+    engine: EngineRecord | None
+    engine_absent: str | None = Field(default=None, description="why there is no engine")
+    plugin: dict[str, str]
+    versions: dict[str, str]
+    build: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Path of one of its files."""
+        return self.folder / name
+
+
+@contextmanager
+def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` that becomes `target` when the block ends well, and is removed when it doesn't.
+
+    Raises:
+        UsageError: `target` exists and may not, or is something that we didn't make, or its parent is no folder.
+    """
+    target = target.absolute()
+    _refuse_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        aside.mkdir()
+    except OSError as error:
+        raise UsageError(
+            f"can't write to {target.parent}: {error.strerror or error}; choose another --output"
+        ) from None
+    try:
+        yield aside
+        _replace(aside, target)
+    except OSError as error:
+        raise ArtifactError(f"writing {target} failed: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise UsageError(f"{target} exists and is not a folder; choose another --output")
+    if not any(target.iterdir()):
+        return
+    if not (target / MANIFEST).is_file():
+        raise UsageError(f"{target} exists and is no artifact, so it is not touched; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{target} exists; choose another --output, or pass --overwrite to replace this artifact")
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`; an artifact that was there goes only after the new one is in place."""
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = target.with_name(f"{target.name}.old-{os.getpid()}")
+    target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file in `folder` but the manifest."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read(folder: Path) -> Artifact:
+    """Open an artifact without looking at its files.
+
+    Raises:
+        ArtifactError: no such folder, no manifest, or one that this version can't read.
+    """
+    if not folder.exists():
+        raise ArtifactError(f"no such artifact: {folder}; build one with python -m lynx_trt.build")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no artifact: it holds no {MANIFEST}; build one with python -m lynx_trt.build")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return Artifact(folder, Manifest.model_validate_json(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} can't be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"{path} is not a manifest that lynx-trt {__version__} reads: {where}: {first['msg']}; build the artifact again"
+        ) from None
+
+
+def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:
+    """Open an artifact and, unless told not to, check that every file is the one that was built.
+
+    Raises:
+        ArtifactError: it can't be read, or a file is missing or changed; the message names the first.
+    """
+    artifact = read(folder)
+    if verify and (problems := check_files(artifact)):
+        more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
+        raise ArtifactError(problems[0] + more)
+    return artifact
+
+
+def check_files(artifact: Artifact) -> list[str]:
+    """One line for each file that is missing or is not what was built."""
+    problems = []
+    for name, record in artifact.manifest.files.items():
+        path = artifact.path(name)
+        if Path(name).name != name:
+            problems.append(f"{MANIFEST} names {name!r}, which is outside the artifact")
+        elif not path.is_file():
+            problems.append(f"{path} is missing; build the artifact again")
+        elif (size := path.stat().st_size) != record.bytes:
+            problems.append(
+                f"{path} has {size} bytes, the manifest says {record.bytes}; copy or build the artifact again"
+            )
+        elif sha256(path) != record.sha256:
+            problems.append(f"{path} was changed since it was built (sha256 differs); copy or build the artifact again")
+    return problems

@@ -1,0 +1,475 @@
+"""`python -m lynx_trt.build`: a checkpoint becomes an artifact: lynx ONNX, weights, TensorRT engine, manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lynx_trt.console import Progress, new_app, note, print_json, run, size
+from lynx_trt.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import Artifact, EngineRecord, Manifest, ModelRecord
+    from lynx_trt.export.checkpoint import Checkpoint
+    from lynx_trt.export.hf import Exported
+    from lynx_trt.selection import Selection
+    from lynx_trt.tensorrt.build import EngineReport
+
+Precision = Literal["fp16", "bf16", "fp32"]
+Flavor = Literal["auto", "full", "rtx", "none"]
+ExpertWeights = Literal["engine", "external"]
+Preset = Literal["off", "lynx", "lynx-latency", "lynx-accuracy", "lynx-affinity", "oea", "xshare"]
+
+SHIPPED = "lynx-tiny"
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_PREFILL_LENGTH = (1, 128, 512)
+BITS = {"fp32": 4, "fp16": 2, "bf16": 2}
+# What a tokenizer may consist of; tokenizer.json is what decoding reads, the rest is for other tools.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Everything that decides what is built; ranges are MIN:OPT:MAX, lengths in tokens."""
+
+    model: Path
+    output: Path
+    preset: Preset = "lynx"
+    budget: str | None = None
+    precision: Precision = "fp16"
+    decode_batch: str = "1:8:64"
+    prefill_batch: str = "1:1:8"
+    prefill_length: str | None = None
+    max_length: int | None = None
+    tensorrt: Flavor = "auto"
+    expert_weights: ExpertWeights = "engine"
+    tokenizer: Path | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def shipped_model() -> Path:
+    """Folder of the model that comes with the package."""
+    import lynx_trt.models
+
+    return Path(lynx_trt.models.__file__).parent / SHIPPED
+
+
+def build(options: BuildOptions, progress: Progress) -> Artifact:
+    """Build an artifact.
+
+    Raises:
+        LynxError: whatever is wrong with the options, the checkpoint, the model or TensorRT, in a sentence.
+    """
+    from lynx_trt import artifact as artifacts
+    from lynx_trt.export.checkpoint import open_checkpoint
+    from lynx_trt.selection import PRESETS
+
+    _parse_ranges(options, None)
+    checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
+    max_length = _max_length(options, checkpoint)
+    _parse_ranges(options, max_length)
+    selection = PRESETS[options.preset]
+    with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
+        build_record: dict[str, Any] = {"options": _plain(options), "seconds": {}}
+        clock = _Clock(build_record["seconds"])
+        exported, weight_bytes = _export(options, checkpoint, max_length, selection, folder, progress, clock)
+        selection, budgets = _selection(options, exported, selection)
+        _copy_tokenizer(options, folder)
+        report, absent = _engine(options, folder, max_length, progress, clock)
+        update = progress.phase("Checksums")
+        manifest = artifacts.Manifest(
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=_model_record(options, checkpoint, exported, max_length, weight_bytes),
+            selection=artifacts.SelectionRecord(preset=options.preset, parameters=asdict(selection), budgets=budgets),
+            engine=_engine_record(options, report) if report else None,
+            engine_absent=absent,
+            plugin={"namespace": "lynx", "version": "1"},
+            versions=_versions(report),
+            build={**build_record, "peak_bytes": _peak_bytes()},
+            files=artifacts.record_files(folder),
+        )
+        (folder / artifacts.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        update(1.0)
+    return artifacts.Artifact(options.output, manifest)
+
+
+class _Clock:
+    """Seconds of each phase, in the order in which they end."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _parse_ranges(options: BuildOptions, max_length: int | None) -> tuple[Any, Any, Any]:
+    """The three ranges; before anything is read (without max_length) only their form is checked."""
+    from lynx_trt.tensorrt.profiles import Range
+
+    decode, prefill = Range.parse(options.decode_batch), Range.parse(options.prefill_batch)
+    if options.prefill_length is not None:
+        length = Range.parse(options.prefill_length)
+    else:
+        length = Range(*(min(value, max_length or value) for value in DEFAULT_PREFILL_LENGTH))
+    if max_length is not None and length.max > max_length:
+        raise UsageError(
+            f"--prefill-length {length} goes beyond --max-length {max_length}; lower its maximum to {max_length}"
+        )
+    return decode, prefill, length
+
+
+def _max_length(options: BuildOptions, checkpoint: Checkpoint) -> int:
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    if options.max_length is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if options.max_length < 2:
+        raise UsageError(f"--max-length is {options.max_length}; it must be 2 or more: a prompt and one new token")
+    if limit and options.max_length > limit:
+        raise UsageError(f"--max-length is {options.max_length}, but the model was made for {limit} tokens at most")
+    return options.max_length
+
+
+def _export(
+    options: BuildOptions,
+    checkpoint: Checkpoint,
+    max_length: int,
+    selection: Selection,
+    folder: Path,
+    progress: Progress,
+    clock: _Clock,
+) -> tuple[Exported, int]:
+    update = progress.phase("Export to ONNX")
+    from lynx_trt.export.hf import trace
+    from lynx_trt.export.write import write_onnx
+
+    exported = trace(checkpoint, precision=options.precision, max_length=max_length, selection=selection)
+    update(1.0)
+    clock.lap("export")
+    update = progress.phase(f"Weights ({size(checkpoint.nbytes)} in the checkpoint)")
+    weight_bytes = write_onnx(
+        exported, checkpoint, folder, on_progress=lambda done, total: update(done / max(total, 1))
+    )
+    clock.lap("weights")
+    return exported, weight_bytes
+
+
+def _selection(options: BuildOptions, exported: Exported, selection: Selection) -> tuple[Selection, list[int]]:
+    """The selection as it is in the graph, and the budgets."""
+    from lynx_trt import budgets as dial
+
+    experts = [layer.experts for layer in exported.layers]
+    k = exported.experts_per_token
+    unruly = [layer for layer in exported.layers if layer.rule is None]
+    if unruly and selection.remap and options.preset != "off":
+        note(
+            f"{len(unruly)} of {len(experts)} routers follow no known rule (first: {unruly[0].name}); "
+            "their tokens can lose experts but not be sent to others (drop instead of remap)"
+        )
+    if unruly:
+        selection = replace(selection, remap=False)
+    if options.preset == "off":
+        if options.budget is not None:
+            raise UsageError(f"--budget {options.budget} means nothing with --preset off, which uses all experts")
+        return selection, experts
+    if options.budget is not None:
+        chosen = dial.parse_budget(options.budget, experts)
+    elif options.preset == "oea":
+        chosen = [0] * len(experts)
+    else:
+        chosen = dial.default_budgets(experts, k)
+    dial.check_leaves_experts(chosen, selection, k)
+    return selection, chosen
+
+
+def _copy_tokenizer(options: BuildOptions, folder: Path) -> None:
+    source = options.tokenizer or options.model
+    if not source.is_dir():
+        raise CheckpointError(f"no such tokenizer folder: {source}")
+    if not (source / "tokenizer.json").is_file() and any(source.glob("tokenizer*.model")):
+        _convert_tokenizer(source, folder)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+    if not (folder / "tokenizer.json").is_file():
+        note(f"{source} holds no tokenizer, so the artifact can't take text; build with --tokenizer FOLDER to add one")
+
+
+def _convert_tokenizer(source: Path, folder: Path) -> None:
+    """A SentencePiece model becomes tokenizer.json, by transformers' own converter."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        note(f"the tokenizer in {source} can't be converted: {first}")
+
+
+def _engine(
+    options: BuildOptions, folder: Path, max_length: int, progress: Progress, clock: _Clock
+) -> tuple[EngineReport | None, str | None]:
+    """The engine's report, or why there is none."""
+    if options.tensorrt == "none":
+        return None, "built with --tensorrt none"
+    from lynx_trt.artifact import ENGINE
+    from lynx_trt.export.write import ONNX_FILE
+    from lynx_trt.tensorrt.build import build_engine
+    from lynx_trt.tensorrt.prepare import input_dims, read
+    from lynx_trt.tensorrt.profiles import decode_and_prefill
+
+    decode, prefill, length = _parse_ranges(options, max_length)
+    profiles = decode_and_prefill(
+        input_dims(read(folder / ONNX_FILE)), decode_batch=decode, prefill_batch=prefill, prefill_length=length
+    )
+    phases: dict[str, Callable[[float], None]] = {}
+
+    def on_progress(event: Any) -> None:
+        if event.phase not in phases:
+            phases[event.phase] = progress.phase(f"TensorRT: {event.phase}")
+        phases[event.phase](event.fraction)
+
+    report = build_engine(
+        folder / ONNX_FILE,
+        folder / ENGINE,
+        profiles,
+        flavor=options.tensorrt,
+        expert_weights=options.expert_weights,
+        on_progress=on_progress,
+        on_message=lambda message: progress.say(f"TensorRT {message.severity}: {message.text}"),
+    )
+    for update in phases.values():
+        update(1.0)
+    clock.lap("engine")
+    return report, None
+
+
+def _model_record(
+    options: BuildOptions, checkpoint: Checkpoint, exported: Exported, max_length: int, weight_bytes: int
+) -> ModelRecord:
+    from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord
+    from lynx_trt.export.hf import DECODE_MAX_LENGTH
+
+    config = exported.model.config.get_text_config()
+    return ModelRecord(
+        name=options.model.resolve().name,
+        architecture=type(exported.model).__name__,
+        model_type=str(exported.model.config.model_type),
+        precision=options.precision,
+        layers=len(exported.caches),
+        hidden=int(config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        parameters=exported.model.num_parameters(),
+        weight_bytes=weight_bytes,
+        max_length=max_length,
+        cache_rows=exported.cache_rows,
+        moe_layers=[
+            MoeLayerRecord(
+                name=layer.name,
+                experts=layer.experts,
+                experts_per_token=exported.experts_per_token,
+                intermediate=layer.intermediate,
+                expert_bytes=layer.expert_parameters * BITS[options.precision],
+                form=asdict(layer.form),
+                rule=str(layer.rule) if layer.rule else None,
+            )
+            for layer in exported.layers
+        ],
+        caches=[CacheRecord(**asdict(cache)) for cache in exported.caches],
+        end_tokens=_end_tokens(checkpoint),
+        decode_max_length=DECODE_MAX_LENGTH,
+    )
+
+
+def _end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """Ids that end a sequence: the generation config's, else the config's."""
+    import json
+
+    found: Any = None
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise CheckpointError(f"{path} can't be read as JSON; mend or remove it") from None
+    if found is None:
+        found = getattr(checkpoint.config.get_text_config(), "eos_token_id", None)
+    if found is None:
+        return []
+    return [int(token) for token in (found if isinstance(found, list) else [found])]
+
+
+def _engine_record(options: BuildOptions, report: EngineReport) -> EngineRecord:
+    from lynx_trt.artifact import EngineRecord
+
+    return EngineRecord(
+        flavor=report.flavor,
+        tensorrt=report.version,
+        expert_weights=options.expert_weights,
+        compute_capabilities=[],
+        seconds=round(report.seconds, 2),
+        peak_bytes=report.peak_bytes,
+        plan_bytes=report.plan_bytes,
+        plugin_layers=report.plugin_layers,
+        profiles=[asdict(profile) for profile in report.profiles],
+        tensors=[asdict(tensor) for tensor in report.io],
+        external=[asdict(item) for item in report.external],
+        warnings=[message.text for message in report.messages],
+    )
+
+
+def _versions(report: EngineReport | None) -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("lynx-trt", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if report:
+        found["tensorrt"] = f"{report.version} ({report.flavor})"
+    return found
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far (the TensorRT build has its own, in the engine's record)."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _plain(options: BuildOptions) -> dict[str, Any]:
+    """Options for the manifest; paths by name only, since an artifact travels and a path of one machine does not."""
+    values = asdict(options)
+    return {key: value.name if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def summary(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What a build came to, for --json."""
+    engine = manifest.engine
+    return {
+        "artifact": str(folder),
+        "model": manifest.model.name,
+        "architecture": manifest.model.architecture,
+        "moe_layers": len(manifest.model.moe_layers),
+        "preset": manifest.selection.preset,
+        "budgets": manifest.selection.budgets,
+        "weight_bytes": manifest.model.weight_bytes,
+        "engine": None
+        if engine is None
+        else {
+            "path": str(folder / "engine.plan"),
+            "flavor": engine.flavor,
+            "tensorrt": engine.tensorrt,
+            "seconds": engine.seconds,
+            "peak_bytes": engine.peak_bytes,
+            "plan_bytes": engine.plan_bytes,
+        },
+        "seconds": manifest.build["seconds"],
+        "peak_bytes": manifest.build["peak_bytes"],
+    }
+
+
+app = new_app()
+
+
+@app.command()
+def main(
+    model: Annotated[
+        Path | None, typer.Argument(help="Hugging Face checkpoint folder. Without it: the shipped lynx-tiny.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Artifact folder [default: out/NAME].")] = None,
+    preset: Annotated[Preset, typer.Option(help="Selection policy; off keeps the model's own routing.")] = "lynx",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts a MoE layer may load in a decode step: a number, a fraction (0.5), or a JSON file with one "
+            "number a layer [default: a quarter of the experts, at least 2 tokens' worth]."
+        ),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of weights, activations and cache.")] = "fp16",
+    decode_batch: Annotated[str, typer.Option(help="Sequences in a decode step, MIN:OPT:MAX.")] = "1:8:64",
+    prefill_batch: Annotated[str, typer.Option(help="Sequences in a prefill step, MIN:OPT:MAX.")] = "1:1:8",
+    prefill_length: Annotated[
+        str | None, typer.Option(help="Tokens a sequence in a prefill step, MIN:OPT:MAX [default: 1:128:512].")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence may have in all [default: the model's limit, at most 2048].")
+    ] = None,
+    tensorrt: Annotated[Flavor, typer.Option(help="Which TensorRT builds the engine; none: ONNX only.")] = "auto",
+    expert_weights: Annotated[
+        ExpertWeights, typer.Option(help="Inside the engine, or outside and bound at run time (for big models).")
+    ] = "engine",
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if not the checkpoint's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
+) -> None:
+    """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware expert selection, TensorRT engine."""
+    source = model or shipped_model()
+    options = BuildOptions(
+        model=source,
+        output=output or Path("out") / source.resolve().name,
+        preset=preset,
+        budget=budget,
+        precision=precision,
+        decode_batch=decode_batch,
+        prefill_batch=prefill_batch,
+        prefill_length=prefill_length,
+        max_length=max_length,
+        tensorrt=tensorrt,
+        expert_weights=expert_weights,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    with Progress(quiet=json_output) as progress:
+        artifact = build(options, progress)
+    if json_output:
+        print_json(summary(artifact.manifest, artifact.folder))
+    else:
+        _tell(artifact)
+
+
+def _tell(artifact: Artifact) -> None:
+    manifest, engine = artifact.manifest, artifact.manifest.engine
+    layers = len(manifest.model.moe_layers)
+    typer.echo(f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}")
+    typer.echo(f"Selection: {manifest.selection.preset}, budgets {manifest.selection.budgets}")
+    if engine:
+        product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+        typer.echo(
+            f"Engine: {artifact.path('engine.plan')} ({size(engine.plan_bytes)}), built by {product} {engine.tensorrt} "
+            f"in {engine.seconds:.1f} s with {size(engine.peak_bytes)} of memory at its peak"
+        )
+    else:
+        typer.echo(f"Engine: none ({manifest.engine_absent})")
+    seconds = sum(manifest.build["seconds"].values())
+    typer.echo(f"Artifact: {artifact.folder} in {seconds:.1f} s; export memory at its peak {size(manifest.build['peak_bytes'])}")
+
+
+if __name__ == "__main__":
+    run(app)

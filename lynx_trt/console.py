@@ -1,0 +1,109 @@
+"""What all commands share: how errors, progress and interruptions reach a person or a machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from lynx_trt.errors import LynxError
+
+
+def new_app() -> typer.Typer:
+    """A one-command application without shell completion (which would write to the user's shell profile)."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command; a LynxError becomes one line on stderr and its exit code, Ctrl-C becomes 130."""
+    # Hub look-ups would only wait for a time-out: checkpoints are folders here.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LynxError as error:
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was left behind")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def fail(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+
+
+def note(message: str) -> None:
+    """One line on stderr: what a user should know, and no error."""
+    print(f"note: {message}", file=sys.stderr)  # noqa: T201
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class Progress:
+    """Named phases with a bar on a terminal, a line each elsewhere, or nothing at all when quiet. To stderr."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Choose the form; nothing is printed yet."""
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bars = Bars(
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._plain = not quiet and not self._console.is_terminal
+
+    def __enter__(self) -> Progress:
+        """Start drawing."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing."""
+        self._bars.stop()
+
+    def say(self, message: str) -> None:
+        """One line above the bars."""
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    def phase(self, description: str) -> Callable[[float], None]:
+        """Begin a phase; the result is called with its fraction done, 1.0 when it ends."""
+        if self._plain:
+            self.say(f"{description} ...")
+        task = self._bars.add_task(description, total=1.0)
+
+        def update(fraction: float) -> None:
+            self._bars.update(task, completed=min(fraction, 1.0))
+
+        return update
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on stdout."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,52 @@
+"""Text in, tokens out, and back: the artifact's tokenizer, and pieces of text that are never half a character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lynx_trt.errors import ArtifactError
+
+
+class Tokenizer:
+    """`tokenizer.json` of an artifact, read by Hugging Face's tokenizers (no transformers, no torch)."""
+
+    def __init__(self, path: Path) -> None:
+        """Read it.
+
+        Raises:
+            ArtifactError: the file is missing or can't be read.
+        """
+        import tokenizers
+
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: the checkpoint had no tokenizer; build with --tokenizer FOLDER")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ArtifactError(f"{path} can't be read as a tokenizer: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with whatever the tokenizer puts before and after a text."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def stream(self) -> Stream:
+        """A decoder for one sequence."""
+        return Stream(self)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class Stream:
+    """Text of a growing sequence, piece by piece; a character that spans tokens comes when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer._tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The new text, which may be empty."""
+        return self._decoder.step(self._tokenizer, token) or ""
