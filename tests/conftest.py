@@ -1,0 +1,66 @@
+"""Fixtures that several files share: checkpoints and artifacts, each made once a run."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers: nothing here may look for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+from lynx_trt.artifact import Artifact  # noqa: E402
+from lynx_trt.build import BuildOptions, build  # noqa: E402
+from lynx_trt.console import Progress  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is made once and only read."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(workspace: Path) -> Callable[[str], Path]:
+    """The checkpoint folder of a random model of some architecture."""
+    import tiny_models
+
+    def make(name: str) -> Path:
+        folder = workspace / "checkpoints" / name
+        if not folder.exists():
+            tiny_models.save(tiny_models.random_model(name), folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build_quietly() -> Callable[..., Artifact]:
+    """`build` without progress, ONNX only unless told otherwise."""
+
+    def run(model: Path, output: Path, **options: Any) -> Artifact:
+        settings = {"tensorrt": "none", "precision": "fp32", "max_length": 64, **options}
+        with Progress(quiet=True) as progress:
+            return build(BuildOptions(model=model, output=output, **settings), progress)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def artifact(workspace: Path, checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact]) -> Any:
+    """An ONNX-only float32 artifact of a random model, by architecture and options."""
+    made: dict[tuple[Any, ...], Artifact] = {}
+
+    def make(name: str, **options: Any) -> Artifact:
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            output = workspace / "artifacts" / f"{name}-{len(made)}"
+            made[key] = build_quietly(checkpoint(name), output, **options)
+        return made[key]
+
+    return make

@@ -1,0 +1,120 @@
+"""Every promised architecture, exported and run in ONNX Runtime, against Hugging Face eager.
+
+The bound is not a number that was found to pass: the exported model's error against a float64 run may be at most
+twice the error of float32 eager itself (plus what float32 can't tell from zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from lynx_trt.runtime.ort import OrtBackend
+
+# A ragged batch: one row fills the width, one is short, one in between.
+PROMPTS = (9, 5, 12)
+STEPS = 8
+PROMISED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of each sequence, prompt and continuation together; the continuation is forced on every model."""
+
+    rows: list[list[int]]
+
+    @classmethod
+    def random(cls) -> Batch:
+        generator = np.random.default_rng(7)
+        return cls([generator.integers(3, 256, size=length + STEPS).tolist() for length in PROMPTS])
+
+
+def eager_logits(model: Any, batch: Batch) -> np.ndarray[Any, Any]:
+    """[steps + 1, B, V]: logits after each prompt and after each forced token, a sequence at a time, no cache."""
+    outputs = []
+    with torch.no_grad():
+        for row, prompt in zip(batch.rows, PROMPTS, strict=True):
+            logits = model(input_ids=torch.tensor([row])).logits[0]
+            outputs.append(logits[prompt - 1 : prompt + STEPS].double().numpy())
+    return np.stack(outputs, axis=1)
+
+
+def exported_logits(artifact: Any, batch: Batch, budgets: list[int] | None = None) -> np.ndarray[Any, Any]:
+    """The same from the artifact: one ragged prefill of the batch, then decode steps through the cache."""
+    backend = OrtBackend(artifact, slots=len(PROMPTS))
+    layers = artifact.manifest.model.moe_layers
+    dial = np.array(budgets or [layer.experts for layer in layers], dtype=np.int32)
+    lengths = np.array(PROMPTS, dtype=np.int64)
+    ids = np.zeros((len(PROMPTS), max(PROMPTS)), dtype=np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, :prompt] = batch.rows[row][:prompt]
+    outputs = [backend.step(ids, np.zeros_like(lengths), lengths, dial).logits.copy()]
+    for step in range(STEPS):
+        tokens = np.array([[batch.rows[row][prompt + step]] for row, prompt in enumerate(PROMPTS)])
+        outputs.append(backend.step(tokens, lengths + step, np.ones_like(lengths), dial).logits.copy())
+    return np.stack(outputs).astype(np.float64)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_logits_equal_eager(name: str, artifact: Any) -> None:
+    batch = Batch.random()
+    reference = eager_logits(tiny_models.random_model(name).double(), batch)
+    eager_error = np.abs(eager_logits(tiny_models.random_model(name), batch) - reference)
+    error = np.abs(exported_logits(artifact(name, preset="lynx"), batch) - reference)
+    tiny = np.finfo(np.float32).eps * np.abs(reference).max()
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= 2 * eager_error.max() + tiny, f"max error {error.max():.2e} at (step, row, token) {worst}"
+    assert np.sqrt((error**2).mean()) <= 2 * np.sqrt((eager_error**2).mean()) + tiny
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_greedy_text_equals_eager(name: str, artifact: Any) -> None:
+    """32 tokens chosen greedily by each side from its own previous ones."""
+    model = tiny_models.random_model(name)
+    backend = OrtBackend(artifact(name, preset="lynx"), slots=1)
+    prompt = Batch.random().rows[0][:9]
+    everything = np.array([layer.experts for layer in artifact(name, preset="lynx").manifest.model.moe_layers], np.int32)
+    own, expected = list(prompt), list(prompt)
+    logits = backend.step(np.array([own]), np.array([0]), np.array([len(own)]), everything).logits
+    for _ in range(32):
+        own.append(int(logits[0].argmax()))
+        with torch.no_grad():
+            expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+        logits = backend.step(np.array([[own[-1]]]), np.array([len(own) - 1]), np.array([1]), everything).logits
+    assert own == expected
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_every_block_is_rewritten(name: str, artifact: Any) -> None:
+    """As many lynx nodes of each kind as the model has MoE blocks; the dense first layers don't count."""
+    import onnx
+
+    built = artifact(name, preset="lynx")
+    nodes = onnx.load(built.path("model.onnx"), load_external_data=False).graph.node
+    dense = {"glm4_moe": 1, "deepseek_v3": 1}.get(name, 0)
+    expected = built.manifest.model.layers - dense
+    for op in ("LynxSelect", "LynxExperts"):
+        assert sum(node.op_type == op for node in nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("mixtral", "softmax, renormalised"),
+        ("qwen2_moe", "softmax"),
+        ("qwen3_moe", "softmax, renormalised"),
+        ("olmoe", "softmax"),
+        ("granitemoe", "softmax, renormalised"),
+        ("phimoe", None),
+        ("glm4_moe", "sigmoid, + correction bias, renormalised"),
+        ("deepseek_v3", "sigmoid, + correction bias, 2 of 4 groups, renormalised, x 2.5"),
+        ("gpt_oss", "softmax, renormalised"),
+    ],
+)
+def test_routing_rule_is_found(name: str, rule: str | None, artifact: Any) -> None:
+    layers = artifact(name, preset="lynx").manifest.model.moe_layers
+    assert {layer.rule for layer in layers} == {rule}
