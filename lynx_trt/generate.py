@@ -1,0 +1,201 @@
+"""`python -m lynx_trt.generate`: prompts in, text out, through ONNX Runtime; several prompts decode as one batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lynx_trt.console import new_app, print_json, run, size
+from lynx_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import Artifact, Manifest
+    from lynx_trt.runtime.decode import Generated, Statistics
+    from lynx_trt.runtime.sampling import Sampling
+    from lynx_trt.selection import Selection
+
+
+def selection_of(manifest: Manifest) -> Selection:
+    """The selection that the artifact's graph computes."""
+    from lynx_trt.selection import Selection
+
+    return Selection(**manifest.selection.parameters)  # type: ignore[arg-type]
+
+
+def budgets_for(manifest: Manifest, budget: str | None) -> list[int]:
+    """The artifact's own budgets, or those of `--budget`.
+
+    Raises:
+        UsageError: the budget is out of its range.
+    """
+    from lynx_trt import budgets as dial
+
+    if budget is None:
+        return manifest.selection.budgets
+    experts = [layer.experts for layer in manifest.model.moe_layers]
+    chosen = dial.parse_budget(budget, experts)
+    dial.check_leaves_experts(chosen, selection_of(manifest), manifest.model.moe_layers[0].experts_per_token)
+    return chosen
+
+
+def generate_text(
+    artifact: Artifact,
+    prompts: Sequence[str],
+    *,
+    budget: str | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    threads: int | None = None,
+    on_text: Any = None,
+) -> tuple[list[Generated], Statistics]:
+    """Continue `prompts` as one batch on ONNX Runtime.
+
+    Raises:
+        LynxError: the artifact, a prompt or a setting doesn't fit; the message says which.
+    """
+    from lynx_trt.artifact import TOKENIZER
+    from lynx_trt.runtime.decode import Limits, generate
+    from lynx_trt.runtime.ort import OrtBackend
+    from lynx_trt.runtime.sampling import Sampling
+    from lynx_trt.runtime.text import Tokenizer
+
+    model = artifact.manifest.model
+    budgets = budgets_for(artifact.manifest, budget)
+    tokenizer = Tokenizer(artifact.path(TOKENIZER))
+    limits = Limits(model.max_length, tuple(layer.experts for layer in model.moe_layers), frozenset(model.end_tokens))
+    if not prompts:
+        raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
+    return generate(
+        OrtBackend(artifact, len(prompts), threads=threads),
+        tokenizer,
+        limits,
+        prompts,
+        budgets=budgets,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        stop=stop,
+        on_text=on_text,
+    )
+
+
+def expert_bytes_a_token(manifest: Manifest, statistics: Statistics) -> float:
+    """Bytes of expert weights that one decoded token costs: those of the active experts, shared by the batch's tokens.
+
+    NaN if there was no decode step.
+    """
+    if not statistics.decode_steps:
+        return float("nan")
+    layers = zip(manifest.model.moe_layers, statistics.active, strict=True)
+    step = sum(layer.expert_bytes * active for layer, active in layers)
+    return step * statistics.decode_steps / statistics.decode_tokens
+
+
+app = new_app()
+
+
+@app.command()
+def main(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="The quality dial: experts a MoE layer may load in a decode step (number, fraction or file)."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more random.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; each prompt has its own generator.", min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End a sequence before this text; repeatable.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
+    verify: Annotated[bool, typer.Option(help="Check the artifact's sums first.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print texts and statistics as JSON.")] = False,
+) -> None:
+    """Generate text from an artifact with ONNX Runtime on the CPU."""
+    from lynx_trt.artifact import open_artifact
+    from lynx_trt.runtime.sampling import Sampling
+
+    if any(not text for text in stop or []):
+        raise UsageError("--stop is empty; an empty text would end every sequence at once")
+    prompts = prompt or []
+    sampling = Sampling(temperature, top_p, seed)
+    opened = open_artifact(artifact, verify=verify)
+    stream = not json_output and len(prompts) == 1
+    sequences, statistics = generate_text(
+        opened,
+        prompts,
+        budget=budget,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        threads=threads,
+        on_text=_Terminal(prompts).show if stream else None,
+    )
+    if json_output:
+        print_json(_report(opened.manifest, prompts, sequences, statistics))
+        return
+    if stream:
+        typer.echo()
+    else:
+        _print_all(prompts, sequences)
+    typer.echo(_statistics_line(opened.manifest, statistics), err=True)
+
+
+class _Terminal:
+    """Streams one sequence: its prompt first, then every piece as it comes."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self._prompt: str | None = prompts[0] if prompts else None
+
+    def show(self, _: int, piece: str) -> None:
+        if self._prompt is not None:
+            sys.stdout.write(self._prompt)
+            self._prompt = None
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _print_all(prompts: list[str], sequences: list[Generated]) -> None:
+    for number, (text, sequence) in enumerate(zip(prompts, sequences, strict=True), 1):
+        typer.echo(f"--- {number} ---")
+        typer.echo(text + sequence.text)
+
+
+def _statistics_line(manifest: Manifest, statistics: Statistics) -> str:
+    prefill = statistics.prompt_tokens / max(statistics.prefill_seconds, 1e-9)
+    parts = [f"prefill {statistics.prompt_tokens} tokens, {prefill:.0f} tokens/s"]
+    if statistics.decode_steps:
+        decode = statistics.decode_tokens / max(statistics.decode_seconds, 1e-9)
+        experts = manifest.model.moe_layers[0].experts
+        parts.append(f"decode {statistics.decode_tokens} tokens, {decode:.0f} tokens/s")
+        parts.append(f"{statistics.mean_active:.1f} of {experts} experts active a layer")
+        parts.append(f"{size(expert_bytes_a_token(manifest, statistics))} of expert weights a token")
+    return "; ".join(parts)
+
+
+def _report(
+    manifest: Manifest, prompts: list[str], sequences: list[Generated], statistics: Statistics
+) -> dict[str, Any]:
+    return {
+        "sequences": [
+            {"prompt": text, "text": sequence.text, "tokens": sequence.tokens, "finish": sequence.finish}
+            for text, sequence in zip(prompts, sequences, strict=True)
+        ],
+        "statistics": {
+            "prompt_tokens": statistics.prompt_tokens,
+            "prefill_seconds": statistics.prefill_seconds,
+            "decode_tokens": statistics.decode_tokens,
+            "decode_seconds": statistics.decode_seconds,
+            "decode_steps": statistics.decode_steps,
+            "active_experts": list(statistics.active),
+            "expert_bytes_a_token": expert_bytes_a_token(manifest, statistics) if statistics.decode_steps else None,
+        },
+    }
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,113 @@
+"""`python -m lynx_trt.inspect`: what is in an artifact, and does it fit this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lynx_trt.console import fail, new_app, note, print_json, run, size
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import Manifest
+
+app = new_app()
+
+
+@app.command()
+def main(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")],
+    verify: Annotated[bool, typer.Option(help="Compare the files' sha256 with the manifest.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print manifest, problems and notes as JSON.")] = False,
+) -> None:
+    """Show what is in an artifact and whether it fits this machine; exit 1 with a line for each thing that doesn't."""
+    from lynx_trt.artifact import read
+    from lynx_trt.preflight import preflight
+
+    opened = read(artifact)
+    found = preflight(opened, verify=verify)
+    if json_output:
+        manifest = opened.manifest.model_dump(mode="json")
+        print_json({"manifest": manifest, "problems": found.problems, "notes": found.notes})
+    else:
+        _print_table(artifact, opened.manifest)
+        for line in found.notes:
+            note(line)
+        for line in found.problems:
+            fail(line)
+        if not found.problems:
+            typer.echo("preflight: everything fits" if verify else "preflight: everything fits (sums not checked)")
+    sys.exit(1 if found.problems else 0)
+
+
+def rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """The table's rows: a label and a value each."""
+    model, engine, chosen = manifest.model, manifest.engine, manifest.selection
+    moe = model.moe_layers
+    first = moe[0]
+    rules = sorted({layer.rule or "unknown: tokens can lose experts, not be sent to others" for layer in moe})
+    table = [
+        ("model", f"{model.name} ({model.architecture}, {model.precision})"),
+        ("size", f"{model.parameters / 1e6:,.1f} M parameters, {size(model.weight_bytes)} of weights"),
+        ("layers", f"{model.layers}, {len(moe)} of them MoE"),
+        ("experts", f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each"),
+        ("dimensions", f"H {model.hidden}, I {first.intermediate}, vocabulary {model.vocabulary}"),
+        ("routing", "; ".join(rules)),
+        ("sequence", f"{model.max_length} tokens at most; cache {size(_cache_bytes(manifest))} a sequence"),
+        ("preset", chosen.preset),
+        ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
+        ("budgets", _budgets(chosen.budgets)),
+    ]
+    if engine is None:
+        table.append(("engine", f"none ({manifest.engine_absent})"))
+    else:
+        product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+        where = "inside" if engine.expert_weights == "engine" else f"outside ({len(engine.external)} tensors to bind)"
+        sms = ", ".join(map(str, engine.compute_capabilities)) or "none yet"
+        table += [
+            ("engine", f"{product} {engine.tensorrt}, {size(engine.plan_bytes)}, expert weights {where}"),
+            ("engine build", f"{engine.seconds:.1f} s, {size(engine.peak_bytes)} of memory at its peak"),
+            ("kernels", f"SM {sms}" if engine.compute_capabilities else sms),
+            *((f"profile {item['name']}", _profile(item)) for item in engine.profiles),
+        ]
+    table += [
+        ("files", ", ".join(f"{name} {size(record.bytes)}" for name, record in manifest.files.items())),
+        ("versions", ", ".join(f"{name} {value}" for name, value in manifest.versions.items())),
+        ("built", manifest.created),
+    ]
+    return table
+
+
+def _budgets(budgets: list[int]) -> str:
+    return f"{budgets[0]} in every MoE layer" if len(set(budgets)) == 1 else ", ".join(map(str, budgets))
+
+
+def _profile(profile: dict[str, Any]) -> str:
+    """`batch 1:8:64, length 1:1:1`, from the shapes of input_ids [B,S]."""
+    shapes = profile["shapes"]["input_ids"]
+    batch, length = (":".join(str(shape[axis]) for shape in shapes) for axis in (0, 1))
+    return f"batch {batch}, length {length}"
+
+
+def _cache_bytes(manifest: Manifest) -> int:
+    element = 4 if manifest.model.precision == "fp32" else 2
+    rows_ = (c.key_heads * c.key_size + c.value_heads * c.value_size for c in manifest.model.caches)
+    return element * manifest.model.cache_rows * sum(rows_)
+
+
+def _print_table(folder: Path, manifest: Manifest) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(folder), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows(manifest):
+        table.add_row(label, value)
+    Console(highlight=False, markup=False).print(table)
+
+
+if __name__ == "__main__":
+    run(app)

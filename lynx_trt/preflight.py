@@ -1,0 +1,88 @@
+"""Does an artifact fit this machine? Answered before anything is loaded: sums, versions, plugin, GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lynx_trt.artifact import Artifact, check_files
+
+PLUGIN = {"namespace": "lynx", "version": "1"}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """One line for each thing that doesn't fit, and for each that is worth knowing."""
+
+    problems: list[str]
+    notes: list[str]
+
+
+def preflight(artifact: Artifact, *, verify: bool = True) -> Preflight:
+    """Look the artifact and this machine through.
+
+    Args:
+        artifact: an opened artifact.
+        verify: compare the files' sha256 as well (reads all of them once).
+    """
+    problems = check_files(artifact) if verify else []
+    notes: list[str] = []
+    _check_plugin(artifact, problems)
+    _check_onnxruntime(artifact, problems, notes)
+    _check_engine(artifact, problems, notes)
+    if "tokenizer.json" not in artifact.manifest.files:
+        notes.append("no tokenizer: the artifact takes token ids but no text; build with --tokenizer FOLDER to add one")
+    return Preflight(problems, notes)
+
+
+def _check_plugin(artifact: Artifact, problems: list[str]) -> None:
+    built = artifact.manifest.plugin
+    if built != PLUGIN:
+        problems.append(
+            f"the engine needs plugin version {built.get('version')} of namespace {built.get('namespace')}; "
+            f"this lynx-trt has version {PLUGIN['version']} of {PLUGIN['namespace']}; build the artifact again"
+        )
+
+
+def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("onnxruntime", "onnxruntime-gpu")
+    found = None
+    for name in names:
+        try:
+            found = version(name)
+            break
+        except PackageNotFoundError:
+            continue
+    if found is None:
+        problems.append('ONNX Runtime is not installed, so nothing here can run the graph; pip install "lynx-trt[cpu]"')
+    elif tuple(int(part) for part in found.split(".")[:2]) < (1, 32):
+        problems.append(f"ONNX Runtime {found} is too old for opset 24; install 1.32 or later")
+    if artifact.manifest.model.precision == "bf16":
+        notes.append("built in bf16, which ONNX Runtime can't compute on the CPU; build with fp16 or fp32 to run it there")
+
+
+def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
+    engine = artifact.manifest.engine
+    if engine is None:
+        notes.append(f"no engine: {artifact.manifest.engine_absent}")
+        return
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+    from lynx_trt.tensorrt.loader import describe
+
+    capabilities = compute_capabilities()
+    if not capabilities:
+        notes.append("no GPU here, so the engine can't run; ONNX Runtime on the CPU can")
+        return
+    product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+    here = describe()[engine.flavor]
+    if here is None:
+        problems.append(f"the engine needs {product} {engine.tensorrt}, which is not installed")
+    elif here != engine.tensorrt:
+        problems.append(f"the engine was built by {product} {engine.tensorrt}, and {here} is installed; build it again here")
+    if not engine.compute_capabilities:
+        problems.append("the engine holds no GPU kernels: this version of lynx-trt builds engines but can't run them yet")
+    for capability in sorted(set(capabilities) - set(engine.compute_capabilities)):
+        if engine.compute_capabilities:
+            has = ", ".join(map(str, engine.compute_capabilities))
+            problems.append(f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it")
