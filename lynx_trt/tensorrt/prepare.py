@@ -1,0 +1,262 @@
+"""The copy of a lynx ONNX graph that TensorRT reads, made in memory without touching the weights.
+
+The file that ONNX Runtime runs differs from what TensorRT wants in three points:
+
+- the ops' function bodies are dropped: TensorRT's parser silently prefers a local function to a plugin;
+- a float32 Attention gets `TRT_decomposable = 1`: TensorRT has no fused kernel for it, and ONNX Runtime rejects
+  the attribute;
+- with external expert weights, the constant inputs of LynxExperts become inputs of the graph, so that the engine
+  holds no copy of them and the runtime binds them from the same data file.
+
+Weights in external files stay where they are: the copy refers to them by the same relative location, so TensorRT
+is given the path of the original file to resolve them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lynx_trt.errors import TensorRTError
+from lynx_trt.export.ops import DOMAIN, EXPERTS, PLUGIN
+from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT
+
+if TYPE_CHECKING:
+    import onnx
+
+ExpertWeights = Literal["engine", "external"]
+Dims = tuple[int | str, ...]
+
+_FIRST_WEIGHT = [tensor.name for tensor in EXPERTS_CONTRACT.inputs].index("gate_up")
+
+
+@dataclass(frozen=True)
+class ExternalInput:
+    """An expert weight that is a graph input: what to bind to `name`, and where it lies.
+
+    `file` is relative to the folder of the ONNX file; `offset` and `length` are bytes in it; the elements are
+    little-endian and row-major.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The copy for TensorRT; `plugins` is (node name -> op) of every lynx node, `external` is in graph order."""
+
+    model: onnx.ModelProto
+    plugins: dict[str, str]
+    external: tuple[ExternalInput, ...]
+
+
+def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine") -> Prepared:
+    """Read a lynx ONNX file and make the copy of its graph for TensorRT.
+
+    Raises TensorRTError: the file is missing or is no ONNX, a data file is missing or too short, a node of the
+    domain lynx is unknown, or expert weights can't become inputs.
+    """
+    model = read(onnx_path)
+    _check_data(model, onnx_path)
+    del model.functions[:]
+    plugins = _plugin_nodes(model.graph)
+    _decompose_float_attention(model)
+    external = _externalize(model.graph, onnx_path) if expert_weights == "external" else ()
+    return Prepared(model, plugins, external)
+
+
+def read(onnx_path: Path) -> onnx.ModelProto:
+    """Read the graph of an ONNX file, without its external data. Raises TensorRTError."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(onnx_path, load_external_data=False)
+    except OSError as error:
+        raise TensorRTError(f"can't read the ONNX file {onnx_path}: {error.strerror}") from error
+    except DecodeError as error:
+        raise TensorRTError(f"{onnx_path} is not an ONNX file, or is damaged: export it again") from error
+    if not model.graph.node:  # an empty file parses
+        raise TensorRTError(f"{onnx_path} holds no graph: export it again")
+    return model
+
+
+def input_dims(model: onnx.ModelProto) -> dict[str, Dims]:
+    """Dimensions of each graph input: an int, or the name of a dynamic one ("?" if it has none)."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        value.name: tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+            for dim in value.type.tensor_type.shape.dim
+        )
+        for value in model.graph.input
+        if value.name not in constants
+    }
+
+
+def _check_data(model: onnx.ModelProto, onnx_path: Path) -> None:
+    """Every external tensor lies inside its file. TensorRT's own message for one that doesn't names no tensor."""
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if not _is_external(tensor):
+            continue
+        where = _location(tensor)
+        path = onnx_path.parent / where.file
+        if where.file not in sizes:
+            try:
+                sizes[where.file] = path.stat().st_size
+            except OSError as error:
+                raise TensorRTError(
+                    f"the weights of {onnx_path} are not complete: {path}: {error.strerror} (tensor {tensor.name}). "
+                    "Keep the data files beside the ONNX file, or export again"
+                ) from error
+        end = where.offset + where.length
+        if end > sizes[where.file]:
+            raise TensorRTError(
+                f"the weights of {onnx_path} are not complete: {path} has {sizes[where.file]} bytes, and tensor "
+                f"{tensor.name} ends at byte {end}. The file was cut off: export again"
+            )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, those of subgraphs too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _nodes(subgraph)
+
+
+def _plugin_nodes(graph: onnx.GraphProto) -> dict[str, str]:
+    """Make every lynx node one that TensorRT's parser finds the plugin for; return (name -> op).
+
+    Each gets a name of its own, by which its layer is found after parsing, the attributes by which the parser looks
+    a plugin up, and all outputs: the parser refuses a plugin node that leaves one out.
+    """
+    import onnx
+
+    taken = Counter(node.name for node in _nodes(graph))
+    plugins: dict[str, str] = {}
+    for number, node in enumerate(_nodes(graph)):
+        if node.domain != DOMAIN:
+            continue
+        contract = CONTRACTS.get(node.op_type)
+        if contract is None:
+            raise TensorRTError(
+                f"node {node.name or number} is {DOMAIN}.{node.op_type}, which this version does not know "
+                f"(it knows {' and '.join(CONTRACTS)}): build with the version of lynx-trt that exported it"
+            )
+        node.ClearField("overload")  # it chooses among the function bodies, which are gone
+        if not node.name or taken[node.name] > 1:
+            node.name = f"{DOMAIN}.{node.op_type}.{number}"
+        given = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name in PLUGIN}
+        for name, value in PLUGIN.items():
+            if given.get(name, value) != value:
+                raise TensorRTError(
+                    f"node {node.name} ({node.op_type}) asks for {name} {given[name]!r}; this version has {value!r}: "
+                    "build with the version of lynx-trt that exported it"
+                )
+            if name not in given:
+                node.attribute.append(onnx.helper.make_attribute(name, value))
+        for output in range(len(contract.outputs)):
+            if output >= len(node.output):
+                node.output.append("")
+            node.output[output] = node.output[output] or f"{node.name}.{contract.outputs[output].name}"
+        plugins[node.name] = node.op_type
+    return plugins
+
+
+def _decompose_float_attention(model: onnx.ModelProto) -> int:
+    """Allow TensorRT to decompose each Attention that is float32, or whose type nothing says; return how many."""
+    import onnx
+
+    attention = [node for node in _nodes(model.graph) if node.op_type == "Attention" and node.domain in ("", "ai.onnx")]
+    if not attention:
+        return 0
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    changed = 0
+    for node in attention:
+        # The attribute permits and does not force, so a type that is not recorded is treated as float32.
+        if types.get(node.input[0], onnx.TensorProto.UNDEFINED) in (
+            onnx.TensorProto.FLOAT,
+            onnx.TensorProto.UNDEFINED,
+        ) and not any(attribute.name == "TRT_decomposable" for attribute in node.attribute):
+            node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+            changed += 1
+    return changed
+
+
+def _externalize(graph: onnx.GraphProto, onnx_path: Path) -> tuple[ExternalInput, ...]:
+    """Turn the experts' weights and biases that lie in data files into graph inputs of the same names.
+
+    Tensors inside the ONNX file itself (exporters keep small ones there) stay constants.
+    """
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    moved: dict[str, ExternalInput] = {}
+    nodes = [node for node in _nodes(graph) if node.domain == DOMAIN and node.op_type == EXPERTS]
+    for node in nodes:
+        for role, name in list(zip((t.name for t in EXPERTS_CONTRACT.inputs), node.input, strict=False))[
+            _FIRST_WEIGHT:
+        ]:
+            if name not in constants:
+                raise TensorRTError(
+                    f"{role} of {node.name} is {name!r}, which is not a constant of {onnx_path}, so it can't stay "
+                    "outside the engine: export again, or put the expert weights into the engine"
+                )
+            if _is_external(constants[name]):
+                moved[name] = _location(constants[name])
+    if nodes and not moved:
+        raise TensorRTError(
+            f"{onnx_path} has all its expert weights inside the ONNX file, so they can't stay outside the engine: "
+            "export with a data file, or put the expert weights into the engine"
+        )
+    kept = [tensor for tensor in graph.initializer if tensor.name not in moved]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    declared = {value.name for value in graph.input}  # files of old IR versions declare constants as inputs too
+    for name, where in moved.items():
+        if name not in declared:
+            graph.input.append(onnx.helper.make_tensor_value_info(name, constants[name].data_type, where.shape))
+    return tuple(moved.values())
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _location(tensor: onnx.TensorProto) -> ExternalInput:
+    """Where an external tensor lies; the length may be absent, then the shape and type give it."""
+    import numpy as np
+    import onnx
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    shape = tuple(tensor.dims)
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return ExternalInput(
+            name=tensor.name,
+            dtype=str(dtype),
+            shape=shape,
+            file=os.path.normpath(entries["location"]),
+            offset=int(entries.get("offset", 0)),
+            length=int(entries.get("length", length)),
+        )
+    except (KeyError, ValueError) as error:
+        raise TensorRTError(
+            f"tensor {tensor.name} does not say where its data lies ({entries}): export again"
+        ) from error

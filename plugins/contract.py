@@ -1,0 +1,197 @@
+"""The build-time contract of the two TensorRT plugins, as plain data: what both launchers must agree on.
+
+A plugin is found by (name, version, namespace); its fields are the attributes of the ONNX node; TensorRT asks it
+for the types and shapes of its outputs, for the formats it takes and for its workspace. All of that is here, with
+no TensorRT import, so that the Python plugin, the C++ plugin and the tests read one source.
+
+Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
+FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
+K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without).
+
+TensorRT's plugins do take int64 (tried with TensorRT for RTX 1.7 under the 11.4 API: a plugin that supports nothing
+else for `index` is built into an engine), so `index` keeps the type that ONNX's TopK gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lynx_trt.experts import ACTIVATIONS, ExpertsForm
+from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
+from lynx_trt.selection import VOTES
+
+FieldType = Literal["int32", "float32", "char"]
+Value = int | float | str
+
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a plugin, filled from the node's attribute of the same name.
+
+    `default` is taken where the node lacks the attribute; None: the attribute is required. `choices` are the values
+    allowed, () if any is.
+    """
+
+    name: str
+    type: FieldType
+    default: Value | None = None
+    choices: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output: its name in the op's signature, its type and its symbolic shape, () for a scalar."""
+
+    name: str
+    type: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What TensorRT is told about one plugin. The last `optional` inputs are given all together or not at all."""
+
+    name: str
+    fields: tuple[Field, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    optional: int = 0
+    version: str = str(VERSION)
+    namespace: str = DOMAIN
+    workspace: Callable[[Sequence[Sequence[int]]], int] = field(default=lambda _: 0, compare=False)
+
+    @property
+    def input_counts(self) -> tuple[int, ...]:
+        """The numbers of inputs a node may have, ascending."""
+        every = len(self.inputs)
+        return (every - self.optional, every) if self.optional else (every,)
+
+    def output_types(self, input_types: Sequence[str]) -> list[str]:
+        """The outputs' types; a "float" output has the type of the first "float" input."""
+        precision = next((got for want, got in zip(self.inputs, input_types, strict=False) if want.type == "float"), "")
+        return [precision if output.type == "float" else output.type for output in self.outputs]
+
+    def output_sources(self) -> list[tuple[tuple[int, int], ...]]:
+        """For each output, for each of its dimensions: the (input, axis) it is equal to. No dimension is computed."""
+        where: dict[str, tuple[int, int]] = {}
+        for number, tensor in enumerate(self.inputs):
+            for axis, symbol in enumerate(tensor.shape):
+                where.setdefault(symbol, (number, axis))
+        return [tuple(where[symbol] for symbol in output.shape) for output in self.outputs]
+
+    def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The outputs' shapes for concrete input shapes."""
+        return [tuple(input_shapes[number][axis] for number, axis in dims) for dims in self.output_sources()]
+
+    def supports(self, position: int, types: Sequence[str], n_inputs: int, *, linear: bool = True) -> bool:
+        """Whether the tensor at `position` (inputs first, then outputs) may have types[position], given those before.
+
+        Only the linear (row-major) format is taken, so TensorRT reformats at the boundary if it has to.
+        """
+        if not linear or n_inputs not in self.input_counts:
+            return False
+        tensors = (*self.inputs[:n_inputs], *self.outputs)
+        want = tensors[position].type
+        if want != "float":
+            return types[position] == want
+        first = next(number for number, tensor in enumerate(tensors) if tensor.type == "float")
+        return types[position] in FLOAT_TYPES and types[position] == types[first]
+
+    def check_types(self, types: Sequence[str]) -> None:
+        """Raise ValueError, naming the input, unless a node with inputs of such types can be this op."""
+        if len(types) not in self.input_counts:
+            counts = " or ".join(map(str, self.input_counts))
+            raise ValueError(f"{self.name} has {len(types)} inputs; it takes {counts}")
+        precision: tuple[str, ...] = FLOAT_TYPES
+        for tensor, kind in zip(self.inputs, types, strict=False):
+            allowed = precision if tensor.type == "float" else (tensor.type,)
+            if kind not in allowed:
+                raise ValueError(f"{self.name}: {tensor.name} is {kind}; allowed: {', '.join(allowed)}")
+            if tensor.type == "float":
+                precision = (kind,)
+
+    def check_ranks(self, ranks: Sequence[int]) -> None:
+        """Raise ValueError, naming the input, unless each has its number of dimensions."""
+        for tensor, rank in zip(self.inputs, ranks, strict=False):
+            if rank != len(tensor.shape):
+                shape = f"[{', '.join(tensor.shape)}]"
+                raise ValueError(f"{self.name}: {tensor.name} has {rank} dimensions; it must be {shape}")
+
+    def parse_fields(self, given: dict[str, Value]) -> dict[str, Value]:
+        """The value of every field, defaults filled in; attributes that are no fields are ignored.
+
+        Raises ValueError: a required one is missing, or one has a value that is not allowed.
+        """
+        values: dict[str, Value] = {}
+        for spec in self.fields:
+            value = given.get(spec.name, spec.default)
+            if value is None:
+                raise ValueError(f"{self.name} needs the attribute {spec.name}, and the node has none")
+            if spec.choices and value not in spec.choices:
+                allowed = ", ".join(map(str, spec.choices))
+                raise ValueError(f"{self.name}: {spec.name} is {value!r}; allowed: {allowed}")
+            values[spec.name] = value
+        return values
+
+
+_FORM = ExpertsForm()
+
+SELECT_CONTRACT = Contract(
+    name=SELECT,
+    fields=(
+        Field("vote", "char", choices=VOTES),
+        Field("guarantee", "int32"),
+        Field("sensitivity", "float32"),
+        Field("remap", "int32", choices=(0, 1)),
+        Field("power", "float32", 1.0),
+        Field("alpha", "float32", 1.0),
+        Field("beta", "int32", 4),
+        Field("renormalize", "int32", choices=(0, 1)),
+        Field("scale", "float32", 1.0),
+    ),
+    inputs=(
+        Tensor("choice", "float32", ("T", "E")),
+        Tensor("combine", "float32", ("T", "E")),
+        Tensor("topk_index", "int64", ("T", "K")),
+        Tensor("topk_weight", "float32", ("T", "K")),
+        Tensor("budget", "int32", ()),
+        Tensor("token_mask", "bool", ("T",)),
+    ),
+    outputs=(
+        Tensor("index", "int64", ("T", "K")),
+        Tensor("weight", "float32", ("T", "K")),
+        Tensor("active", "int32", ()),
+    ),
+)
+
+EXPERTS_CONTRACT = Contract(
+    name=EXPERTS,
+    fields=(
+        Field("activation", "char", _FORM.activation, ACTIVATIONS),
+        Field("gated", "int32", int(_FORM.gated), (0, 1)),
+        Field("transposed", "int32", int(_FORM.transposed), (0, 1)),
+        Field("interleaved", "int32", int(_FORM.interleaved), (0, 1)),
+        Field("alpha", "float32", _FORM.alpha),
+        Field("limit", "float32", _FORM.limit),
+        Field("up_offset", "float32", _FORM.up_offset),
+    ),
+    inputs=(
+        Tensor("hidden", "float", ("T", "H")),
+        Tensor("index", "int64", ("T", "K")),
+        Tensor("weight", "float32", ("T", "K")),
+        Tensor("gate_up", "float", ("E", "R", "H")),  # [E,H,R] with transposed = 1
+        Tensor("down", "float", ("E", "H", "I")),  # [E,I,H] with transposed = 1
+        Tensor("gate_up_bias", "float", ("E", "R")),
+        Tensor("down_bias", "float", ("E", "H")),
+    ),
+    outputs=(Tensor("output", "float", ("T", "H")),),
+    optional=2,
+)
+
+# A workspace that the kernels will need is theirs to say: until there are kernels none is used, so 0 is asked for.
+# Bounds to keep then, so that it stays bounded by the tokens: LynxSelect O(T*K + E), LynxExperts O(T*K*(H + R)).
+CONTRACTS: dict[str, Contract] = {SELECT: SELECT_CONTRACT, EXPERTS: EXPERTS_CONTRACT}

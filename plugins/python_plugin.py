@@ -1,0 +1,224 @@
+"""The two plugins as Python `IPluginV3` objects: they build engines now, and will launch the kernels.
+
+`register` puts their creators into TensorRT's registry, where the ONNX parser finds them by a node's name, version
+and namespace. Everything they answer comes from `contract.py`. This version of lynx-trt has no GPU kernels, so
+`enqueue` refuses to run: an engine is never silently wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lynx_trt.errors import TensorRTError
+from lynx_trt.plugins.contract import CONTRACTS, Contract, Value
+
+# TensorRT holds no reference of its own to Python objects: a creator or a plugin that is collected is a crash.
+# Keyed by the module: full TensorRT and TensorRT for RTX have a registry each.
+_CREATORS: dict[str, list[Any]] = {}
+_PLUGINS: list[Any] = []
+
+# Why nodes were refused, one sentence each. TensorRT reports an exception of a plugin only as "could not create".
+_REFUSALS: list[str] = []
+
+NO_KERNELS = (
+    "this version of lynx-trt has no GPU kernels yet: {name} builds into an engine but can't run. Run the artifact's "
+    "model.onnx with ONNX Runtime, or install a version of lynx-trt with kernels and build again"
+)
+
+
+def register(trt: Any) -> None:
+    """Register the creators of both plugins with a TensorRT (`loader.load().module`); doing so twice is harmless.
+
+    A creator that somebody else has registered under the same name stays (the C++ plugin, once loaded).
+
+    Raises TensorRTError: the registry refuses one.
+    """
+    if trt.__name__ in _CREATORS:
+        return
+    plugin_class = type("LynxPlugin", (_Plugin, *_plugin_bases(trt)), {"trt": trt})
+    creator_class = type("LynxPluginCreator", (_Creator, trt.IPluginCreatorV3One), {"trt": trt})
+    registry = trt.get_plugin_registry()
+    creators: list[Any] = []
+    for contract in CONTRACTS.values():
+        if registry.get_creator(contract.name, contract.version, contract.namespace) is not None:
+            continue
+        creator = creator_class(contract, plugin_class)
+        creators.append(creator)
+        if not registry.register_creator(creator, contract.namespace):
+            raise TensorRTError(f"TensorRT's plugin registry refuses {contract.name} version {contract.version}")
+    _CREATORS[trt.__name__] = creators
+
+
+def take_refusals() -> list[str]:
+    """Why the plugins refused nodes since the last call, each as "node NAME: reason"."""
+    refusals = list(dict.fromkeys(_REFUSALS))
+    _REFUSALS.clear()
+    return refusals
+
+
+@contextlib.contextmanager
+def _refusing(node: str) -> Iterator[None]:
+    """Keep the reason of a ValueError, then let it go on to TensorRT."""
+    try:
+        yield
+    except ValueError as error:
+        _REFUSALS.append(f"node {node}: {error}")
+        raise
+
+
+def _plugin_bases(trt: Any) -> tuple[Any, ...]:
+    return trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+
+
+def _field_type(trt: Any, name: str) -> Any:
+    kinds = trt.PluginFieldType
+    return {"int32": kinds.INT32, "float32": kinds.FLOAT32, "char": kinds.CHAR}[name]
+
+
+def type_name(trt: Any, data_type: Any) -> str:
+    """A TensorRT DataType under the contract's name; one that the contract doesn't know under TensorRT's own."""
+    known = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.INT32: "int32",
+        trt.DataType.INT64: "int64",
+        trt.DataType.BOOL: "bool",
+    }
+    return known.get(data_type, str(data_type))
+
+
+def _data_type(trt: Any, name: str) -> Any:
+    return {
+        "float32": trt.DataType.FLOAT,
+        "float16": trt.DataType.HALF,
+        "bfloat16": trt.DataType.BF16,
+        "int32": trt.DataType.INT32,
+        "int64": trt.DataType.INT64,
+        "bool": trt.DataType.BOOL,
+    }[name]
+
+
+class _Plugin:
+    """One node of the graph. The bases of TensorRT are added by `register`, which has the module at hand."""
+
+    trt: Any
+
+    def __init__(self, contract: Contract, values: dict[str, Value], node: str) -> None:
+        for base in _plugin_bases(self.trt):
+            base.__init__(self)
+        self.contract = contract
+        self.values = values
+        self.node = node
+        self.plugin_name = contract.name
+        self.plugin_version = contract.version
+        self.plugin_namespace = contract.namespace
+        self.num_outputs = len(contract.outputs)
+        # A field refers to the bytes of its value, and a collection copies fields without keeping them: TensorRT
+        # reads both after `get_fields_to_serialize` has returned, so everything lives as long as the plugin.
+        self._fields = [
+            _plugin_field(self.trt, field.name, field.type, values[field.name]) for field in contract.fields
+        ]
+        self._collection = self.trt.PluginFieldCollection(self._fields)
+        _PLUGINS.append(self)
+
+    # ---- core
+
+    def get_capability_interface(self, kind: Any) -> Any:
+        return self
+
+    def clone(self) -> Any:
+        return type(self)(self.contract, self.values, self.node)
+
+    # ---- build
+
+    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        names = [type_name(self.trt, kind) for kind in input_types]
+        with _refusing(self.node):
+            self.contract.check_types(names)
+        return [_data_type(self.trt, name) for name in self.contract.output_types(names)]
+
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Any, builder: Any) -> list[Any]:
+        with _refusing(self.node):
+            self.contract.check_ranks([len(shape) for shape in inputs])
+        outputs = []
+        for dims in self.contract.output_sources():
+            shape = self.trt.DimsExprs(len(dims))
+            for axis, (number, source) in enumerate(dims):
+                shape[axis] = inputs[number][source]
+            outputs.append(shape)
+        return outputs
+
+    def supports_format_combination(self, position: int, tensors: Sequence[Any], n_inputs: int) -> bool:
+        types = [type_name(self.trt, tensor.desc.type) for tensor in tensors]
+        linear = tensors[position].desc.format == self.trt.TensorFormat.LINEAR
+        return self.contract.supports(position, types, n_inputs, linear=linear)
+
+    def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        pass
+
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: Any) -> int:
+        return self.contract.workspace([tuple(tensor.max) for tensor in inputs])
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    # ---- run
+
+    def set_tactic(self, tactic: int) -> None:
+        pass
+
+    def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+        pass
+
+    def attach_to_context(self, context: Any) -> Any:
+        return self.clone()
+
+    def get_fields_to_serialize(self) -> Any:
+        return self._collection
+
+    def enqueue(self, *_: Any) -> None:
+        raise TensorRTError(NO_KERNELS.format(name=self.contract.name))
+
+
+class _Creator:
+    """What the ONNX parser, and later the deserializing engine, find in the registry."""
+
+    trt: Any
+
+    def __init__(self, contract: Contract, plugin_class: type) -> None:
+        self.trt.IPluginCreatorV3One.__init__(self)
+        self.contract = contract
+        self.plugin_class = plugin_class
+        self.name = contract.name
+        self.plugin_version = contract.version
+        self.plugin_namespace = contract.namespace
+        self._fields = [
+            self.trt.PluginField(field.name, b"", _field_type(self.trt, field.type)) for field in contract.fields
+        ]
+        self.field_names = self.trt.PluginFieldCollection(self._fields)
+
+    def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+        given = {field.name: _field_value(self.trt, field) for field in fields}
+        with _refusing(name):
+            values = self.contract.parse_fields(given)
+        return self.plugin_class(self.contract, values, name)
+
+
+def _plugin_field(trt: Any, name: str, kind: str, value: Value) -> Any:
+    import numpy as np
+
+    data = str(value).encode() if kind == "char" else np.array([value], dtype=kind)
+    return trt.PluginField(name, data, _field_type(trt, kind))
+
+
+def _field_value(trt: Any, field: Any) -> Value:
+    """A field's value as a Python object; a string may arrive with a trailing NUL."""
+    import numpy as np
+
+    if field.type == trt.PluginFieldType.CHAR:
+        return bytes(np.asarray(field.data).tobytes()).rstrip(b"\0").decode()
+    value = np.asarray(field.data).reshape(-1)[0].item()
+    return float(value) if field.type == trt.PluginFieldType.FLOAT32 else int(value)

@@ -1,0 +1,204 @@
+"""The contract, and that the Python plugins keep it (against the real TensorRT API, without building)."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lynx_trt.errors import TensorRTError
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
+from lynx_trt.plugins import python_plugin
+from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, FLOAT_TYPES, SELECT_CONTRACT
+from lynx_trt.selection import PRESETS
+from lynx_trt.tensorrt import loader
+
+SELECT_ATTRIBUTES = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
+EXPERTS_ATTRIBUTES = experts_attributes(ExpertsForm(activation="gelu_tanh", limit=7.0))
+ATTRIBUTES = {"LynxSelect": SELECT_ATTRIBUTES, "LynxExperts": EXPERTS_ATTRIBUTES}
+
+
+@pytest.fixture(scope="module")
+def trt():
+    for wheel in (loader.LIBRARIES_WHEEL, loader.BINDINGS_WHEEL):
+        try:
+            importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{wheel} is not installed: {loader.INSTALL_CPU}")
+    module = loader.load("rtx").module
+    python_plugin.register(module)
+    return module
+
+
+# ---- the contract
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_fields_are_the_attributes_that_the_exporter_writes(name):
+    contract = CONTRACTS[name]
+    assert {field.name for field in contract.fields} == ATTRIBUTES[name].keys() - PLUGIN.keys()
+    kinds = {"char": str, "int32": int, "float32": float}
+    for field in contract.fields:
+        assert type(ATTRIBUTES[name][field.name]) is kinds[field.type], field.name
+    assert {"plugin_namespace": contract.namespace, "plugin_version": contract.version} == PLUGIN
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_allowed(preset):
+    attributes = select_attributes(PRESETS[preset], experts_per_token=8, renormalize=False, scale=2.5)
+    values = SELECT_CONTRACT.parse_fields(dict(attributes))
+    assert values == {name: value for name, value in attributes.items() if name not in PLUGIN}
+
+
+def test_defaults_are_the_ops_defaults():
+    assert EXPERTS_CONTRACT.parse_fields({}) == EXPERTS_CONTRACT.parse_fields(dict(experts_attributes(ExpertsForm())))
+
+
+def test_required_and_forbidden_values():
+    with pytest.raises(ValueError, match="LynxSelect needs the attribute vote"):
+        SELECT_CONTRACT.parse_fields({})
+    with pytest.raises(ValueError, match="activation is 'swish'; allowed: silu"):
+        EXPERTS_CONTRACT.parse_fields({"activation": "swish"})
+
+
+def test_output_shapes():
+    t, e, k, h, i = 5, 8, 2, 16, 32  # all different, so that no axis can be mistaken for another
+    shapes = [(t, e), (t, e), (t, k), (t, k), (), (t,)]
+    assert SELECT_CONTRACT.output_shapes(shapes) == [(t, k), (t, k), ()]
+    shapes = [(t, h), (t, k), (t, k), (e, 2 * i, h), (e, h, i)]
+    assert EXPERTS_CONTRACT.output_shapes(shapes) == [(t, h)]
+    transposed = [(t, h), (t, k), (t, k), (e, h, 2 * i), (e, i, h), (e, 2 * i), (e, h)]
+    assert EXPERTS_CONTRACT.output_shapes(transposed) == [(t, h)]
+
+
+@pytest.mark.parametrize("kind", FLOAT_TYPES)
+@pytest.mark.parametrize("n_inputs", [5, 7])
+def test_experts_formats(kind, n_inputs):
+    types = [*[kind, "int64", "float32", kind, kind, kind, kind][:n_inputs], kind]
+    assert all(EXPERTS_CONTRACT.supports(p, types, n_inputs) for p in range(len(types)))
+    assert EXPERTS_CONTRACT.output_types(types[:n_inputs]) == [kind]
+    for position in range(len(types)):
+        assert not EXPERTS_CONTRACT.supports(position, types, n_inputs, linear=False)
+        wrong = [*types[:position], "int8", *types[position + 1 :]]
+        assert not EXPERTS_CONTRACT.supports(position, wrong, n_inputs)
+
+
+def test_experts_precision_is_one():
+    mixed = ["float16", "int64", "float32", "float32", "float16", "float16"]
+    assert not EXPERTS_CONTRACT.supports(3, mixed, 5)
+    with pytest.raises(ValueError, match="gate_up is float32; allowed: float16"):
+        EXPERTS_CONTRACT.check_types(mixed[:5])
+
+
+def test_weights_stay_float32_in_a_half_graph():
+    types = ["float16", "int64", "float16", "float16", "float16", "float16"]
+    assert not EXPERTS_CONTRACT.supports(2, types, 5)
+
+
+def test_a_lone_bias_is_refused():
+    with pytest.raises(ValueError, match="has 6 inputs; it takes 5 or 7"):
+        EXPERTS_CONTRACT.check_types(["float32"] * 6)
+    assert not EXPERTS_CONTRACT.supports(0, ["float32"] * 7, 6)
+
+
+def test_ranks():
+    SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 0, 1])
+    with pytest.raises(ValueError, match=r"budget has 1 dimensions; it must be \[\]"):
+        SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 1, 1])
+
+
+def test_no_heavy_import():
+    code = "import sys, lynx_trt.plugins.contract, lynx_trt.plugins.python_plugin; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "onnx", "tensorrt"} & set(modules)
+    assert not any("_native" in name for name in modules)
+
+
+# ---- the Python plugin
+
+
+def creator_of(trt, name):
+    python_plugin.register(trt)  # a second time: harmless
+    return next(creator for creator in python_plugin._CREATORS[trt.__name__] if creator.name == name)
+
+
+KEPT: list = []
+
+
+def fields_of(trt, name, attributes, *, nul: bool = False):
+    fields = []
+    for field in CONTRACTS[name].fields:
+        value = attributes[field.name]
+        if field.type == "char":  # the parser passes C strings, with their end
+            fields.append(trt.PluginField(field.name, value.encode() + b"\0" * nul, trt.PluginFieldType.CHAR))
+        else:
+            kind = trt.PluginFieldType.INT32 if field.type == "int32" else trt.PluginFieldType.FLOAT32
+            fields.append(trt.PluginField(field.name, np.array([value], dtype=field.type), kind))
+    KEPT.append(fields)  # a collection copies fields without keeping them, a field keeps its value alive
+    return trt.PluginFieldCollection(fields)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_registered(trt, name):
+    contract = CONTRACTS[name]
+    found = trt.get_plugin_registry().get_creator(contract.name, contract.version, contract.namespace)
+    assert found is not None
+    assert (found.name, found.plugin_version, found.plugin_namespace) == (name, "1", "lynx")
+    assert {field.name for field in creator_of(trt, name).field_names} == {field.name for field in contract.fields}
+    assert len(python_plugin._CREATORS[trt.__name__]) == len(CONTRACTS)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_attributes_survive_serialization(trt, name):
+    creator = creator_of(trt, name)
+    phase = trt.TensorRTPhase.BUILD
+    plugin = creator.create_plugin("node", fields_of(trt, name, ATTRIBUTES[name], nul=True), phase)
+    expected = {key: value for key, value in ATTRIBUTES[name].items() if key not in PLUGIN}
+    assert plugin.values == expected
+    stored = plugin.get_fields_to_serialize()
+    gc.collect()  # the values must outlive the call: TensorRT reads them afterwards
+    again = creator.create_plugin("node", stored, trt.TensorRTPhase.RUNTIME)
+    assert again.values == expected
+    assert again.clone().values == expected
+    assert (again.plugin_name, again.plugin_version, again.plugin_namespace) == (name, "1", "lynx")
+    assert again.num_outputs == len(CONTRACTS[name].outputs)
+
+
+def test_output_types(trt):
+    plugin = creator_of(trt, "LynxSelect").create_plugin(
+        "node", fields_of(trt, "LynxSelect", SELECT_ATTRIBUTES), trt.TensorRTPhase.BUILD
+    )
+    f32, i64 = trt.DataType.FLOAT, trt.DataType.INT64
+    given = [f32, f32, i64, f32, trt.DataType.INT32, trt.DataType.BOOL]
+    assert plugin.get_output_data_types(given) == [i64, f32, trt.DataType.INT32]
+    plugin = creator_of(trt, "LynxExperts").create_plugin(
+        "node", fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES), trt.TensorRTPhase.BUILD
+    )
+    bf16 = trt.DataType.BF16
+    assert plugin.get_output_data_types([bf16, i64, f32, bf16, bf16]) == [bf16]
+
+
+def test_refusals_are_kept_for_the_message(trt):
+    python_plugin.take_refusals()
+    attributes = {**SELECT_ATTRIBUTES, "vote": "majority"}
+    with pytest.raises(ValueError, match="majority"):
+        creator_of(trt, "LynxSelect").create_plugin(
+            "select.3", fields_of(trt, "LynxSelect", attributes), trt.TensorRTPhase.BUILD
+        )
+    assert python_plugin.take_refusals() == [
+        "node select.3: LynxSelect: vote is 'majority'; allowed: count, weight, affinity, score"
+    ]
+    assert python_plugin.take_refusals() == []
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_running_refuses_loudly(trt, name):
+    plugin = creator_of(trt, name).create_plugin("n", fields_of(trt, name, ATTRIBUTES[name]), trt.TensorRTPhase.RUNTIME)
+    with pytest.raises(TensorRTError, match=f"no GPU kernels yet: {name}"):
+        plugin.enqueue([], [], [], [], 0, 0)
+    assert plugin.get_workspace_size([], []) == 0

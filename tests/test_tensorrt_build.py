@@ -1,0 +1,553 @@
+"""Building engines with the real TensorRT for RTX on a CPU, and every way in which that can go wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import psutil
+import pytest
+from onnx import helper
+from trt_graphs import CACHE, HEAD_SIZE, HEADS, H, make_graph
+
+from lynx_trt.errors import TensorRTError, UsageError
+from lynx_trt.export.ops import EXPERTS, SELECT
+from lynx_trt.tensorrt import loader, worker
+from lynx_trt.tensorrt.build import build_engine
+from lynx_trt.tensorrt.prepare import input_dims, prepare, read
+from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
+
+try:
+    importlib.metadata.version(loader.LIBRARIES_WHEEL)
+    importlib.metadata.version(loader.BINDINGS_WHEEL)
+except importlib.metadata.PackageNotFoundError as missing:
+    pytest.skip(f"{missing.name} is not installed: {loader.INSTALL_CPU}", allow_module_level=True)
+
+
+def profiles_of(path: Path) -> tuple[Profile, Profile]:
+    return decode_and_prefill(
+        input_dims(read(path)),
+        decode_batch=Range(1, 8, 64),
+        prefill_batch=Range(1, 2, 4),
+        prefill_length=Range(1, 16, CACHE),
+    )
+
+
+def build(path: Path, **options):
+    return build_engine(path, path.with_suffix(".plan"), profiles_of(path), flavor="rtx", **options)
+
+
+def edit(path: Path, change) -> Path:
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def node_of(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == op)
+
+
+def set_attribute(op: str, name: str, value):
+    def change(model):
+        node = node_of(model, op)
+        kept = [attribute for attribute in node.attribute if attribute.name != name]
+        del node.attribute[:]
+        node.attribute.extend(kept if value is None else [*kept, helper.make_attribute(name, value)])
+
+    return change
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if "partial" in path.name or path.suffix == ".plan"]
+
+
+# ---- engines
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_build(tmp_path, dtype, bias):
+    path = make_graph(tmp_path / "model.onnx", dtype, layers=2, bias=bias)
+    seen = []
+    report = build(path, on_progress=seen.append)
+    plan = path.with_suffix(".plan").read_bytes()
+    assert report.plan_bytes == len(plan)
+    assert report.plugin_layers == {SELECT: 2, EXPERTS: 2}
+    assert (report.flavor, report.external) == ("rtx", ())
+    assert [profile.name for profile in report.profiles] == ["decode", "prefill"]
+    assert report.messages == ()
+    assert 0 < report.peak_bytes < 1e9
+    precision = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
+    io = {tensor.name: (tensor.mode, tensor.dtype, tensor.shape) for tensor in report.io}
+    assert io["input_ids"] == ("input", "int64", (-1, -1))
+    assert io["past_key_values.0.key"] == ("input", precision, (-1, HEADS, CACHE, HEAD_SIZE))
+    assert io["budgets"] == ("input", "int32", (2,))
+    assert io["hidden"] == ("output", precision, (-1, H))
+    assert io["active.1"] == ("output", "int32", ())
+    # The attributes are in the plan, whole: a value that dies too early would be garbage there.
+    assert len(re.findall(rb"vote\0.{8}weight", plan, re.DOTALL)) == 4  # of each layer for each profile
+    assert len(re.findall(rb"activation\0.{8}silu", plan, re.DOTALL)) == 4
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0, 1)
+    assert {"Parsing", "Building engine", "Writing the plan"} <= {progress.phase for progress in seen}
+    assert leftovers(tmp_path) == ["model.plan"]
+
+
+def test_external_weights(tmp_path):
+    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True)
+    inside, outside = build(path), build(path, expert_weights="external")
+    names = [f"{name}.{layer}" for layer in range(2) for name in ("gate_up", "down", "gate_up_bias")]
+    # The bias of `down` has 8 * 32 * 2 = 512 bytes and lies in the ONNX file itself: it stays in the engine.
+    assert [weight.name for weight in outside.external] == names
+    assert outside.plugin_layers == inside.plugin_layers
+    tensors = {tensor.name: tensor for tensor in read(path).graph.initializer}
+    io = {tensor.name: tensor for tensor in outside.io}
+    data = (tmp_path / "model.onnx.data").read_bytes()
+    onnx.load_external_data_for_model(whole := onnx.load(path, load_external_data=False), str(tmp_path))
+    values = {tensor.name: tensor.raw_data for tensor in whole.graph.initializer}
+    for weight in outside.external:
+        assert io[weight.name].shape == weight.shape == tuple(tensors[weight.name].dims)
+        assert io[weight.name].dtype == weight.dtype == "float16"
+        assert weight.file == "model.onnx.data"
+        assert data[weight.offset : weight.offset + weight.length] == values[weight.name]
+
+
+def test_external_weights_are_not_in_the_plan(tmp_path):
+    path = make_graph(tmp_path / "model.onnx", "fp16", hidden=128, intermediate=512)  # 3 MB of expert weights
+    inside, outside = build(path), build(path, expert_weights="external")
+    weights = sum(weight.length for weight in outside.external)
+    assert weights == 3 * 8 * 512 * 128 * 2
+    assert inside.plan_bytes - outside.plan_bytes > 0.9 * weights
+
+
+def test_function_bodies_do_not_replace_the_plugins(tmp_path):
+    """With bodies and no plugin TensorRT would build the reference implementation, silently and slowly."""
+    from lynx_trt.export.functions import add_functions
+
+    path = make_graph(tmp_path / "model.onnx", "fp32", layers=2)
+    edit(path, set_attribute(SELECT, "power", 3.0))  # two variants of the op: overloads in the node
+
+    def add(model):
+        add_functions(model)
+        assert len(model.functions) == 3
+
+    report = build(edit(path, add))
+    assert report.plugin_layers == {SELECT: 2, EXPERTS: 2}
+    assert b"vote\0" in path.with_suffix(".plan").read_bytes()
+
+
+def test_the_file_is_left_alone(tmp_path):
+    path = make_graph(tmp_path / "model.onnx", "fp32")
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    build(path, expert_weights="external")
+    path.with_suffix(".plan").unlink()
+    assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow  # a gigabyte of disk
+def test_memory(tmp_path):
+    """500 MB of expert weights: measured 3.0 times the weights + 0.2 GB (a third of it pages of the data file)."""
+    path = make_graph(tmp_path / "model.onnx", "bf16", layers=10, hidden=512, intermediate=2048)
+    weights = (tmp_path / "model.onnx.data").stat().st_size
+    assert weights > 5e8
+    assert build(path).peak_bytes < 3 * weights + 0.5e9
+    outside = build(path, expert_weights="external")
+    assert outside.peak_bytes < 0.5e9
+    assert outside.plan_bytes < 0.05 * weights
+
+
+# ---- the copy for TensorRT
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", 1), ("fp16", 0)])
+def test_decomposable_attention(tmp_path, dtype, expected):
+    path = make_graph(tmp_path / "model.onnx", dtype)
+
+    def annotate(model):
+        elem = model.graph.output[0].type.tensor_type.elem_type
+        model.graph.value_info.append(helper.make_tensor_value_info("q", elem, None))
+
+    model = prepare(edit(path, annotate)).model
+    attributes = [
+        attribute for attribute in node_of(model, "Attention").attribute if attribute.name == "TRT_decomposable"
+    ]
+    assert [attribute.i for attribute in attributes] == [1] * expected
+
+
+def test_unnamed_nodes_and_omitted_outputs(tmp_path):
+    """Foreign tools drop names, plugin attributes and unused outputs; TensorRT's parser insists on all three."""
+
+    def change(model):
+        for node in model.graph.node:
+            node.name = ""
+        node = node_of(model, SELECT)
+        del node.output[2:]
+        kept = [attribute for attribute in node.attribute if not attribute.name.startswith("plugin_")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        outputs = [value for value in model.graph.output if not value.name.startswith("active")]
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
+
+    report = build(edit(make_graph(tmp_path / "model.onnx"), change))
+    assert report.plugin_layers == {SELECT: 1, EXPERTS: 1}
+
+
+# ---- graphs that are wrong: one clear message each
+
+
+def rename_op(domain: str, name: str):
+    def change(model):
+        node = node_of(model, "Add")
+        node.op_type, node.domain = name, domain
+
+    return change
+
+
+def rewire(op: str, position: int, tensor: str | None):
+    def change(model):
+        node = node_of(model, op)
+        if tensor is None:
+            del node.input[position:]
+        else:
+            node.input[position] = tensor
+
+    return change
+
+
+def move_data(key: int, value: str):
+    def change(model):
+        next(t for t in model.graph.initializer if t.name == "gate_up.0").external_data[key].value = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_op("com.example", "Foo"), r"can't read .*model.onnx:\n  node Add.\w+ \(Foo\): TensorRT has no such op"),
+        (rename_op("lynx", "LynxRoute"), r"is lynx.LynxRoute, which this version does not know"),
+        (set_attribute(EXPERTS, "plugin_version", "2"), r"plugin_version '2'; this version has '1'"),
+        (set_attribute(EXPERTS, "activation", "mish"), r"\n  node LynxExperts.experts.0: .*'mish'; allowed: silu"),
+        (set_attribute(SELECT, "vote", None), r"\n  node LynxSelect.index.0: LynxSelect needs the attribute vote"),
+        (rewire(EXPERTS, 1, "weight.0"), r"index is float32; allowed: int64"),
+        (rewire(EXPERTS, 3, None), r"has 3 inputs; it takes 5 or 7"),
+        (rewire(SELECT, 4, "budgets"), r"budget has 1 dimensions"),
+        (rewire("Reshape", 0, "nothing"), r"node Reshape.\w+ \(Reshape\): .*input was not registered"),
+        (move_data(0, "gone.data"), r"gone.data: No such file or directory \(tensor gate_up.0\)"),
+        (move_data(1, "begin"), r"gate_up.0 does not say where its data lies"),
+        (move_data(1, "999999999"), r"has \d+ bytes, and tensor gate_up.0 ends at byte \d+. The file was cut off"),
+    ],
+)
+def test_wrong_graph(tmp_path, change, message):
+    path = edit(make_graph(tmp_path / "model.onnx"), change)
+    with pytest.raises(TensorRTError, match=re.compile(message, re.DOTALL)):
+        build(path)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "holds no graph"),
+        (b"\xff" * 64, "is not an ONNX file"),
+        (b"<html>", "not an ONNX"),
+    ],
+)
+def test_wrong_file(tmp_path, content, message):
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TensorRTError, match=f"model.onnx.*{message}"):
+        build_engine(path, tmp_path / "model.plan", [])
+
+
+def test_external_weights_that_are_not_constants(tmp_path):
+    def compute(model):
+        node = node_of(model, EXPERTS)
+        model.graph.node.insert(0, helper.make_node("Identity", [node.input[4]], ["computed"]))
+        node.input[4] = "computed"
+
+    with pytest.raises(TensorRTError, match=r"down of LynxExperts.experts.0 is 'computed', which is not a constant"):
+        build(edit(make_graph(tmp_path / "model.onnx"), compute), expert_weights="external")
+
+
+def test_external_weights_that_are_inside_the_file(tmp_path):
+    path = make_graph(tmp_path / "model.onnx")
+    onnx.save(onnx.load(path), path)
+    with pytest.raises(TensorRTError, match="all its expert weights inside the ONNX file"):
+        build(path, expert_weights="external")
+    assert build(path).plugin_layers == {SELECT: 1, EXPERTS: 1}  # in the engine they are fine
+
+
+# ---- options and places that are wrong
+
+
+def test_wrong_options(tmp_path):
+    path = make_graph(tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match="'disk': choose engine or external"):
+        build(path, expert_weights="disk")
+    with pytest.raises(UsageError, match="'lean': choose auto, full or rtx"):
+        build_engine(path, tmp_path / "plan", profiles_of(path), flavor="lean")
+    with pytest.raises(UsageError, match="0 bytes; it must be at least 1"):
+        build(path, workspace_bytes=0)
+    bad = Profile("bad", {**profiles_of(path)[0].shapes, "lengths": ((3,), (1,), (2,))})
+    with pytest.raises(UsageError, match=r"min \[3\], opt \[1\], max \[2\]"):
+        build_engine(path, tmp_path / "plan", [bad])
+
+
+def test_workspace_limit(tmp_path):
+    path = make_graph(tmp_path / "model.onnx")
+    with pytest.raises(TensorRTError, match=r"could not build the engine: .*Raise or drop the workspace limit"):
+        build(path, workspace_bytes=1)
+    assert leftovers(tmp_path) == []
+    assert build(path, workspace_bytes=1 << 30).plan_bytes
+
+
+def test_full_tensorrt_without_a_gpu(tmp_path):
+    if loader.describe()["auto"] == "full":
+        pytest.skip("this machine has full TensorRT and a GPU")
+    path = make_graph(tmp_path / "model.onnx")
+    with pytest.raises(TensorRTError, match="full TensorRT does not work here"):
+        build_engine(path, tmp_path / "plan", profiles_of(path), flavor="full")
+
+
+def test_no_place_for_the_plan(tmp_path):
+    path = make_graph(tmp_path / "model.onnx")
+    for place, message in [(tmp_path, "it is a folder"), (tmp_path / "no" / "plan", "no does not exist")]:
+        with pytest.raises(TensorRTError, match=message):
+            build_engine(path, place, profiles_of(path))
+
+
+def test_disk_full(tmp_path):
+    """A limit on the file size stands for a full disk: the write fails in the same place."""
+    path = make_graph(tmp_path / "model.onnx")
+    old = path.with_suffix(".plan")
+    old.write_text("the plan of yesterday")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(
+            TensorRTError, match=f"can't write the engine to {re.escape(str(tmp_path))}: File too large"
+        ):
+            build(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert leftovers(tmp_path) == ["model.plan"]
+    assert old.read_text() == "the plan of yesterday"
+
+
+def test_callback_that_raises(tmp_path):
+    def stop(progress):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build(make_graph(tmp_path / "model.onnx"), on_progress=stop)
+    assert leftovers(tmp_path) == []
+    assert not psutil.Process().children()
+
+
+# ---- the child process
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(signal.SIGKILL, "ran out of memory"), (signal.SIGABRT, "a crash inside TensorRT")]
+)
+def test_child_dies_in_the_middle(tmp_path, number, advice):
+    def kill(progress):
+        if progress.phase == "Loading TensorRT":
+            (child,) = psutil.Process().children()
+            child.send_signal(number)
+
+    path = make_graph(tmp_path / "model.onnx")
+    with pytest.raises(TensorRTError, match=f"ended by {number.name} in the phase '.*{advice}"):
+        build(path, on_progress=kill)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "message"),
+    [
+        ("libfoo: out of luck", TensorRTError, "exit code 3 in the phase 'Starting'.*last words: libfoo: out of luck"),
+        ("Traceback (most recent call last):", RuntimeError, "Traceback"),  # a defect of ours keeps its traceback
+    ],
+)
+def test_child_ends_without_an_answer(tmp_path, monkeypatch, says, error, message):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{says}' >&2\nexit 3\n")
+    python.chmod(0o755)
+    path = make_graph(tmp_path / "model.onnx")
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(error, match=message):
+        build(path)
+    assert leftovers(tmp_path) == []
+
+
+BUILD_SCRIPT = """
+import os, signal, sys
+import psutil
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_tensorrt_build import build
+def act(progress):
+    if progress.phase == "Loading TensorRT":
+        print(psutil.Process().children()[0].pid, flush=True)
+        {act}
+try:
+    build(Path({path!r}), on_progress=act)
+except KeyboardInterrupt:
+    print("interrupted", psutil.Process().children())
+"""
+
+
+def run_script(path: Path, act: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Build in a process (group) of its own that does `act` in the middle; the result and the worker's pid."""
+    code = BUILD_SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), act=act)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    return done, int(done.stdout.split()[0])
+
+
+def wait_until_gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("target", ["os.killpg(0, signal.SIGINT)", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_interrupt(tmp_path, target):
+    """Ctrl-C, which the whole group gets, and a SIGINT to the parent alone."""
+    done, worker_pid = run_script(make_graph(tmp_path / "model.onnx"), target)
+    assert done.stdout.splitlines()[1:] == ["interrupted []"]
+    assert done.stderr == ""
+    assert wait_until_gone(worker_pid)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_parent_dies(tmp_path, number):
+    """Nobody is left to end the worker: it ends itself, and removes what it has written."""
+    done, worker_pid = run_script(make_graph(tmp_path / "model.onnx"), f"os.kill(os.getpid(), signal.{number})")
+    assert done.returncode == -getattr(signal, number)
+    assert wait_until_gone(worker_pid)
+    assert leftovers(tmp_path) == []
+
+
+def test_interrupt_of_the_child_alone_changes_nothing(tmp_path):
+    def interrupt(progress):
+        if progress.phase == "Loading TensorRT":
+            psutil.Process().children()[0].send_signal(signal.SIGINT)
+
+    assert build(make_graph(tmp_path / "model.onnx"), on_progress=interrupt).plan_bytes
+
+
+# ---- what TensorRT says
+
+
+def channel_lines(tmp_path, use) -> list[dict]:
+    file = tmp_path / "lines"
+    channel = worker._Channel(os.open(file, os.O_CREAT | os.O_WRONLY))
+    use(channel)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_messages_are_one_line_and_come_once(tmp_path):
+    def use(channel):
+        for text in ("two\n  lines", "two lines", "Make sure input x has Int64 binding.", "another"):
+            channel.message("warning", text)
+
+    assert [line["text"] for line in channel_lines(tmp_path, use)] == ["two lines", "another"]
+
+
+def test_progress_never_falls(tmp_path):
+    def use(channel):
+        for phase, fraction in (("a", 0.5), ("b", 0.2), (None, 0.7)):
+            channel.progress(phase, fraction)
+
+    lines = [(line["phase"], line["fraction"]) for line in channel_lines(tmp_path, use)]
+    assert lines == [("a", 0.5), ("b", 0.5), ("b", 0.7)]
+
+
+# ---- what only full TensorRT does, or a TensorRT that errs: with stand-ins
+
+
+class StandIn:
+    """A TensorRT of a few lines, for what the real one on a CPU can't be made to do."""
+
+    IStreamWriter = object
+
+    class LayerType:
+        PLUGIN_V3 = 1
+
+    def __init__(self, layers=(), parts=(b"one", b"two")):
+        self.parts = parts
+        self.layers = [type("Layer", (), {"name": name, "type": kind}) for name, kind in layers]
+        self.num_layers = len(self.layers)
+
+    def get_layer(self, number):
+        return self.layers[number]
+
+    def build_serialized_network_to_stream(self, network, config, writer):
+        return all(writer.write(part) == len(part) for part in self.parts)
+
+    def builder(self, channel=None):
+        builder = object.__new__(worker._Builder)
+        builder.trt = builder.builder = builder.network = builder.config = self
+        builder.errors, builder.channel = ["out of luck"], channel
+        return builder
+
+
+def test_plan_is_streamed(tmp_path):
+    def use(channel):
+        assert StandIn().builder(channel).build(tmp_path / "plan", stream=True) == 6
+
+    assert channel_lines(tmp_path, use)[-1]["phase"] == "Writing the plan"
+    assert (tmp_path / "plan").read_bytes() == b"onetwo"
+
+
+def test_streaming_to_a_full_disk(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+
+    (tmp_path / "plan").symlink_to("/dev/full")
+
+    def use(channel):
+        builder = StandIn(parts=[b"x" * 1_000_000]).builder(channel)
+        with pytest.raises(TensorRTError, match=r"can't write the engine to .*No space left on device.*GB are free"):
+            builder.build(tmp_path / "plan", stream=True)
+
+    channel_lines(tmp_path, use)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_stream_that_fails(tmp_path):
+    builder = StandIn().builder()
+    builder.builder = type("Builder", (), {"build_serialized_network_to_stream": lambda *_: False})()
+    with pytest.raises(TensorRTError, match="could not build the engine: out of luck"):
+        builder._stream((tmp_path / "plan").open("wb"))
+
+
+def test_nodes_that_are_no_plugin_layers():
+    """A TensorRT that takes the function body, or drops a node, must not go unnoticed."""
+    builder = StandIn(layers=[("a", 1), ("b", 2)]).builder()
+    assert builder.count_plugins({"a": SELECT}) == {SELECT: 1, EXPERTS: 0}
+    with pytest.raises(TensorRTError, match=r"2 of 3 lynx nodes did not become plugin layers: b \(LynxExperts\), c"):
+        builder.count_plugins({"a": SELECT, "b": EXPERTS, "c": EXPERTS})

@@ -1,0 +1,147 @@
+"""Small hand-made lynx graphs for the TensorRT tests: the inputs of a real export, one attention, MoE layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, experts_attributes, select_attributes
+from lynx_trt.selection import PRESETS
+
+DTYPES = {
+    "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+VOCABULARY, HEADS, HEAD_SIZE, CACHE = 32, 2, 16, 64
+H, E, K, I = HEADS * HEAD_SIZE, 8, 2, 32  # noqa: E741
+
+
+class GraphMaker:
+    """Collects nodes and weights; weights from 1 KiB on go to one data file, as an exporter does it."""
+
+    def __init__(self, path: Path, dtype: str, hidden: int = H, intermediate: int = I) -> None:
+        self.path = path
+        self.elem, self.numpy = DTYPES[dtype]
+        self.hidden, self.intermediate = hidden, intermediate
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.data = path.with_suffix(".onnx.data").open("wb")
+        self.random = np.random.default_rng(0)
+
+    def node(self, op: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes) -> str:
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}.{outputs[0]}", domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, values, dtype=np.int64) -> str:
+        self.weights.append(numpy_helper.from_array(np.array(values, dtype=dtype), name))
+        return name
+
+    def weight(self, name: str, shape: tuple[int, ...], *, inline: bool = False) -> str:
+        values = (self.random.standard_normal(size=shape, dtype=np.float32) * 0.02).astype(self.numpy)
+        tensor = TensorProto(name=name, dims=shape, data_type=self.elem)
+        if inline or values.nbytes < 1024:
+            tensor.raw_data = values.tobytes()
+        else:
+            self.data.write(b"\0" * (-self.data.tell() % 4096))
+            tensor.data_location = TensorProto.EXTERNAL
+            place = {"location": Path(self.data.name).name, "offset": self.data.tell(), "length": values.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self.data.write(values.tobytes())
+        self.weights.append(tensor)
+        return name
+
+    def attention(self, x: str) -> str:
+        """[B,S,H] -> [B,S,H] through a cache of fixed length, written in place."""
+        heads = self.constant("heads", [0, 0, HEADS, HEAD_SIZE])
+        for part in "qkv":
+            self.node("MatMul", [x, self.weight(f"w{part}", (self.hidden, H))], [f"{part}0"])
+            self.node("Reshape", [f"{part}0", heads], [f"{part}1"])
+            self.node("Transpose", [f"{part}1"], [part], perm=[0, 2, 1, 3])
+        for part, past in (("k", "key"), ("v", "value")):
+            inputs = [f"past_key_values.0.{past}", part, "past_lengths"]
+            self.node("TensorScatter", inputs, [f"present.0.{past}"], axis=2)
+        self.node("Add", ["past_lengths", "lengths"], ["total"])
+        inputs = ["q", "present.0.key", "present.0.value", "", "", "", "total"]
+        self.node("Attention", inputs, ["attended"], is_causal=1)
+        self.node("Transpose", ["attended"], ["attended0"], perm=[0, 2, 1, 3])
+        self.node("Reshape", ["attended0", self.constant("merged", [0, 0, H])], ["attended1"])
+        return self.node("MatMul", ["attended1", self.weight("wo", (H, self.hidden))], ["attention"])
+
+    def moe(self, layer: int, x: str, *, bias: bool, preset: str = "lynx", form: ExpertsForm | None = None) -> str:
+        """[T,H] -> [T,H]"""
+        hidden, intermediate = self.hidden, self.intermediate
+        n = f".{layer}"
+        self.node("MatMul", [x, self.weight(f"router{n}", (hidden, E))], [f"logits{n}"])
+        self.node("Cast", [f"logits{n}"], [f"logits32{n}"], to=TensorProto.FLOAT)
+        self.node("Softmax", [f"logits32{n}"], [f"scores{n}"], axis=-1)
+        self.node("TopK", [f"scores{n}", "experts_per_token"], [f"topk_weight{n}", f"topk_index{n}"], axis=-1)
+        self.node("Gather", ["budgets", self.constant(f"layer{n}", layer)], [f"budget{n}"], axis=0)
+        self.node(
+            SELECT,
+            [f"scores{n}", f"scores{n}", f"topk_index{n}", f"topk_weight{n}", f"budget{n}", "token_mask"],
+            [f"index{n}", f"weight{n}", f"active{n}"],
+            domain=DOMAIN,
+            **select_attributes(PRESETS[preset], experts_per_token=K, renormalize=True, scale=1.0),
+        )
+        inputs = [x, f"index{n}", f"weight{n}"]
+        inputs += [self.weight(f"gate_up{n}", (E, 2 * intermediate, hidden))]
+        inputs += [self.weight(f"down{n}", (E, hidden, intermediate))]
+        if bias:
+            inputs += [
+                self.weight(f"gate_up_bias{n}", (E, 2 * intermediate)),
+                self.weight(f"down_bias{n}", (E, hidden)),
+            ]
+        form = form or ExpertsForm()
+        self.node(EXPERTS, inputs, [f"experts{n}"], domain=DOMAIN, **experts_attributes(form))
+        return self.node("Add", [x, f"experts{n}"], [f"layer_output{n}"])
+
+    def save(self, output: str, layers: int) -> Path:
+        def tensor(name, elem, dims):
+            return helper.make_tensor_value_info(name, elem, dims)
+
+        cache = [
+            tensor(f"past_key_values.0.{p}", self.elem, ["batch", HEADS, CACHE, HEAD_SIZE]) for p in ("key", "value")
+        ]
+        inputs = [
+            tensor("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            tensor("past_lengths", TensorProto.INT64, ["batch"]),
+            tensor("lengths", TensorProto.INT64, ["batch"]),
+            tensor("budgets", TensorProto.INT32, [layers]),
+            *cache,
+        ]
+        present = [tensor(f"present.0.{p}", self.elem, ["batch", HEADS, CACHE, HEAD_SIZE]) for p in ("key", "value")]
+        outputs = [tensor(output, self.elem, ["tokens", self.hidden]), *present]
+        outputs += [tensor(f"active.{layer}", TensorProto.INT32, []) for layer in range(layers)]
+        graph = helper.make_graph(self.nodes, "test", inputs, outputs, self.weights)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+        self.data.close()
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), self.path)
+        return self.path
+
+
+def make_graph(
+    path: Path, dtype: str = "fp16", *, layers: int = 1, bias: bool = False, hidden: int = H, intermediate: int = I
+) -> Path:
+    """Write a lynx graph (no function bodies) and its data file; return the path."""
+    maker = GraphMaker(path, dtype, hidden, intermediate)
+    maker.constant("experts_per_token", [K])
+    maker.node("Gather", [maker.weight("embedding", (VOCABULARY, hidden)), "input_ids"], ["embedded"], axis=0)
+    maker.node("Add", ["embedded", maker.attention("embedded")], ["attention_output"])
+    x = maker.node("Reshape", ["attention_output", maker.constant("rows", [-1, hidden])], ["rows0"])
+    # Padding tokens lie beyond each sequence's length.
+    maker.node("Shape", ["input_ids"], ["shape"])
+    maker.node("Gather", ["shape", maker.constant("one", 1)], ["s"], axis=0)
+    maker.node("Range", [maker.constant("zero", 0), "s", "one"], ["positions"])
+    maker.node("Unsqueeze", ["lengths", maker.constant("last", [-1])], ["lengths2"])
+    maker.node("Less", ["positions", "lengths2"], ["valid"])
+    maker.node("Reshape", ["valid", maker.constant("flat", [-1])], ["token_mask"])
+    for layer in range(layers):
+        x = maker.moe(layer, x, bias=bias)
+    return maker.save(maker.node("Identity", [x], ["hidden"]), layers)
