@@ -49,18 +49,19 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [B,h,S,d], key and value [B,hk,L,d] (the whole cache), mask [B,1,S,L] bool or None (causal) -> [B,S,h,d].
+    """Query [B,h,S,d], key and value [B,hk,L,d] (the whole cache), mask [B,1,S,L] bool or None (causal) -> [B,S,h,d].
 
     `s_aux` are gpt-oss' attention sinks, one logit a head. ONNX has no sinks: the cache's last row is never written,
     so its key and value are zero, and a mask column carries the sink in its place.
     """
     step = _step.get()
+    mask = attention_mask
     if s_aux is not None:
         mask = _mask_with_sink(query, key, mask, s_aux, step)
     value_size = value.shape[-1]
@@ -90,7 +91,7 @@ def _mask_with_sink(
     return torch.cat([bias, column], dim=-1)
 
 
-def attention_mask(
+def mask_of_rule(
     q_offset: torch.Tensor, kv_length: int, mask_function: Callable[..., torch.Tensor], **_: Any
 ) -> torch.Tensor | None:
     """The boolean mask [B,1,S,L] of a rule over (query position, key position); None where it is purely causal.
@@ -146,4 +147,4 @@ def _scatter(cache: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
 def register() -> None:
     """Make `set_attn_implementation("lynx")` mean the functions above."""
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionMaskInterface.register(NAME, mask_of_rule)

@@ -150,7 +150,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} is damaged: its safetensors header can't be read") from None
     if 8 + length + end != size:
         raise CheckpointError(
-            f"{file} is truncated or damaged: its header asks for {8 + length + end} bytes, the file has {size}; copy it again"
+            f"{file} is truncated or damaged: its header asks for {8 + length + end} bytes, the file has {size}; "
+            "copy it again"
         )
     return tensors
 
@@ -163,7 +164,8 @@ def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     missing = sorted(set(listed) - set(tensors))
     if missing:
         raise CheckpointError(
-            f"{len(missing)} tensors that {INDEX} lists are in no shard, first {missing[0]!r}; copy the checkpoint again"
+            f"{len(missing)} tensors that {INDEX} lists are in no shard, first {missing[0]!r}; "
+            "copy the checkpoint again"
         )
 
 
@@ -189,6 +191,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"transformers can't build a causal language model of type {checkpoint.config.model_type!r}: {message}"
         ) from None
+    _keep_float32(model, dtype)
     for module in model.modules():
         computed = [name for name in module._buffers if name in module._non_persistent_buffers_set]
         for name in computed:
@@ -199,3 +202,20 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             with torch.no_grad():
                 model._init_weights(module)
     return model
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters and buffers that the model wants in float32 whatever the rest is in, as from_pretrained does it."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and pattern.search(f"{prefix}.{name}"):
+                    wide = tensor.to(torch.float32)
+                    tensors[name] = torch.nn.Parameter(wide) if isinstance(tensor, torch.nn.Parameter) else wide

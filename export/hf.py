@@ -33,6 +33,7 @@ from transformers.cache_utils import Cache
 from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.export import attention, moe, ops
 from lynx_trt.export.checkpoint import Checkpoint, empty_model
+from lynx_trt.export.longrope import use_traceable_longrope
 from lynx_trt.export.native import native_rotary, use_native_norms
 from lynx_trt.selection import Selection
 
@@ -136,6 +137,7 @@ def trace(checkpoint: Checkpoint, *, precision: str, max_length: int, selection:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _use_fake_parameters(model, fake)
     layers = moe.find_layers(model)
+    use_traceable_longrope(model)
     caches = _cache_shapes(model, fake)
     cache_rows = max_length + (1 if _has_sinks(model) else 0)
     use_native_norms(model)
@@ -171,11 +173,15 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheSha
     Raises:
         UnsupportedModelError: the model can't run so, or a layer keeps something else than keys and values.
     """
+    from transformers.exporters import exporter_onnx  # noqa: F401  (importing it fills the patch registry)
+    from transformers.exporters.utils import apply_patches
+
     model.set_attn_implementation("eager")
     model.set_experts_implementation("batched_mm")
+    _refuse_layer_types(model)
     cache = DynamicCache(config=model.config)
     try:
-        with fake, torch.no_grad():
+        with fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} can't be traced: {_first_line(error)}") from error
@@ -197,6 +203,17 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheSha
             f"but caches keys and values in {len(shapes)}"
         )
     return shapes
+
+
+def _refuse_layer_types(model: PreTrainedModel) -> None:
+    """Models that mix attention with something else say so in their config; it makes the better message."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    other = [kind for kind in types if "attention" not in kind or "linear" in kind]
+    if other:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r} beside attention: "
+            "recurrent and hybrid models are not supported"
+        )
 
 
 def _has_sinks(model: PreTrainedModel) -> bool:
@@ -227,7 +244,7 @@ def _export(
             torch.ones(len(module.layers), dtype=torch.int32),
             past,
         )
-    dynamic = (
+    dynamic: tuple[Any, ...] = (
         {0: batch_dim, 1: length_dim},
         {0: batch_dim},
         {0: batch_dim},
@@ -274,7 +291,7 @@ def _experts_per_token(graph: ir.Model) -> int:
             index = node.inputs[2]
             assert index is not None
             assert index.shape is not None
-            sizes.add(int(index.shape[1]))
+            sizes.add(int(str(index.shape[1])))
     if len(sizes) != 1:
         raise UnsupportedModelError(f"the MoE blocks use different numbers of experts a token: {sorted(sizes)}")
     return sizes.pop()
@@ -282,7 +299,7 @@ def _experts_per_token(graph: ir.Model) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks on stdout, through warnings and through loggers; none of it is for a user of ours."""
+    """Torch's exporter talks on stdout, through warnings and through loggers; none of it is for a user of ours."""
     import io
 
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "torch._dynamo")]

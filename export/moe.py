@@ -215,7 +215,7 @@ def _activation(form: ExpertsForm, x: torch.Tensor) -> torch.Tensor:
 
 
 def experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden [T,H], index [T,K], weight [T,K] -> [T,H]: the two ops, in the place of the model's own experts."""
+    """Hidden [T,H], index [T,K], weight [T,K] -> [T,H]: the two ops, in the place of the model's own experts."""
     layer: MoeLayer = module._lynx
     step = _step.get()
     index, weight = _select(layer, step, hidden, index.to(torch.int64), weight.float())
@@ -227,7 +227,7 @@ def experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torc
     return torch.onnx.ops.symbolic(
         f"{ops.DOMAIN}::{ops.EXPERTS}",
         inputs,
-        ops.experts_attributes(layer.form),
+        {**ops.experts_attributes(layer.form)},
         dtype=hidden.dtype,
         shape=hidden.shape,
         version=ops.VERSION,
@@ -252,7 +252,7 @@ def _select(
     index, weight, active = torch.onnx.ops.symbolic_multi_out(
         f"{ops.DOMAIN}::{ops.SELECT}",
         (choice, combine, index, weight, step.budgets[layer.position], step.token_mask),
-        attributes,
+        {**attributes},
         dtypes=(torch.int64, torch.float32, torch.int32),
         shapes=(index.shape, weight.shape, ()),
         version=ops.VERSION,

@@ -45,6 +45,7 @@ def _native_norm(module: nn.Module, epsilon: float) -> Callable[[torch.Tensor], 
 
 
 def _is_plain_rms_norm(module: nn.Module, epsilon: float) -> bool:
+    assert isinstance(module.weight, torch.Tensor)
     weight = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
     probe = copy.copy(module)
     probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,13 @@ PROBE = "lynx_probe"
 PROBE_TOKENS = 64
 # Below every score that a router can give, yet finite: a non-finite row would count as broken and be masked.
 NEVER = torch.finfo(torch.float32).min
+
+
+SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "identity": lambda logits: logits,
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Rule:
         return ", ".join(parts)
 
     def choice_and_combine(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits [T,E] f32, bias [E] f32 -> choice [T,E] f32, combine [T,E] f32."""
-        combine = {"softmax": _softmax, "sigmoid": torch.sigmoid, "identity": _identity}[self.scores](logits)
+        """Logits [T,E] f32, bias [E] f32 -> choice [T,E] f32, combine [T,E] f32."""
+        combine = SCORES[self.scores](logits)
         choice = combine if bias is None else combine + bias
         if self.group_score == "none":
             return choice, combine
@@ -62,14 +69,6 @@ class Rule:
         used = torch.zeros_like(best).scatter(1, best.topk(self.groups_used, dim=-1).indices, 1.0)
         allowed = used.unsqueeze(-1).expand(-1, -1, experts // self.groups).reshape(-1, experts) > 0
         return torch.where(allowed, choice, NEVER), combine
-
-
-def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(logits, dim=-1)
-
-
-def _identity(logits: torch.Tensor) -> torch.Tensor:
-    return logits
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _candidates(block: nn.Module, seen: _Seen) -> Iterator[Rule]:
         if 1 < groups < experts and experts % groups == 0 and used < groups:
             groupings += [(groups, used, "best_two"), (groups, used, "best")]
     for grouping, bias, renormalize, scores in itertools.product(
-        groupings, (None, *seen.biases), (True, False), ("softmax", "sigmoid", "identity")
+        groupings, (None, *seen.biases), (True, False), tuple(SCORES)
     ):
         yield Rule(scores, bias, *grouping, renormalize=renormalize)
 

@@ -159,14 +159,16 @@ class CheckpointWeights:
         wanted = self._wanted[name]
         if tensor.shape != wanted.shape:
             raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
-        return tensor.to(wanted.dtype)
+        converted_tensor: torch.Tensor = tensor.to(wanted.dtype)
+        return converted_tensor
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
         from safetensors import safe_open
 
         if stored.file not in self._open:
             self._open[stored.file] = self._files.enter_context(safe_open(stored.file, framework="pt"))
-        return self._open[stored.file].get_tensor(stored.key)
+        tensor: torch.Tensor = self._open[stored.file].get_tensor(stored.key)
+        return tensor
 
     def close(self) -> None:
         """Close the shards."""
@@ -179,6 +181,21 @@ def _elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         product *= size
     return product
+
+
+@dataclass(frozen=True)
+class _Large:
+    """An initializer that goes to the weights file, and where in its data."""
+
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.tensor.nbytes
 
 
 def write_weights(
@@ -196,39 +213,55 @@ def write_weights(
     """
     import onnx_ir as ir
 
-    values = [
-        value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes >= EXTERNAL_BYTES
-    ]
-    # Wider types first, so that every tensor starts at a multiple of its element's size.
-    values.sort(key=lambda value: -value.const_value.dtype.itemsize)
-    header: dict[str, Any] = {}
-    offset = 0
-    for value in values:
-        tensor = value.const_value
-        dtype = SAFETENSORS_DTYPE[tensor.dtype.name]
-        shape = [int(size) for size in tensor.shape]
-        header[value.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % 64)
-    start = 8 + len(encoded)
+    entries = _large_initializers(model)
+    total = entries[-1].end if entries else 0
+    header = _header(entries)
     with (folder / file_name).open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.write(header)
         written = 0
-        for value in values:
-            written += stream.write(load(value))
+        for entry in entries:
+            written += stream.write(load(entry.value))
+            assert written == entry.end, f"{entry.name}: {written} bytes written, {entry.end} planned"
             if on_progress:
-                on_progress(written, offset)
-        if stream.tell() != start + offset:
-            raise AssertionError(f"wrote {stream.tell()} bytes of {start + offset}")
+                on_progress(written, total)
         stream.flush()
         os.fsync(stream.fileno())
-    for value in values:
-        tensor = value.const_value
-        begin, end = header[value.name]["data_offsets"]
-        value.const_value = ir.ExternalTensor(
-            file_name, start + begin, end - begin, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+    for entry in entries:
+        entry.value.const_value = ir.ExternalTensor(
+            file_name,
+            len(header) + entry.begin,
+            entry.tensor.nbytes,
+            entry.tensor.dtype,
+            shape=ir.Shape(entry.shape),
+            name=entry.name,
+            base_dir=folder,
         )
-    return offset
+    return total
+
+
+def _large_initializers(model: ir.Model) -> list[_Large]:
+    """In file order: wider types first, so that every tensor starts at a multiple of its element's size."""
+    found = [(value, value.const_value) for value in model.graph.initializers.values()]
+    large = [(value, tensor) for value, tensor in found if tensor is not None and tensor.nbytes >= EXTERNAL_BYTES]
+    large.sort(key=lambda pair: -pair[1].dtype.itemsize)
+    entries: list[_Large] = []
+    for value, tensor in large:
+        assert value.name is not None
+        shape = tuple(int(str(size)) for size in tensor.shape)
+        entries.append(_Large(value, tensor, value.name, shape, entries[-1].end if entries else 0))
+    return entries
+
+
+def _header(entries: list[_Large]) -> bytes:
+    """Safetensors' header: its length in 8 bytes, then JSON, padded so that the data begins aligned."""
+    fields = {
+        entry.name: {
+            "dtype": SAFETENSORS_DTYPE[entry.tensor.dtype.name],
+            "shape": entry.shape,
+            "data_offsets": [entry.begin, entry.end],
+        }
+        for entry in entries
+    }
+    encoded = json.dumps(fields, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)
+    return struct.pack("<Q", len(encoded)) + encoded

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -99,4 +98,6 @@ def _bytes(value: ir.Value, weights: CheckpointWeights) -> Any:
     if not is_fake(value):
         assert value.const_value is not None
         return value.const_value.tobytes()
-    return memoryview(weights.load(_stored_name(value, weights)).contiguous().view(torch.uint8).reshape(-1).numpy())
+    tensor = weights.load(_stored_name(value, weights)).contiguous()
+    # As bytes, since NumPy has no bfloat16; reshaped first, since a scalar has no dimension to view anew.
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""The artifact: a folder with the graph, its weights, the engine, the tokenizer, and `lynx.json` that says what they are.
+"""The artifact: a folder with graph, weights, engine and tokenizer, and `lynx.json` that says what they are.
 
 A folder is written aside and renamed when it is whole, so a name that exists is an artifact that is finished. The
 manifest holds the sha256 of every file and the versions of everything that built it; whoever opens one checks first
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lynx_trt import __version__
 from lynx_trt.errors import ArtifactError, UsageError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
@@ -221,7 +221,8 @@ def read(folder: Path) -> Artifact:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(
-            f"{path} is not a manifest that lynx-trt {__version__} reads: {where}: {first['msg']}; build the artifact again"
+            f"{path} is not a manifest that lynx-trt {__version__} reads: {where}: {first['msg']}; "
+            "build the artifact again"
         ) from None
 
 

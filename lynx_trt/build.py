@@ -428,7 +428,7 @@ def main(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
-    """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware expert selection, TensorRT engine."""
+    """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware selection, and a TensorRT engine."""
     source = model or shipped_model()
     options = BuildOptions(
         model=source,
@@ -457,7 +457,9 @@ def main(
 def _tell(artifact: Artifact) -> None:
     manifest, engine = artifact.manifest, artifact.manifest.engine
     layers = len(manifest.model.moe_layers)
-    typer.echo(f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}")
+    typer.echo(
+        f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}"
+    )
     typer.echo(f"Selection: {manifest.selection.preset}, budgets {manifest.selection.budgets}")
     if engine:
         product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
@@ -468,7 +470,8 @@ def _tell(artifact: Artifact) -> None:
     else:
         typer.echo(f"Engine: none ({manifest.engine_absent})")
     seconds = sum(manifest.build["seconds"].values())
-    typer.echo(f"Artifact: {artifact.folder} in {seconds:.1f} s; export memory at its peak {size(manifest.build['peak_bytes'])}")
+    peak = size(manifest.build["peak_bytes"])
+    typer.echo(f"Artifact: {artifact.folder} in {seconds:.1f} s; export with {peak} of memory at its peak")
 
 
 if __name__ == "__main__":

@@ -101,10 +101,14 @@ app = new_app()
 @app.command()
 def main(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch.")
+    ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="The quality dial: experts a MoE layer may load in a decode step (number, fraction or file)."),
+        typer.Option(
+            help="The quality dial: experts a MoE layer may load in a decode step (number, fraction or file)."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more random.")] = 0.0,

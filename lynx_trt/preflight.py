@@ -59,7 +59,9 @@ def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]
     elif tuple(int(part) for part in found.split(".")[:2]) < (1, 32):
         problems.append(f"ONNX Runtime {found} is too old for opset 24; install 1.32 or later")
     if artifact.manifest.model.precision == "bf16":
-        notes.append("built in bf16, which ONNX Runtime can't compute on the CPU; build with fp16 or fp32 to run it there")
+        notes.append(
+            "built in bf16, which ONNX Runtime can't compute on the CPU; build with fp16 or fp32 to run it there"
+        )
 
 
 def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
@@ -79,10 +81,16 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
     if here is None:
         problems.append(f"the engine needs {product} {engine.tensorrt}, which is not installed")
     elif here != engine.tensorrt:
-        problems.append(f"the engine was built by {product} {engine.tensorrt}, and {here} is installed; build it again here")
+        problems.append(
+            f"the engine was built by {product} {engine.tensorrt}, and {here} is installed; build it again here"
+        )
     if not engine.compute_capabilities:
-        problems.append("the engine holds no GPU kernels: this version of lynx-trt builds engines but can't run them yet")
+        problems.append(
+            "the engine holds no GPU kernels: this version of lynx-trt builds engines but can't run them yet"
+        )
     for capability in sorted(set(capabilities) - set(engine.compute_capabilities)):
         if engine.compute_capabilities:
             has = ", ".join(map(str, engine.compute_capabilities))
-            problems.append(f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it")
+            problems.append(
+                f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it"
+            )

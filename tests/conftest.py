@@ -9,14 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import pytest  # noqa: E402
-from lynx_trt.artifact import Artifact  # noqa: E402
-from lynx_trt.build import BuildOptions, build  # noqa: E402
-from lynx_trt.console import Progress  # noqa: E402
+import pytest
+
+from lynx_trt.artifact import Artifact
+from lynx_trt.build import BuildOptions, build
+from lynx_trt.console import Progress
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+
 from lynx_trt.runtime.ort import OrtBackend
 
 # A ragged batch: one row fills the width, one is short, one in between.
@@ -77,7 +78,9 @@ def test_greedy_text_equals_eager(name: str, artifact: Any) -> None:
     model = tiny_models.random_model(name)
     backend = OrtBackend(artifact(name, preset="lynx"), slots=1)
     prompt = Batch.random().rows[0][:9]
-    everything = np.array([layer.experts for layer in artifact(name, preset="lynx").manifest.model.moe_layers], np.int32)
+    everything = np.array(
+        [layer.experts for layer in artifact(name, preset="lynx").manifest.model.moe_layers], np.int32
+    )
     own, expected = list(prompt), list(prompt)
     logits = backend.step(np.array([own]), np.array([0]), np.array([len(own)]), everything).logits
     for _ in range(32):

@@ -54,7 +54,9 @@ class OrtBackend:
         batch, length = input_ids.shape
         # Padding is written to the cache as well, so the whole width has to fit, not the real tokens alone.
         if int(past_lengths.max()) + length > self._rows:
-            raise GenerationError(f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows")
+            raise GenerationError(
+                f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
+            )
         binding = self._session.io_binding()
         feeds = {"input_ids": input_ids, "past_lengths": past_lengths, "lengths": lengths, "budgets": budgets}
         dtypes = {"budgets": np.int32}
@@ -88,9 +90,9 @@ def _session(artifact: Artifact, threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(
-            str(artifact.path(ONNX_FILE)), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(artifact.path(ONNX_FILE)), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {first}") from None
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {first}"
+        ) from None

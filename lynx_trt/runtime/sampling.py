@@ -40,7 +40,9 @@ def next_token(logits: Array, sampling: Sampling, generator: np.random.Generator
         GenerationError: the logits are not numbers (the weights or a step before were broken).
     """
     if not np.isfinite(logits).any() or np.isnan(logits).any():
-        raise GenerationError("the model gave logits that are no numbers (NaN); its weights or its precision are broken")
+        raise GenerationError(
+            "the model gave logits that are no numbers (NaN); its weights or its precision are broken"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
@@ -55,7 +57,7 @@ def _nucleus(probabilities: Array, top_p: float) -> Array:
     """The smallest set of tokens that reaches `top_p`, renormalised (Holtzman et al. 2020, section 3.1)."""
     order = np.argsort(-probabilities, kind="stable")
     before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = np.zeros_like(probabilities)
+    kept: Array = np.zeros_like(probabilities)
     chosen = order[before < top_p]
     kept[chosen] = probabilities[chosen]
-    return kept / kept.sum()
+    return np.asarray(kept / kept.sum())
