@@ -35,6 +35,7 @@ from lynx_trt.export import attention, moe, ops
 from lynx_trt.export.checkpoint import Checkpoint, empty_model
 from lynx_trt.export.longrope import use_traceable_longrope
 from lynx_trt.export.native import native_rotary, use_native_norms
+from lynx_trt.export.weights import CheckpointWeights
 from lynx_trt.selection import Selection
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Exported:
 
     graph: ir.Model
     model: PreTrainedModel
+    weights: CheckpointWeights
     layers: list[moe.MoeLayer]
     caches: list[CacheShape]
     cache_rows: int  # L; one more than the usable length where a row is reserved for attention sinks
@@ -127,12 +129,14 @@ def trace(checkpoint: Checkpoint, *, precision: str, max_length: int, selection:
         selection: parameters of every LynxSelect.
 
     Raises:
+        CheckpointError: the weights are not those of the config.
         UnsupportedModelError: the model is none that this version can rewrite; the reason is named.
         ExportError: fewer blocks were rewritten than the model has.
     """
     attention.register()
     moe.register()
     model = empty_model(checkpoint, DTYPES[precision])
+    weights = CheckpointWeights(checkpoint, model)  # before the long work: do they fit the config at all?
     model.config.use_cache = True
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _use_fake_parameters(model, fake)
@@ -147,7 +151,7 @@ def trace(checkpoint: Checkpoint, *, precision: str, max_length: int, selection:
     with _quiet():
         graph = _export(module, caches, cache_rows, DTYPES[precision], fake)
     _check_count(graph, layers)
-    return Exported(graph, model, layers, caches, cache_rows, _experts_per_token(graph))
+    return Exported(graph, model, weights, layers, caches, cache_rows, _experts_per_token(graph))
 
 
 def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export import functions
-from lynx_trt.export.checkpoint import Checkpoint
 from lynx_trt.export.hf import PREFIX, Exported, is_fake
 from lynx_trt.export.weights import EXTERNAL_BYTES, CheckpointWeights, write_weights
 
@@ -20,7 +19,6 @@ ONNX_FILE = "model.onnx"
 
 def write_onnx(
     exported: Exported,
-    checkpoint: Checkpoint,
     folder: Path,
     *,
     on_progress: Callable[[int, int], None] | None = None,
@@ -28,12 +26,12 @@ def write_onnx(
     """Write `model.onnx` and `weights.safetensors` into `folder`; returns the bytes of weights.
 
     Raises:
-        CheckpointError: the checkpoint lacks a parameter, or has it in another shape.
+        CheckpointError: a parameter comes out of the conversion in another shape than the model's.
     """
     graph = exported.graph
     _optimize(graph)
     _name_like_the_checkpoint(exported)
-    weights = CheckpointWeights(checkpoint, exported.model)
+    weights = exported.weights
     try:
         _load_small(exported, weights)
         nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)

@@ -1,0 +1,341 @@
+"""What a user can get wrong with `build`, and what becomes of it: a sentence, an exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+from lynx_trt.artifact import MANIFEST
+from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a good checkpoint that the test may break."""
+    return Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A checkpoint of several shards."""
+    folder = tiny_models.save(tiny_models.random_model("qwen3_moe"), tmp_path / "sharded", shard="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "partial" in path.name or path.name == "out")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refuse(build: Build, error: type[Exception], folder: Path, tmp_path: Path, *words: str, **options: Any) -> str:
+    """`build` raises `error`, its message has every word, is one line, and nothing is left behind."""
+    with pytest.raises(error) as caught:
+        build(folder, tmp_path / "out", **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert left_behind(tmp_path) == []
+    return message
+
+
+def test_no_such_path(build_quietly: Build, tmp_path: Path) -> None:
+    refuse(build_quietly, CheckpointError, tmp_path / "nowhere", tmp_path, "no such checkpoint", "nowhere")
+
+
+def test_file_instead_of_folder(build_quietly: Build, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    refuse(build_quietly, CheckpointError, tmp_path / "weights.bin", tmp_path, "is a file")
+
+
+def test_folder_without_config(build_quietly: Build, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse(build_quietly, CheckpointError, tmp_path / "empty", tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '"text"'], ids=["cut", "list", "no model_type", "string"])
+def test_config_that_is_none(content: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (own_checkpoint / "config.json").write_text(content)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "config.json")
+
+
+def test_unknown_model_type(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(own_checkpoint, model_type="no_such_model", architectures=["NoSuchModel"])
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "no_such_model")
+
+
+def test_remote_code_is_not_run_unasked(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (own_checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit_config(own_checkpoint, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "--trust-remote-code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dense_model(build_quietly: Build, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(**tiny_models.COMMON, intermediate_size=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    refuse(build_quietly, UnsupportedModelError, tmp_path / "dense", tmp_path, "dense", "llama")
+
+
+def test_experts_outside_of_the_interface(build_quietly: Build, tmp_path: Path) -> None:
+    """A model with experts that can't be rewritten is not called dense."""
+    import transformers
+
+    config = transformers.JetMoeConfig(**tiny_models.COMMON, intermediate_size=32, num_local_experts=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "jetmoe")
+    refuse(build_quietly, UnsupportedModelError, tmp_path / "jetmoe", tmp_path, "experts interface")
+
+
+def test_recurrent_layers(build_quietly: Build, tmp_path: Path) -> None:
+    """A cache that is no keys and values would be lost between steps; the kind of layer is named."""
+    import transformers
+
+    config = transformers.Qwen3NextConfig(**tiny_models.COMMON, intermediate_size=64, num_experts=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
+    refuse(build_quietly, UnsupportedModelError, tmp_path / "hybrid", tmp_path, "linear_attention")
+
+
+def test_dynamic_rope(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Frequencies that change with the length have no graph; silently the default ones would be wrong."""
+    edit_config(own_checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "rope_type", "dynamic")
+
+
+def test_quantized_checkpoint(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(own_checkpoint, quantization_config={"quant_method": "mxfp4"})
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "mxfp4", "dequantize")
+
+
+def test_pickled_weights_are_refused(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (own_checkpoint / "model.safetensors").rename(own_checkpoint / "pytorch_model.bin")
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "pickled", "pytorch_model.bin")
+
+
+def test_missing_shard(build_quietly: Build, sharded: Path, tmp_path: Path) -> None:
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.unlink()
+    refuse(build_quietly, CheckpointError, sharded, tmp_path, victim.name, "missing")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.00005, 0.5, 0.9999])
+def test_truncated_shard(keep: float, build_quietly: Build, sharded: Path, tmp_path: Path) -> None:
+    """Cut to nothing, within the header's length, within the data, and by a few bytes."""
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    os.truncate(victim, int(victim.stat().st_size * keep))
+    refuse(build_quietly, CheckpointError, sharded, tmp_path, victim.name, "truncated")
+
+
+@pytest.mark.parametrize(
+    "header", [b"not json", b"[1, 2]", b'{"a": {"dtype": "F32"}}', b'{"a": 3}'], ids=["text", "list", "partial", "int"]
+)
+def test_damaged_header(header: bytes, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (own_checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "model.safetensors")
+
+
+def test_header_length_of_terabytes_is_not_allocated(
+    build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    (own_checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "model.safetensors")
+
+
+def test_index_that_leaves_the_folder(build_quietly: Build, sharded: Path, tmp_path: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "../elsewhere.safetensors")
+    index.write_text(json.dumps(content))
+    refuse(build_quietly, CheckpointError, sharded, tmp_path, "outside")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"moe_intermediate_size": 48}, {"num_local_experts": 4}, {"hidden_size": 128}, {"num_hidden_layers": 3}],
+    ids=["experts' size", "number of experts", "hidden size", "layers that the weights lack"],
+)
+def test_config_disagrees_with_the_weights(
+    changes: dict[str, int], build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_config(own_checkpoint, **changes)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "don't belong together")
+
+
+def test_output_that_exists(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """A user's folder is never touched; an artifact only with --overwrite."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="no artifact, so it is not touched"):
+        build_quietly(own_checkpoint, mine, overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    built = build_quietly(own_checkpoint, tmp_path / "artifact")
+    with pytest.raises(UsageError, match="--overwrite"):
+        build_quietly(own_checkpoint, tmp_path / "artifact")
+    again = build_quietly(own_checkpoint, tmp_path / "artifact", overwrite=True, preset="off")
+    assert built.manifest.selection.preset == "lynx"
+    assert again.manifest.selection.preset == "off"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "checkpoint", "mine"]
+
+
+def test_failed_overwrite_keeps_the_old_artifact(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    build_quietly(own_checkpoint, tmp_path / "artifact")
+    before = (tmp_path / "artifact" / MANIFEST).read_text()
+    os.truncate(own_checkpoint / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError):
+        build_quietly(own_checkpoint, tmp_path / "artifact", overwrite=True)
+    assert (tmp_path / "artifact" / MANIFEST).read_text() == before
+
+
+def test_output_that_is_a_file(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="not a folder"):
+        build_quietly(own_checkpoint, tmp_path / "file", overwrite=True)
+
+
+def test_disk_that_fills_up(
+    build_quietly: Build, own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lynx_trt.export import write
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(write, "write_weights", full)
+    refuse(build_quietly, ArtifactError, own_checkpoint, tmp_path, "No space left")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decode_batch": "8:4:16"}, ["8:4:16", "MIN:OPT:MAX"]),
+        ({"prefill_batch": "0:1:2"}, ["0:1:2"]),
+        ({"prefill_length": "1:2"}, ["1:2"]),
+        ({"prefill_length": "1:16:128"}, ["1:16:128", "--max-length 64"]),
+        ({"decode_batch": "many"}, ["many"]),
+        ({"max_length": 1}, ["--max-length is 1"]),
+        ({"max_length": 10**6}, ["1000000", "128"]),
+        ({"budget": "-1"}, ["-1", "below 0"]),
+        ({"budget": "nan"}, ["nan"]),
+        ({"budget": "1.5"}, ["1.5", "at most 1.0"]),
+        ({"budget": str(10**9)}, [str(10**9), "8 experts"]),
+        ({"budget": "plenty"}, ["plenty"]),
+        ({"budget": "0", "preset": "lynx-latency"}, ["budget of 0"]),
+        ({"budget": "4", "preset": "off"}, ["--preset off"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_out_of_range(
+    options: dict[str, Any], words: list[str], build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    refuse(build_quietly, UsageError, own_checkpoint, tmp_path, *words, **options)
+
+
+@pytest.mark.parametrize("content", ["[4]", '{"budgets": [4, -1]}', "[4, 4.5]", "nonsense", '{"other": 1}', "[4, 99]"])
+def test_budget_file_that_does_not_fit(
+    content: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "budgets.json"
+    path.write_text(content)
+    refuse(build_quietly, UsageError, own_checkpoint, tmp_path, "budgets.json", budget=str(path))
+
+
+def test_budgets_of_every_form(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """A number, a fraction, a file; a budget of 0 where the preset guarantees experts."""
+    (tmp_path / "b.json").write_text('{"budgets": [3, 5]}')
+    for number, (text, expected) in enumerate(
+        [("3", [3, 3]), ("0.5", [4, 4]), ("1.0", [8, 8]), ("0", [0, 0]), (str(tmp_path / "b.json"), [3, 5])]
+    ):
+        built = build_quietly(own_checkpoint, tmp_path / f"artifact{number}", budget=text)
+        assert built.manifest.selection.budgets == expected
+
+
+# --- As a user runs it: exit codes, one line on stderr, nothing left behind.
+
+
+def command(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lynx_trt.build", *arguments], capture_output=True, text=True, check=False, **settings
+    )
+
+
+def test_exit_code_and_one_line_for_a_mistake(tmp_path: Path) -> None:
+    result = command(str(tmp_path / "nowhere"), "-o", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: no such checkpoint")
+
+
+def test_exit_code_of_wrong_usage(tmp_path: Path) -> None:
+    """An unknown option and an option out of its range both give 2."""
+    assert command("--no-such-option").returncode == 2
+    assert command("--precision", "fp64").returncode == 2
+    assert command("--decode-batch", "3:2:1", "-o", str(tmp_path / "out")).returncode == 2
+
+
+def test_file_size_limit_during_the_build(own_checkpoint: Path, tmp_path: Path) -> None:
+    """The nearest to a full disk that needs no disk of its own: writes beyond 100 kB fail."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = command(
+        str(own_checkpoint), "-o", str(tmp_path / "out"), "--max-length", "64", "--tensorrt", "none", preexec_fn=limit
+    )
+    assert result.returncode == 1
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", [1.0, 6.0])
+def test_interrupted_build_leaves_nothing(seconds: float, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Ctrl-C while Python imports, and while it exports or TensorRT builds."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "lynx_trt.build",
+            str(own_checkpoint),
+            "-o",
+            str(tmp_path / "out"),
+            "--max-length",
+            "64",
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    finished = process.poll() is not None
+    if not finished:
+        os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if finished:
+        pytest.skip("the build was faster than the interruption")
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert left_behind(tmp_path) == []
