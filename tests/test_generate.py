@@ -1,0 +1,272 @@
+"""Decoding with ONNX Runtime: a batch is its rows, the dial works, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+
+from lynx_trt.artifact import Artifact, open_artifact
+from lynx_trt.errors import ArtifactError, GenerationError, UsageError
+from lynx_trt.generate import expert_bytes_a_token, generate_text
+from lynx_trt.runtime.sampling import Sampling, next_token
+
+PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n"]
+
+
+@pytest.fixture(scope="session")
+def byte_model(workspace: Path) -> Path:
+    """A random checkpoint with a tokenizer whose tokens are the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tiny_models.save(tiny_models.random_model("qwen3_moe", eos_token_id=None), workspace / "bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
+    return build_quietly(byte_model, workspace / "bytes-artifact", preset="lynx", budget="2")
+
+
+def tokens(artifact: Artifact, prompts: list[str], **settings: Any) -> list[list[int]]:
+    sequences, _ = generate_text(artifact, prompts, **{"max_new_tokens": 12, **settings})
+    return [sequence.tokens for sequence in sequences]
+
+
+def test_batch_equals_its_rows(text_artifact: Artifact) -> None:
+    """With all experts a row must not feel its neighbours: prompts of unequal length, together and alone."""
+    together = tokens(text_artifact, PROMPTS, budget="8")
+    assert together == [tokens(text_artifact, [prompt], budget="8")[0] for prompt in PROMPTS]
+
+
+def test_long_prompts_in_chunks(text_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt longer than a chunk, beside one that ends in its first: the same text as in one piece."""
+    from lynx_trt.runtime import decode
+
+    whole = tokens(text_artifact, PROMPTS, budget="8")
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", 5)
+    assert tokens(text_artifact, PROMPTS, budget="8") == whole
+
+
+def test_dial_needs_no_rebuild(text_artifact: Artifact) -> None:
+    """Fewer experts are loaded at a smaller budget, of the same artifact; the expert bytes follow."""
+    active, bytes_ = [], []
+    for budget in ("8", "4", "1"):
+        _, statistics = generate_text(text_artifact, PROMPTS * 2, budget=budget, max_new_tokens=12)
+        active.append(statistics.mean_active)
+        bytes_.append(expert_bytes_a_token(text_artifact.manifest, statistics))
+    assert active[0] > active[1] > active[2] >= 1
+    assert bytes_[0] > bytes_[1] > bytes_[2]
+
+
+def test_artifact_own_budget_is_the_default(text_artifact: Artifact) -> None:
+    assert tokens(text_artifact, PROMPTS) == tokens(text_artifact, PROMPTS, budget="2")
+
+
+def test_expert_bytes_are_those_of_the_active_experts(text_artifact: Artifact) -> None:
+    """One sequence with all experts: K experts of 3*H*I float32 numbers in each layer, every step."""
+    _, statistics = generate_text(text_artifact, PROMPTS[:1], budget="8", max_new_tokens=5)
+    assert statistics.mean_active == 2
+    assert expert_bytes_a_token(text_artifact.manifest, statistics) == 2 * 2 * (3 * 64 * 32) * 4
+
+
+def test_preset_off_and_full_budget_are_the_same(
+    byte_model: Path, text_artifact: Artifact, tmp_path: Path, build_quietly: Callable[..., Artifact]
+) -> None:
+    off = build_quietly(byte_model, tmp_path / "off", preset="off")
+    assert tokens(off, PROMPTS) == tokens(text_artifact, PROMPTS, budget="8")
+
+
+def test_sampling_depends_on_seed_alone(text_artifact: Artifact) -> None:
+    warm = Sampling(temperature=1.0, top_p=0.9, seed=3)
+    first = tokens(text_artifact, PROMPTS, budget="8", sampling=warm)
+    assert first == tokens(text_artifact, PROMPTS, budget="8", sampling=warm)
+    assert first != tokens(text_artifact, PROMPTS, budget="8", sampling=Sampling(1.0, 0.9, seed=4))
+    # A row keeps its draws when rows after it go away.
+    assert first[0] == tokens(text_artifact, PROMPTS[:1], budget="8", sampling=warm)[0]
+
+
+def test_stop_string_is_not_shown(text_artifact: Artifact) -> None:
+    """The text ends before the stop string, also where that spans tokens, and no part of it was streamed."""
+    (full,), _ = generate_text(text_artifact, PROMPTS[:1], max_new_tokens=20)
+    stop = full.text[7:10]
+    pieces: list[str] = []
+    (cut,), _ = generate_text(
+        text_artifact, PROMPTS[:1], max_new_tokens=20, stop=[stop], on_text=lambda _, piece: pieces.append(piece)
+    )
+    assert cut.finish == "stop"
+    assert cut.text == full.text[: full.text.index(stop)]
+    assert "".join(pieces) == cut.text
+
+
+def test_pieces_make_the_text(text_artifact: Artifact) -> None:
+    pieces: dict[int, str] = {0: "", 1: "", 2: ""}
+
+    def on_text(row: int, piece: str) -> None:
+        pieces[row] += piece
+
+    sequences, _ = generate_text(text_artifact, PROMPTS, max_new_tokens=16, stop=["\x00\x01never"], on_text=on_text)
+    assert [pieces[row] for row in range(3)] == [sequence.text for sequence in sequences]
+
+
+def test_sequence_ends_at_the_cache(text_artifact: Artifact) -> None:
+    """64 positions: the row that starts later gets more tokens, none writes past the end."""
+    sequences, _ = generate_text(text_artifact, PROMPTS, max_new_tokens=1000)
+    assert [len(s.prompt) + len(s.tokens) for s in sequences] == [64, 64, 64]
+    assert {s.finish for s in sequences} == {"length"}
+
+
+def test_end_token_ends(byte_model: Path, text_artifact: Artifact, tmp_path: Path) -> None:
+    """The end token is no part of the text, and the others go on."""
+    free = tokens(text_artifact, PROMPTS)
+    manifest = text_artifact.manifest
+    model = manifest.model.model_copy(update={"end_tokens": [free[0][4]]})
+    ending = Artifact(text_artifact.folder, manifest.model_copy(update={"model": model}))
+    sequences, _ = generate_text(ending, PROMPTS, max_new_tokens=12)
+    assert sequences[0].finish == "end"
+    assert sequences[0].tokens == free[0][: free[0].index(free[0][4])]
+    assert sequences[1].tokens or sequences[2].tokens
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "error", "words"),
+    [
+        ([], {}, UsageError, "--prompt"),
+        ([""], {}, GenerationError, "empty"),
+        (["fine", "x" * 64], {}, GenerationError, "prompt 2 has 64 tokens"),
+        (["x"], {"max_new_tokens": 0}, UsageError, "0"),
+        (["x"], {"budget": "-1"}, UsageError, "-1"),
+        (["x"], {"budget": str(10**9)}, UsageError, str(10**9)),
+    ],
+)
+def test_what_does_not_fit(
+    prompts: list[str], settings: dict[str, Any], error: type[Exception], words: str, text_artifact: Artifact
+) -> None:
+    with pytest.raises(error, match=words):
+        generate_text(text_artifact, prompts, **settings)
+
+
+@pytest.mark.parametrize("values", [(-0.1, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.1), (float("inf"), 1.0)])
+def test_sampling_out_of_range(values: tuple[float, float]) -> None:
+    with pytest.raises(UsageError):
+        Sampling(temperature=values[0], top_p=values[1])
+
+
+def test_top_p_keeps_the_smallest_set() -> None:
+    """Probabilities 0.5, 0.3, 0.2: with p = 0.6 the first two are drawn, never the third."""
+    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    drawn = {next_token(logits, Sampling(1.0, 0.6), np.random.default_rng(seed)) for seed in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_nan_logits_are_an_error() -> None:
+    with pytest.raises(GenerationError, match="NaN"):
+        next_token(np.array([0.0, np.nan], dtype=np.float32), Sampling(), np.random.default_rng(0))
+
+
+def test_nan_in_the_router(byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]) -> None:
+    """Broken routers in both layers: NaN scores load no expert, and what is computed stays finite."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(byte_model, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+        tensors[name][:] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    built = build_quietly(folder, tmp_path / "out")
+    _, statistics = generate_text(built, PROMPTS, max_new_tokens=4)
+    assert statistics.mean_active == 0
+
+
+def test_nan_weights_are_said(byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(byte_model, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    built = build_quietly(folder, tmp_path / "out")
+    with pytest.raises(GenerationError, match="NaN"):
+        generate_text(built, PROMPTS)
+
+
+def test_one_changed_byte_is_noticed(text_artifact: Artifact, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(text_artifact.folder, tmp_path / "copy"))
+    path = folder / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
+        open_artifact(folder)
+
+
+def test_no_tokenizer(artifact: Callable[..., Artifact]) -> None:
+    with pytest.raises(ArtifactError, match="--tokenizer"):
+        generate_text(artifact("qwen3_moe", preset="lynx"), ["x"])
+
+
+def test_bfloat16_is_refused_on_the_cpu(
+    byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]
+) -> None:
+    built = build_quietly(byte_model, tmp_path / "out", precision="bf16")
+    with pytest.raises(ArtifactError, match="--precision fp16 or fp32"):
+        generate_text(built, ["x"])
+
+
+# --- As a user runs it.
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lynx_trt.generate", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_command_prints_text_and_statistics(text_artifact: Artifact) -> None:
+    result = command(str(text_artifact.folder), "-p", "def f(", "--max-new-tokens", "6")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("def f(")
+    assert "experts active a layer" in result.stderr
+
+
+def test_command_json(text_artifact: Artifact) -> None:
+    result = command(str(text_artifact.folder), "-p", "a", "-p", "b", "--max-new-tokens", "6", "--json")
+    report = json.loads(result.stdout)
+    assert [len(sequence["tokens"]) for sequence in report["sequences"]] == [6, 6]
+    assert report["statistics"]["decode_tokens"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere", "-p", "x"], 1, "no such artifact"),
+        (["ARTIFACT"], 2, "--prompt"),
+        (["ARTIFACT", "-p", "x", "--temperature", "-1"], 2, "temperature"),
+        (["ARTIFACT", "-p", "x", "--stop", ""], 2, "--stop"),
+        (["ARTIFACT", "-p", "x" * 70], 1, "70 tokens"),
+    ],
+)
+def test_command_mistakes(arguments: list[str], code: int, words: str, text_artifact: Artifact) -> None:
+    result = command(*[str(text_artifact.folder) if a == "ARTIFACT" else a for a in arguments])
+    assert result.returncode == code
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
