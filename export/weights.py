@@ -61,8 +61,6 @@ class CheckpointWeights:
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
-        self._files = ExitStack()
-        self._open: dict[Path, Any] = {}
         self._sources, self._targets = self._plan(checkpoint)
         self._check(checkpoint)
 
@@ -147,33 +145,37 @@ class CheckpointWeights:
         """
         first = self._targets[name]
         source = self._sources[first]
-        if source.converter is None:
-            tensor = self._read(source.stored[name][0])
-        else:
-            converter = copy.deepcopy(source.converter)
-            for pattern, stored in source.stored.items():
-                converter.collected_tensors[pattern] = [self._read(item) for item in stored]
-            converted = converter.convert(first, model=self._model, config=self._model.config)
-            value = converted[name]
-            tensor = value[0] if isinstance(value, list) else value
+        with _Shards() as shards:
+            if source.converter is None:
+                tensor = shards.read(source.stored[name][0])
+            else:
+                converter = copy.deepcopy(source.converter)
+                for pattern, stored in source.stored.items():
+                    converter.collected_tensors[pattern] = [shards.read(item) for item in stored]
+                converted = converter.convert(first, model=self._model, config=self._model.config)
+                value = converted[name]
+                tensor = value[0] if isinstance(value, list) else value
         wanted = self._wanted[name]
         if tensor.shape != wanted.shape:
             raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
-        converted_tensor: torch.Tensor = tensor.to(wanted.dtype)
-        return converted_tensor
+        result: torch.Tensor = tensor.to(wanted.dtype)
+        return result
 
-    def _read(self, stored: StoredTensor) -> torch.Tensor:
+
+class _Shards(ExitStack):
+    """Shards opened for one parameter: kept open, every page that was ever read would stay mapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[Path, Any] = {}
+
+    def read(self, stored: StoredTensor) -> torch.Tensor:
         from safetensors import safe_open
 
         if stored.file not in self._open:
-            self._open[stored.file] = self._files.enter_context(safe_open(stored.file, framework="pt"))
+            self._open[stored.file] = self.enter_context(safe_open(stored.file, framework="pt"))
         tensor: torch.Tensor = self._open[stored.file].get_tensor(stored.key)
         return tensor
-
-    def close(self) -> None:
-        """Close the shards."""
-        self._open.clear()
-        self._files.close()
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -32,11 +32,8 @@ def write_onnx(
     _optimize(graph)
     _name_like_the_checkpoint(exported)
     weights = exported.weights
-    try:
-        _load_small(exported, weights)
-        nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)
-    finally:
-        weights.close()
+    _load_small(exported, weights)
+    nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)
     proto = ir.to_proto(graph)
     functions.add_functions(proto)
     (folder / ONNX_FILE).write_bytes(proto.SerializeToString())

@@ -81,6 +81,20 @@ class SelectionRecord(_Record):
     budgets: list[int]
 
 
+class CalibrationRecord(_Record):
+    """Where calibrated budgets come from, and what they promise; python -m lynx_trt.calibrate writes it."""
+
+    created: str
+    promise: dict[str, float] = Field(description="what the budgets keep, up to this batch size")
+    batch: int
+    budgets_by_batch: dict[int, list[int]] = Field(description="budgets that keep the promise at each batch size")
+    held_out: dict[str, list[float]] = Field(description="each metric on held-out text: mean, 95% interval")
+    text: dict[str, str | int]
+    hardware: str
+    seed: int
+    versions: dict[str, str]
+
+
 class FileRecord(_Record):
     """One file of the artifact."""
 
@@ -112,6 +126,7 @@ class Manifest(_Record):
     created: str
     model: ModelRecord
     selection: SelectionRecord
+    calibration: CalibrationRecord | None = None
     engine: EngineRecord | None
     engine_absent: str | None = Field(default=None, description="why there is no engine")
     plugin: dict[str, str]
@@ -224,6 +239,27 @@ def read(folder: Path) -> Artifact:
             f"{path} is not a manifest that lynx-trt {__version__} reads: {where}: {first['msg']}; "
             "build the artifact again"
         ) from None
+
+
+def replace_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
+    """The artifact with another manifest, on disk too: written aside and renamed, so it is never half of one.
+
+    Raises:
+        ArtifactError: it can't be written; the one that was there stays.
+    """
+    path = artifact.path(MANIFEST)
+    aside = path.with_name(f"{MANIFEST}.partial-{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(manifest.model_dump_json(indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} can't be written: {error.strerror or error}; it stays as it was") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return Artifact(artifact.folder, manifest)
 
 
 def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:

@@ -13,6 +13,7 @@ import typer
 
 from lynx_trt.console import Progress, new_app, note, print_json, run, size
 from lynx_trt.errors import CheckpointError, UsageError
+from lynx_trt.memory import resident_bytes
 
 if TYPE_CHECKING:
     from lynx_trt.artifact import Artifact, EngineRecord, Manifest, ModelRecord
@@ -98,7 +99,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
             versions=_versions(report),
-            build={**build_record, "peak_bytes": _peak_bytes()},
+            build={**build_record, "peak_bytes": resident_bytes("peak")},
             files=artifacts.record_files(folder),
         )
         (folder / artifacts.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -346,15 +347,6 @@ def _versions(report: EngineReport | None) -> dict[str, str]:
     if report:
         found["tensorrt"] = f"{report.version} ({report.flavor})"
     return found
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process so far (the TensorRT build has its own, in the engine's record)."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _plain(options: BuildOptions) -> dict[str, Any]:

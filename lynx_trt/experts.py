@@ -2,21 +2,188 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lynx_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.floating[Any]]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class ExpertsForm:
     """How an expert turns its input into its output; the same for all experts of a layer.
 
-    gate, up = x @ gate_up; both clamped to `limit` (0: not at all); act(gate) * (up + up_offset) @ down.
-    Ungated experts have no gate: act(up) @ down.
+    gate, up = gate_up @ x + bias; gate is clamped to at most `limit`, up to -limit..limit (0: neither is);
+    act(gate) * (up + up_offset) @ down + bias. Ungated experts have no gate: act(up) @ down + bias.
+
+    Raises:
+        UsageError: a field is out of its range, or is about a gate that ungated experts don't have.
     """
 
     activation: str = "silu"  # silu: z * sigmoid(alpha * z) | gelu | gelu_tanh | relu | relu2 (relu squared)
     gated: bool = True
     transposed: bool = False  # gate_up is [E,H,2I], not [E,2I,H]; down is [E,I,H], not [E,H,I]
     interleaved: bool = False  # gate and up alternate along 2I instead of one half each
-    alpha: float = 1.0
+    alpha: float = 1.0  # of silu; 1.702 makes it the quick form of gelu
     limit: float = 0.0
     up_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"activation is {self.activation!r}: it has to be one of {', '.join(ACTIVATIONS)}.")
+        for name in ("gated", "transposed", "interleaved"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}: it has to be True or False.")
+        if not 0 < self.alpha <= _FLOAT32_MAX:
+            raise UsageError(f"alpha is {self.alpha!r}: it has to be a number above 0.")
+        if not 0 <= self.limit <= _FLOAT32_MAX:
+            raise UsageError(f"limit is {self.limit!r}: it has to be a number above 0, or 0 for no limit.")
+        if not abs(self.up_offset) <= _FLOAT32_MAX:
+            raise UsageError(f"up_offset is {self.up_offset!r}: it has to be a finite number.")
+        if not self.gated and (self.interleaved or self.up_offset):
+            raise UsageError("gated is False, so there is nothing to be interleaved with or to add up_offset to.")
+
+
+def experts(
+    form: ExpertsForm,
+    hidden: ArrayLike,
+    index: ArrayLike,
+    weight: ArrayLike,
+    gate_up: ArrayLike,
+    down: ArrayLike,
+    gate_up_bias: ArrayLike | None = None,
+    down_bias: ArrayLike | None = None,
+) -> Floats:
+    """The weighted sum of each token's experts: what `LynxExperts` computes.
+
+    Only the experts in `index` are read. The sums are float64 for a float64 `hidden`, else float32.
+
+    Args:
+        form: activation and layout. `[A|B]` below: A, or B for `transposed` forms; ungated ones have I for 2I.
+        hidden: float [T,H].
+        index: int [T,K], -1 for an empty slot.
+        weight: float [T,K].
+        gate_up: float [E,2I,H | E,H,2I].
+        down: float [E,H,I | E,I,H].
+        gate_up_bias: float [E,2I].
+        down_bias: float [E,H].
+
+    Returns:
+        [T,H] of hidden's dtype; a token with no expert gets zeros.
+
+    Raises:
+        UsageError: shapes that don't fit each other, or an expert index of E or more.
+    """
+    hidden, index, weight, gate_up, down = (np.asarray(a) for a in (hidden, index, weight, gate_up, down))
+    biases = [None if bias is None else np.asarray(bias) for bias in (gate_up_bias, down_bias)]
+    _check(form, hidden, index, weight, gate_up, down, *biases)
+    dtype = np.float64 if hidden.dtype == np.float64 else np.float32
+
+    def linear(x: Floats, weights: Floats, bias: Floats | None, expert: int) -> Floats:
+        matrix = weights[expert].astype(dtype)
+        y: Floats = x @ (matrix if form.transposed else matrix.T)
+        return y if bias is None else y + bias[expert].astype(dtype)
+
+    result = np.zeros(hidden.shape, dtype)
+    for expert in np.unique(index[index >= 0]):
+        tokens, slots = np.nonzero(index == expert)
+        inner = _activate(form, linear(hidden[tokens].astype(dtype), gate_up, biases[0], expert))
+        output = linear(inner, down, biases[1], expert) * weight[tokens, slots, None].astype(dtype)
+        np.add.at(result, tokens, output)
+    with np.errstate(over="ignore"):  # beyond float16 is Inf, as it is for every backend
+        return result.astype(hidden.dtype)
+
+
+def _activate(form: ExpertsForm, gate_up: Floats) -> Floats:
+    """[.,2I] (ungated: [.,I]) to [.,I]."""
+    activation = _ACTIVATIONS[form.activation]
+    limit = form.limit or np.inf
+    if not form.gated:
+        return activation(np.clip(gate_up, -limit, limit), form.alpha)
+    if form.interleaved:
+        gate, up = gate_up[:, 0::2], gate_up[:, 1::2]
+    else:
+        gate, up = np.split(gate_up, 2, axis=1)
+    acted = activation(np.minimum(gate, limit), form.alpha)
+    return acted * (np.clip(up, -limit, limit) + form.up_offset)
+
+
+def _silu(z: Floats, alpha: float) -> Floats:
+    small = np.exp(-np.abs(alpha * z))  # at most 1: exp(alpha * z) could overflow
+    activated: Floats = z * np.where(z >= 0, 1.0, small) / (1.0 + small)
+    return activated
+
+
+def _gelu(z: Floats, _alpha: float) -> Floats:
+    erf = np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2.0)).astype(z.dtype)
+    activated: Floats = 0.5 * z * (1.0 + erf)
+    return activated
+
+
+def _gelu_tanh(z: Floats, _alpha: float) -> Floats:
+    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
+
+
+def _relu(z: Floats, _alpha: float) -> Floats:
+    positive: Floats = np.maximum(z, 0.0)
+    return positive
+
+
+def _relu2(z: Floats, _alpha: float) -> Floats:
+    return _relu(z, 1.0) ** 2
+
+
+_ACTIVATIONS: dict[str, Callable[[Floats, float], Floats]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "relu2": _relu2,
+}
+
+
+def _check(
+    form: ExpertsForm,
+    hidden: Floats,
+    index: Floats,
+    weight: Floats,
+    gate_up: Floats,
+    down: Floats,
+    gate_up_bias: Floats | None,
+    down_bias: Floats | None,
+) -> None:
+    if hidden.ndim != 2 or down.ndim != 3:
+        raise UsageError(f"hidden and down have the shapes {hidden.shape} and {down.shape}: they have to be 2D and 3D.")
+    tokens, width = hidden.shape
+    number, inner = down.shape[0], down.shape[1 if form.transposed else 2]
+    rows = 2 * inner if form.gated else inner
+    shapes = {
+        "index": (index, (tokens, *index.shape[1:2])),
+        "weight": (weight, index.shape),
+        "gate_up": (gate_up, (number, width, rows) if form.transposed else (number, rows, width)),
+        "down": (down, (number, inner, width) if form.transposed else (number, width, inner)),
+        "gate_up_bias": (gate_up_bias, (number, rows)),
+        "down_bias": (down_bias, (number, width)),
+    }
+    for name, (array, shape) in shapes.items():
+        if array is not None and array.shape != shape:
+            raise UsageError(
+                f"{name} has the shape {array.shape}: with this form and these inputs it has to be {shape}."
+            )
+    if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
+        raise UsageError(f"index is {index.dtype} of shape {index.shape}: it has to be whole numbers [T,K].")
+    if index.size and not -1 <= index.min() <= index.max() < number:
+        raise UsageError(f"index spans {index.min()} to {index.max()}: it has to lie in -1 to {number - 1}.")

@@ -29,6 +29,7 @@ from typing import Any
 
 from lynx_trt.errors import LynxError, TensorRTError, UsageError
 from lynx_trt.export.ops import EXPERTS, SELECT
+from lynx_trt.memory import resident_bytes
 
 _HEARTBEAT_SECONDS = 0.5
 _PROGRESS_SECONDS = 0.1
@@ -76,7 +77,7 @@ class _Channel:
         moment = time.monotonic()
         if now or moment - self._sent >= _PROGRESS_SECONDS:
             self._sent = moment
-            self.send(event="progress", phase=self._phase, fraction=round(self._fraction, 4), rss=_rss("VmRSS"))
+            self.send(event="progress", phase=self._phase, fraction=round(self._fraction, 4), rss=resident_bytes("now"))
 
     def message(self, severity: str, text: str) -> None:
         """Pass a line of TensorRT's log on, the first time it comes."""
@@ -122,7 +123,7 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
         "flavor": loaded.flavor,
         "version": loaded.version,
         "origin": loaded.origin,
-        "peak_bytes": _rss("VmHWM"),
+        "peak_bytes": resident_bytes("peak"),
         "plan_bytes": size,
         "plugin_layers": layers,
         "io": builder.io(),
@@ -315,15 +316,6 @@ def _parser_error(error: Any) -> str:
     if "Plugin not found" in what:
         what = "TensorRT has no such op, and no plugin of that name is registered"
     return f"node {error.node_name() or error.node()} ({op}): {what}" if op else what
-
-
-def _rss(key: str) -> int:
-    """Resident memory of this process in bytes: "VmRSS" now, "VmHWM" at its peak.
-
-    Not getrusage: its peak includes the parent's size at the time of the fork.
-    """
-    with Path("/proc/self/status").open() as lines:
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
 
 
 def _free(folder: Path) -> int:

@@ -1,0 +1,46 @@
+# The same few commands for people and for CI. Each makes the virtual environment that it needs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Files are spread over both cores by file, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-all lint clean help
+
+help:
+	@echo "make demo      build the shipped model (checkpoint -> ONNX -> TensorRT engine) and generate text"
+	@echo "make test      run the tests"
+	@echo "make test-all  run the slow ones too (some minutes, 10 GB of disk)"
+	@echo "make lint      ruff and mypy"
+
+# An environment with everything that runs without a GPU, at the versions the tests ran with.
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,dev]"
+	@touch $@
+
+demo: $(VENV)/.made
+	$(BIN)/python -m lynx_trt.models.demo
+
+test: $(VENV)/.made
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.made
+	$(PYTEST)
+
+lint: $(VENV)/.made build/types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p lynx_trt
+
+# mypy reads packages where they lie; three of ours lie outside of lynx_trt/, so it gets a tree of links.
+build/types: $(shell find lynx_trt -maxdepth 1)
+	rm -rf $@
+	mkdir -p $@/lynx_trt
+	for entry in lynx_trt/*; do ln -s ../../../$$entry $@/lynx_trt/; done
+	for entry in export plugins models; do ln -s ../../../$$entry $@/lynx_trt/; done
+
+clean:
+	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

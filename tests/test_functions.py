@@ -1,0 +1,462 @@
+"""The ops' function bodies in ONNX Runtime against the NumPy references: indices exactly, weights to rounding."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from test_selection import Batch, batches, budgets
+
+from lynx_trt.errors import ExportError
+from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
+from lynx_trt.export.functions import add_functions, experts_function, select_function
+from lynx_trt.export.ops import Attributes, experts_attributes, select_attributes
+from lynx_trt.selection import PRESETS, Selection
+
+Array = NDArray[Any]
+
+HEADER = '<ir_version: 12, opset_import: ["": 24, "lynx": 1]>'
+SELECT_GRAPH = """
+select (float[T,E] choice, float[T,E] combine, int64[T,K] topk_index, float[T,K] topk_weight,
+        int32 budget, bool[T] mask)
+    => (int64[T,K] index, float[T,K] weight, int32 active)
+{ index, weight, active = lynx.LynxSelect (choice, combine, topk_index, topk_weight, budget, mask) }
+"""
+
+
+def _model(graph: str, *attributes: Attributes) -> onnx.ModelProto:
+    """The model whose n-th lynx node has the n-th attributes, with its functions."""
+    model = onnx.parser.parse_model(HEADER + graph)
+    for node, values in zip((n for n in model.graph.node if n.domain == "lynx"), attributes, strict=True):
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in values.items())
+    assert add_functions(model) == len(attributes)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _session(model: onnx.ModelProto, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+# ------------------------------------------------------------------------------------------------- LynxSelect
+
+# Every preset, and for each vote what no preset has: drop, a larger guarantee beside a threshold, other powers, alphas
+# and betas, also of 0.
+SELECTIONS = {
+    **PRESETS,
+    "count-drop": Selection("count", guarantee=2, sensitivity=0.5, remap=False),
+    "weight-drop": Selection("weight", guarantee=0, sensitivity=0.0, remap=False, power=0.5),
+    "weight-sensitive": Selection("weight", guarantee=3, sensitivity=0.3, remap=True),
+    "affinity-bins": Selection("affinity", guarantee=0, sensitivity=0.0, remap=True, alpha=1.4426950408889634, beta=7),
+    "affinity-flat": Selection("affinity", guarantee=0, sensitivity=0.25, remap=True, beta=0),
+    "score-drop": Selection("score", guarantee=0, sensitivity=0.0, remap=False),
+    "score-sensitive": Selection("score", guarantee=0, sensitivity=1.0, remap=True),
+}
+
+
+@functools.cache
+def _select_session(
+    selection: Selection, width: int, renormalize: bool, scale: float, optimized: bool = True
+) -> onnxruntime.InferenceSession:
+    attributes = select_attributes(selection, experts_per_token=width, renormalize=renormalize, scale=scale)
+    return _session(_model(SELECT_GRAPH, attributes), optimized=optimized)
+
+
+def _check_select(
+    selection: Selection,
+    batch: Batch,
+    budget: int,
+    *,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    optimized: bool = True,
+) -> None:
+    tokens, _, width = batch.sizes
+    session = _select_session(selection, width, renormalize, scale, optimized)
+    mask = np.ones(tokens, np.bool_) if batch.token_mask is None else batch.token_mask
+    feeds = {
+        "choice": batch.choice,
+        "combine": batch.combine,
+        "topk_index": batch.topk_index,
+        "topk_weight": batch.topk_weight,
+        "budget": np.array(budget, np.int32),
+        "mask": mask,
+    }
+    index, weight, active = session.run(None, feeds)
+    expected = batch.select(selection, budget, renormalize=renormalize, scale=scale)
+    np.testing.assert_array_equal(index, expected.index)
+    # atol: the last bits of float32's denormals.
+    np.testing.assert_allclose(weight, expected.weight, rtol=1e-6, atol=1e-44)
+    assert active == len(expected.kept)
+    assert (index.dtype, weight.dtype, active.dtype, active.shape) == (np.int64, np.float32, np.int32, ())
+    if budget >= batch.sizes[1]:  # bit for bit, also where rounding would be within the tolerance
+        rows = batch.counts
+        np.testing.assert_array_equal(weight[rows].view(np.uint32), batch.topk_weight[rows].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(batch=batches(), budget=budgets)
+def test_select_equals_the_reference(name: str, batch: Batch, budget: int) -> None:
+    _check_select(SELECTIONS[name], batch, budget)
+
+
+def _random_batch(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
+    """A softmax router, renormalised, some of its rows padding and one broken."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(tokens, experts)).astype(np.float32)
+    combine = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    index = np.argsort(-logits, axis=1, kind="stable")[:, :width]
+    weight = np.take_along_axis(combine, index, axis=1)
+    if tokens > 3:
+        combine[tokens // 2, 0] = np.nan
+    return Batch(logits, combine, index, weight / weight.sum(axis=1, keepdims=True), np.arange(tokens) % 5 != 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width"),
+    [
+        (16, 128, 8),  # Qwen3-MoE in decode
+        (32, 8, 2),  # Mixtral: every expert has votes
+        (1, 64, 6),  # a single sequence: nothing to share
+        (500, 256, 8),  # DeepSeek-V3; many tokens, where ONNX Runtime's TopK takes other ways
+        (16, 16, 1),  # K = 1, Llama 4
+        (5, 4, 4),  # K = E
+    ],
+)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_select_equals_the_reference_at_real_sizes(name: str, tokens: int, experts: int, width: int) -> None:
+    batch = _random_batch(tokens, experts, width)
+    for budget in (0, 1, experts // 3, experts - 1, experts):
+        _check_select(SELECTIONS[name], batch, budget)
+
+
+@pytest.mark.parametrize(("renormalize", "scale"), [(True, 2.5), (False, 1.0), (False, 0.1)])
+def test_select_follows_the_models_rule_of_weights(renormalize: bool, scale: float) -> None:
+    for name in ("lynx", "weight-drop"):
+        _check_select(SELECTIONS[name], _random_batch(16, 32, 4), 6, renormalize=renormalize, scale=scale)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_select_does_not_hang_on_an_optimization(name: str) -> None:
+    # As written, node by node: no constant folded, nothing fused.
+    _check_select(SELECTIONS[name], _random_batch(16, 32, 4), 6, optimized=False)
+
+
+def test_select_breaks_ties_as_the_reference() -> None:
+    # All experts alike: every vote, choice and affinity ties, at sizes where a TopK may use a heap or a partial sort.
+    alike = np.full((64, 128), 1 / 128, np.float32)
+    index = np.stack([np.random.default_rng(t).permutation(128)[:8] for t in range(64)])
+    batch = Batch(alike, alike, index, np.full((64, 8), 1 / 8, np.float32))
+    for name, budget in itertools.product(SELECTIONS, (3, 64, 127)):
+        _check_select(SELECTIONS[name], batch, budget)
+
+
+def test_select_rounds_its_parameters_as_a_node_does() -> None:
+    # 3 bins for each factor of 18: ln(1/18) * alpha is -3, but with the float32 that a node holds it is -3.0000002:
+    # expert 0 is in bin -4. In bin -3, that of expert 1, it would tie with that one and be kept instead.
+    selection = Selection("affinity", guarantee=0, sensitivity=0.0, remap=True, alpha=3 / math.log(18), beta=4)
+    combine = np.tile(np.array([1 / 18, math.exp(-2.2 / selection.alpha), 1], np.float32), (8, 1))
+    batch = Batch(combine, combine, np.tile([0, 1, 2], (8, 1)), combine)
+    np.testing.assert_array_equal(batch.kept_set(selection, 2), [False, True, True])
+    _check_select(selection, batch, 2)
+
+
+def test_select_rounds_where_the_reference_does() -> None:
+    # The cases of test_selection that tell a float32 from a float64. A vote that is 0 as a float32 is still one.
+    tiny = np.array([[1.0, 1e-30]], np.float32)
+    batch = Batch(np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32), np.array([[1, 2]]), tiny)
+    _check_select(replace(SELECTIONS["weight-drop"], power=3.0), batch, 2)
+    # ln(1/32) * alpha is -1 only as a float32: expert 0 ties, and wins.
+    selection = Selection("affinity", guarantee=0, sensitivity=0.0, remap=True, alpha=1 / math.log(32))
+    combine = np.array([[1 / 32, 1, 0], [1 / 32, 0, 1]], np.float32)
+    _check_select(selection, Batch(combine, combine, np.array([[1, 0], [2, 0]]), np.ones((2, 2), np.float32)), 1)
+    # A confidence of 0.1 is not below a float32 of 0.1.
+    selection = Selection("count", guarantee=0, sensitivity=0.1, remap=True)
+    batch = replace(batch, topk_weight=np.array([[11, 9]], np.float32))
+    _check_select(selection, batch, 0)
+    # 0.1 + 0.2 + 0.3 in any order: expert 0 ties with expert 1, and wins.
+    a, b, c = 0.1, 0.2, 0.3
+    weight = np.array([[a, c, 1 - a - c], [b, b, 1 - b - b], [c, a, 1 - c - a]], np.float32)
+    zeros = np.zeros((3, 5), np.float32)
+    batch = Batch(zeros, zeros, np.array([[1, 0, 2], [1, 0, 3], [1, 0, 4]]), weight)
+    _check_select(Selection("weight", guarantee=0, sensitivity=0.0, remap=True), batch, 1)
+
+
+def test_select_refuses_a_negative_budget() -> None:
+    with pytest.raises(Exception, match="must not be negative"):
+        _check_select(PRESETS["lynx"], _random_batch(4, 8, 2), -1)
+
+
+# ------------------------------------------------------------------------------------------------- LynxExperts
+
+TOKENS, EXPERTS, WIDTH, HIDDEN, INNER = 9, 6, 3, 10, 14
+
+FORMS = [
+    *(
+        ExpertsForm(activation, transposed=transposed, interleaved=interleaved)
+        for activation, transposed, interleaved in itertools.product(ACTIVATIONS, (False, True), (False, True))
+    ),
+    *(
+        ExpertsForm(activation, gated=False, transposed=transposed, limit=limit)
+        for activation, transposed, limit in itertools.product(ACTIVATIONS, (False, True), (0.0, 0.75))
+    ),
+    ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=0.75, up_offset=1.0),  # gpt-oss
+    ExpertsForm(alpha=0.5, up_offset=-0.5),
+    ExpertsForm("gelu", limit=0.5),
+]
+
+
+def _experts_graph(form: ExpertsForm, dtype: str, bias: bool) -> str:
+    rows = 2 * INNER if form.gated else INNER
+    gate_up = f"{HIDDEN},{rows}" if form.transposed else f"{rows},{HIDDEN}"
+    down = f"{INNER},{HIDDEN}" if form.transposed else f"{HIDDEN},{INNER}"
+    biases = f", {dtype}[{EXPERTS},{rows}] gate_up_bias, {dtype}[{EXPERTS},{HIDDEN}] down_bias" if bias else ""
+    added = ", gate_up_bias, down_bias" if bias else ""
+    return f"""
+        experts ({dtype}[T,{HIDDEN}] hidden, int64[T,K] index, float[T,K] weight,
+                 {dtype}[{EXPERTS},{gate_up}] gate_up, {dtype}[{EXPERTS},{down}] down{biases})
+            => ({dtype}[T,{HIDDEN}] output)
+        {{
+            output = lynx.LynxExperts (hidden, index, weight, gate_up, down{added})
+        }}
+    """
+
+
+def _experts_inputs(form: ExpertsForm, dtype: type[np.generic], bias: bool) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    rows = 2 * INNER if form.gated else INNER
+    gate_up, down = rng.normal(size=(EXPERTS, rows, HIDDEN)), rng.normal(size=(EXPERTS, HIDDEN, INNER))
+    if form.transposed:
+        gate_up, down = gate_up.swapaxes(1, 2), down.swapaxes(1, 2)
+    inputs = {"hidden": rng.normal(size=(TOKENS, HIDDEN)), "gate_up": gate_up, "down": down}
+    if bias:
+        inputs |= {"gate_up_bias": rng.normal(size=(EXPERTS, rows)), "down_bias": rng.normal(size=(EXPERTS, HIDDEN))}
+    # The last expert is nobody's, one slot is empty, and so are all of row 2, which is broken.
+    index = np.stack([rng.permutation(EXPERTS - 1)[:WIDTH] for _ in range(TOKENS)])
+    index[0, 1], index[2] = -1, -1
+    inputs["hidden"][2] = np.nan
+    typed = {name: np.ascontiguousarray(values.astype(dtype)) for name, values in inputs.items()}
+    return {**typed, "index": index, "weight": rng.random((TOKENS, WIDTH)).astype(np.float32)}
+
+
+def _reference(form: ExpertsForm, inputs: dict[str, Array]) -> Array:
+    """In float64."""
+    exact = {name: a if a.dtype == np.int64 else a.astype(np.float64) for name, a in inputs.items()}
+    return experts(form, **exact)
+
+
+def _experts_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.InferenceSession:
+    return _session(_model(_experts_graph(form, dtype, bias), experts_attributes(form)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_experts_equal_the_reference(form: ExpertsForm, dtype: str, bias: bool) -> None:
+    numpy_dtype = np.float32 if dtype == "float" else np.float16
+    inputs = _experts_inputs(form, numpy_dtype, bias)
+    (got,) = _experts_session(form, dtype, bias).run(None, inputs)
+    expected = _reference(form, inputs)
+    assert got.dtype == numpy_dtype
+    assert (got[2] == 0).all()  # nobody's row, though it is NaN
+    # Twice the error of NumPy's float32, and for float16 half a unit in the last place: rounded once, at the end.
+    wide = {name: a if a.dtype == np.int64 else a.astype(np.float32) for name, a in inputs.items()}
+    floor = 2 * np.abs(experts(form, **wide) - expected).max() + np.finfo(np.float32).eps * np.abs(expected).max()
+    rounding = np.abs(expected) * (np.finfo(np.float16).eps / 2 if dtype == "float16" else 0)
+    np.testing.assert_array_less(np.abs(got - expected), floor + rounding)
+
+
+def test_experts_that_nobody_uses_do_not_matter() -> None:
+    form = ExpertsForm()
+    inputs = _experts_inputs(form, np.float32, bias=True)
+    session = _experts_session(form, "float", bias=True)
+    (expected,) = session.run(None, inputs)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        inputs[name][EXPERTS - 1] = np.nan
+    np.testing.assert_array_equal(session.run(None, inputs)[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
+def test_experts_with_no_slot_in_use_give_zeros(tokens: int) -> None:
+    form = ExpertsForm()
+    inputs = _experts_inputs(form, np.float32, bias=False)
+    inputs |= {name: inputs[name][:tokens] for name in ("hidden", "index", "weight")}
+    inputs["index"] = np.full_like(inputs["index"], -1)
+    (got,) = _experts_session(form, "float", bias=False).run(None, inputs)
+    np.testing.assert_array_equal(got, np.zeros((tokens, HIDDEN)))
+
+
+@pytest.mark.parametrize("pattern", ["one token", "one expert for all", "all experts"])
+def test_experts_of_other_batches(pattern: str) -> None:
+    form = ExpertsForm()
+    inputs = _experts_inputs(form, np.float32, bias=False)
+    inputs["hidden"] = np.nan_to_num(inputs["hidden"])
+    if pattern == "one token":
+        inputs |= {name: inputs[name][:1] for name in ("hidden", "index", "weight")}
+    elif pattern == "one expert for all":  # as with a budget of 1
+        inputs["index"][:] = [3, -1, -1]
+    else:
+        inputs["index"] = np.add.outer(np.arange(TOKENS), [0, 2, 4]) % EXPERTS
+    (got,) = _experts_session(form, "float", bias=False).run(None, inputs)
+    np.testing.assert_allclose(got, _reference(form, inputs), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- both, and add_functions
+
+# Two layers of selection and experts, the second without renormalisation and without biases, then a third selection
+# like the first.
+LAYERS = """
+layers (float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, bool[T] m, float[T,H] x,
+        float[E,I2,H] gu, float[E,H,I] d, float[E,I2] gub, float[E,H] db)
+    => (int64[T,K] i1, float[T,K] w1, float[T,H] y1, int64[T,K] i2, float[T,K] w2, float[T,H] y2, int64[T,K] i3)
+{
+    i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, m)
+    y1 = lynx.LynxExperts (x, i1, w1, gu, d, gub, db)
+    i2, w2, a2 = lynx.LynxSelect (c, c, i, w, b, m)
+    y2 = lynx.LynxExperts (x, i2, w2, gu, d)
+    i3, w3, a3 = lynx.LynxSelect (c, c, i, w, b, m)
+}
+"""
+
+
+def _layers_attributes(first: Selection, second: Selection) -> list[Attributes]:
+    one = select_attributes(first, experts_per_token=WIDTH, renormalize=True, scale=1.0)
+    other = select_attributes(second, experts_per_token=WIDTH, renormalize=False, scale=1.0)
+    form = experts_attributes(ExpertsForm())
+    return [one, form, other, form, one]
+
+
+def test_each_variant_has_an_overload_that_onnx_runtime_calls() -> None:
+    first, second = PRESETS["lynx"], PRESETS["lynx-latency"]
+    model = _model(LAYERS, *_layers_attributes(first, second))
+    assert [node.overload for node in model.graph.node] == ["", "", "1", "1", ""]
+    assert [(f.name, f.overload) for f in model.functions] == [
+        ("LynxSelect", ""),
+        ("LynxExperts", ""),
+        ("LynxSelect", "1"),
+        ("LynxExperts", "1"),
+    ]
+    form, batch = ExpertsForm(), _random_batch(TOKENS, EXPERTS, WIDTH)
+    batch = replace(batch, combine=batch.choice)
+    inputs = _experts_inputs(form, np.float32, bias=True)
+    inputs["hidden"] = np.nan_to_num(inputs["hidden"])
+    feeds = {"c": batch.choice, "i": batch.topk_index, "w": batch.topk_weight, "b": np.array(2, np.int32)}
+    feeds |= {"m": np.arange(TOKENS) % 5 != 3, "x": inputs["hidden"], "gu": inputs["gate_up"], "d": inputs["down"]}
+    feeds |= {"gub": inputs["gate_up_bias"], "db": inputs["down_bias"]}
+    i1, w1, y1, i2, w2, y2, i3 = _session(model).run(None, feeds)
+    one, other = batch.select(first, 2), batch.select(second, 2, renormalize=False)
+    assert not np.array_equal(one.index, other.index)
+    for got, expected in ((i1, one.index), (i2, other.index), (i3, one.index)):
+        np.testing.assert_array_equal(got, expected)
+    for index, weight, got, names in (
+        (i1, w1, y1, ("gate_up", "down", "gate_up_bias", "down_bias")),
+        (i2, w2, y2, ("gate_up", "down")),
+    ):
+        output = experts(form, inputs["hidden"], index, weight, *(inputs[name] for name in names))
+        np.testing.assert_allclose(got, output, rtol=1e-4, atol=1e-4)
+
+
+def test_adding_functions_again_changes_nothing_but_what_was_ours() -> None:
+    model = _model(LAYERS, *_layers_attributes(PRESETS["lynx"], PRESETS["oea"]))
+    theirs = onnx.parser.parse_function('<domain: "theirs", opset_import: ["": 24]> F (x) => (y) { y = Relu (x) }')
+    model.functions.insert(0, theirs)
+    before = model.SerializeToString(deterministic=True)
+    assert add_functions(model) == 5
+    assert model.SerializeToString(deterministic=True) == before
+    # Made alike, the second variant is gone.
+    model.graph.node[2].CopyFrom(model.graph.node[4])
+    assert add_functions(model) == 5
+    assert [(f.name, f.overload) for f in model.functions] == [
+        ("F", ""),
+        ("LynxSelect", ""),
+        ("LynxExperts", ""),
+        ("LynxExperts", "1"),
+    ]
+
+
+def test_nodes_in_subgraphs_have_their_functions_too() -> None:
+    model = onnx.parser.parse_model(
+        f"""{HEADER}
+        g (bool go, float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, bool[T] m) => (int64[T,K] index)
+        {{
+            index = If (go) <
+                then_branch = yes () => (i1) {{ i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, m) }},
+                else_branch = no () => (i2) {{ i2 = Identity (i) }}
+            >
+        }}"""
+    )
+    (branch,) = [a.g for a in model.graph.node[0].attribute if a.name == "then_branch"]
+    attributes = select_attributes(PRESETS["lynx"], experts_per_token=WIDTH, renormalize=True, scale=1.0)
+    branch.node[0].attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
+    assert add_functions(model) == 1
+    batch = _random_batch(TOKENS, EXPERTS, WIDTH)
+    batch = replace(batch, combine=batch.choice)
+    feeds = {"c": batch.choice, "i": batch.topk_index, "w": batch.topk_weight, "b": np.array(2, np.int32)}
+    feeds |= {"m": np.arange(TOKENS) % 5 != 3, "go": np.array(True)}
+    (got,) = _session(model).run(None, feeds)
+    np.testing.assert_array_equal(got, batch.select(PRESETS["lynx"], 2).index)
+
+
+def test_a_model_without_lynx_nodes_is_left_alone() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[T] x) => (float[T] y) { y = Relu (x) }'
+    )
+    before = model.SerializeToString(deterministic=True)
+    assert add_functions(model) == 0
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_versions_are_declared() -> None:
+    # Overloads need IR version 10; a graph of a rewrite may not know our domain yet.
+    model = _model(SELECT_GRAPH, select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0))
+    model.ir_version = 8
+    del model.opset_import[1]
+    add_functions(model)
+    assert model.ir_version == 10
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 24, "lynx": 1}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: setattr(m.graph.node[0], "op_type", "LynxOther"), "lynx.LynxOther: known are LynxSelect"),
+        (lambda m: m.graph.node[1].input.pop(), r"\(LynxExperts\) has the inputs .*'gub'\]: it has to have 5 or 7"),
+        (lambda m: m.graph.node[0].input.pop(), r"\(LynxSelect\) has the inputs .* it has to have 6"),
+        (lambda m: m.graph.node[3].input.extend(["gub", ""]), r"'gub', ''\]: it has to have 5 or 7"),
+        (lambda m: m.graph.node[0].attribute.pop(0), "LynxSelect lacks vote"),
+        (lambda m: m.graph.node[1].attribute.pop(0), "LynxExperts lacks activation"),
+        # ONNX Runtime takes a body for one of the model's opset, and fails on it or not.
+        (lambda m: setattr(m.opset_import[0], "version", 21), "opset 21, the bodies of the lynx ops need 24"),
+    ],
+)
+def test_a_model_that_is_refused_is_named_and_left_alone(edit: Any, message: str) -> None:
+    model = _model(LAYERS, *_layers_attributes(PRESETS["lynx"], PRESETS["oea"]))
+    edit(model)
+    before = model.SerializeToString(deterministic=True)
+    with pytest.raises(ExportError, match=message):
+        add_functions(model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_values_that_no_body_knows_are_refused() -> None:
+    attributes = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
+    with pytest.raises(ExportError, match="vote = 'votes': it has to be count, weight"):
+        select_function({**attributes, "vote": "votes"})
+    with pytest.raises(ExportError, match="activation = 'mish': it has to be silu"):
+        experts_function({**experts_attributes(ExpertsForm()), "activation": "mish"}, bias=False)

@@ -1,0 +1,154 @@
+"""`inspect`: what is in an artifact, and every way in which it may not fit this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lynx_trt import preflight as preflights
+from lynx_trt.artifact import MANIFEST, Artifact, read
+from lynx_trt.errors import ArtifactError
+from lynx_trt.inspect import rows
+from lynx_trt.preflight import preflight
+from lynx_trt.tensorrt import gpu, loader
+
+
+@pytest.fixture(scope="session")
+def with_engine(checkpoint: Callable[[str], Path], workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
+    return build_quietly(checkpoint("qwen3_moe"), workspace / "inspected", tensorrt="auto", prefill_length="1:16:32")
+
+
+@pytest.fixture
+def own_artifact(with_engine: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(with_engine.folder, tmp_path / "artifact"))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lynx_trt.inspect", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_table_says_what_was_built(with_engine: Artifact) -> None:
+    table = dict(rows(with_engine.manifest))
+    assert table["layers"] == "2, 2 of them MoE"
+    assert table["experts"] == "8 a layer, 2 a token, 24.6 kB each"  # 3 * 64 * 32 numbers of 4 bytes
+    assert table["profile decode"] == "batch 1:8:64, length 1:1:1"
+    assert table["profile prefill"] == "batch 1:1:8, length 1:16:32"
+    assert table["budgets"] == "4 in every MoE layer"
+    assert "expert weights inside" in table["engine"]
+
+
+def test_command_of_a_good_artifact(with_engine: Artifact) -> None:
+    result = command(str(with_engine.folder))
+    assert result.returncode == 0, result.stderr
+    assert "everything fits" in result.stdout
+    assert "Qwen3MoeForCausalLM" in result.stdout
+
+
+def test_json_is_whole(with_engine: Artifact) -> None:
+    report = json.loads(command(str(with_engine.folder), "--json").stdout)
+    assert report["problems"] == []
+    assert report["manifest"] == json.loads((with_engine.folder / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "engine.plan"])
+def test_one_changed_byte(name: str, own_artifact: Path) -> None:
+    path = own_artifact / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    result = command(str(own_artifact))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert name in line
+    assert "sha256" in line
+
+
+def test_every_problem_has_its_line(own_artifact: Path) -> None:
+    (own_artifact / "engine.plan").unlink()
+    with (own_artifact / "model.onnx").open("ab") as stream:
+        stream.write(b"x")
+    problems = preflight(read(own_artifact)).problems
+    assert len(problems) == 2
+    assert "engine.plan is missing" in problems[0]
+    assert "model.onnx has" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "manifest"),
+        ("[]", "manifest"),
+        ('{"schema_version": 2}', "schema_version"),
+        ("\x00\xff", "manifest"),
+    ],
+    ids=["cut", "list", "of another version", "binary"],
+)
+def test_manifest_that_is_none(content: str, words: str, own_artifact: Path) -> None:
+    (own_artifact / MANIFEST).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ArtifactError, match=words) as caught:
+        read(own_artifact)
+    assert "\n" not in str(caught.value)
+
+
+def test_manifest_may_not_leave_its_folder(own_artifact: Path) -> None:
+    """A manifest is data that somebody sent: a name with a path in it is not followed."""
+    manifest = json.loads((own_artifact / MANIFEST).read_text())
+    manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "0"}
+    (own_artifact / MANIFEST).write_text(json.dumps(manifest))
+    assert any("outside the artifact" in problem for problem in preflight(read(own_artifact)).problems)
+
+
+def test_not_an_artifact(tmp_path: Path) -> None:
+    for folder, words in ((tmp_path / "nowhere", "no such artifact"), (tmp_path, "holds no lynx.json")):
+        result = command(str(folder))
+        assert result.returncode == 1
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def on_a_machine_with(monkeypatch: pytest.MonkeyPatch, *, sms: list[int], tensorrt: str | None) -> None:
+    monkeypatch.setattr(gpu, "compute_capabilities", lambda: sms)
+    monkeypatch.setattr(loader, "describe", lambda: {"full": None, "rtx": tensorrt, "gpus": len(sms)})
+
+
+def test_gpu_with_another_tensorrt(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most repeated complaint about engines: built by one version, loaded by another."""
+    on_a_machine_with(monkeypatch, sms=[90], tensorrt="1.6.0")
+    problems = preflight(with_engine).problems
+    assert any("1.7.1" in problem and "1.6.0" in problem for problem in problems)
+
+
+def test_gpu_without_tensorrt(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine_with(monkeypatch, sms=[90], tensorrt=None)
+    assert any("is not installed" in problem for problem in preflight(with_engine).problems)
+
+
+def test_gpu_of_another_sm(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert with_engine.manifest.engine
+    engine = with_engine.manifest.engine.model_copy(update={"compute_capabilities": [80, 89]})
+    built = Artifact(with_engine.folder, with_engine.manifest.model_copy(update={"engine": engine}))
+    on_a_machine_with(monkeypatch, sms=[90], tensorrt=engine.tensorrt)
+    assert any("SM 80, 89" in problem and "SM 90" in problem for problem in preflight(built).problems)
+    on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
+    assert preflight(built).problems == []
+
+
+def test_another_plugin_version(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflights, "PLUGIN", {"namespace": "lynx", "version": "2"})
+    assert any("plugin version 1" in problem for problem in preflight(with_engine).problems)
+
+
+def test_no_gpu_is_no_problem(with_engine: Artifact) -> None:
+    """On a laptop the graph runs in ONNX Runtime; that the engine can't is worth a note, not an exit code."""
+    found = preflight(with_engine)
+    if gpu.compute_capabilities():
+        pytest.skip("this machine has a GPU")
+    assert any("no GPU here" in line for line in found.notes)
