@@ -13,6 +13,8 @@ from lynx_trt.console import new_app, print_json, run, size
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.live import Live
+
     from lynx_trt.artifact import Artifact, Manifest
     from lynx_trt.runtime.decode import Generated, Statistics
     from lynx_trt.runtime.sampling import Sampling
@@ -128,45 +130,71 @@ def main(
     prompts = prompt or []
     sampling = Sampling(temperature, top_p, seed)
     opened = open_artifact(artifact, verify=verify)
-    stream = not json_output and len(prompts) == 1
-    sequences, statistics = generate_text(
-        opened,
-        prompts,
-        budget=budget,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop or (),
-        threads=threads,
-        on_text=_Terminal(prompts).show if stream else None,
-    )
+    with _Screen(prompts, quiet=json_output) as screen:
+        sequences, statistics = generate_text(
+            opened,
+            prompts,
+            budget=budget,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            threads=threads,
+            on_text=screen.show,
+        )
     if json_output:
         print_json(_report(opened.manifest, prompts, sequences, statistics))
         return
-    if stream:
-        typer.echo()
-    else:
-        _print_all(prompts, sequences)
     typer.echo(_statistics_line(opened.manifest, statistics), err=True)
 
 
-class _Terminal:
-    """Streams one sequence: its prompt first, then every piece as it comes."""
+class _Screen:
+    """Text as it comes: one sequence as a plain stream; several redrawn side by side on a terminal, then printed."""
 
-    def __init__(self, prompts: list[str]) -> None:
-        self._prompt: str | None = prompts[0] if prompts else None
+    def __init__(self, prompts: list[str], *, quiet: bool) -> None:
+        self._texts = list(prompts)
+        self._quiet = quiet
+        self._started = False
+        self._live: Live | None = None
 
-    def show(self, _: int, piece: str) -> None:
-        if self._prompt is not None:
-            sys.stdout.write(self._prompt)
-            self._prompt = None
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    def __enter__(self) -> _Screen:
+        if not self._quiet and len(self._texts) > 1 and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(transient=True, refresh_per_second=8)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        if self._quiet or kind is not None:
+            return
+        if len(self._texts) == 1:
+            typer.echo("" if self._started else self._texts[0])
+            return
+        for number, text in enumerate(self._texts, 1):
+            typer.secho(f"--- {number} ---", dim=True)
+            typer.echo(text)
+
+    def show(self, row: int, piece: str) -> None:
+        """Add a piece of text to its sequence."""
+        if not self._quiet and len(self._texts) == 1:
+            sys.stdout.write(piece if self._started else self._texts[0] + piece)
+            sys.stdout.flush()
+        self._texts[row] += piece
+        self._started = True
+        if self._live:
+            from rich.console import Group
+            from rich.rule import Rule
+            from rich.text import Text
+
+            parts = [part for text in self._texts for part in (Rule(style="dim"), Text(_last_lines(text)))]
+            self._live.update(Group(*parts))
 
 
-def _print_all(prompts: list[str], sequences: list[Generated]) -> None:
-    for number, (text, sequence) in enumerate(zip(prompts, sequences, strict=True), 1):
-        typer.echo(f"--- {number} ---")
-        typer.echo(text + sequence.text)
+def _last_lines(text: str, lines: int = 6) -> str:
+    """The end of a text, so that several fit on a screen."""
+    return "\n".join(text.splitlines()[-lines:])
 
 
 def _statistics_line(manifest: Manifest, statistics: Statistics) -> str:
