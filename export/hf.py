@@ -58,16 +58,24 @@ class CacheShape:
 
 
 @dataclass
-class Exported:
-    """A traced graph whose large initializers still have no data, and what was found on the way."""
+class Source:
+    """A checkpoint's model, looked through and ready to be traced: nothing of its weights is loaded."""
 
-    graph: ir.Model
     model: PreTrainedModel
     weights: CheckpointWeights
     layers: list[moe.MoeLayer]
     caches: list[CacheShape]
+    precision: str
+    fake: FakeTensorMode
+
+
+@dataclass
+class Exported:
+    """A traced graph whose large initializers still have no data."""
+
+    graph: ir.Model
+    source: Source
     cache_rows: int  # L; one more than the usable length where a row is reserved for attention sinks
-    experts_per_token: int
 
 
 class _StepModule(nn.Module):
@@ -119,39 +127,53 @@ class _StepModule(nn.Module):
         return output.logits[:, 0].float(), active, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def trace(checkpoint: Checkpoint, *, precision: str, max_length: int, selection: Selection) -> Exported:
-    """Trace the checkpoint's model into a graph without weights.
+def read_source(checkpoint: Checkpoint, precision: str) -> Source:
+    """Everything that can be known and refused before the long work of tracing.
 
     Args:
         checkpoint: an opened checkpoint.
         precision: fp32, fp16 or bf16: the dtype of weights, activations and cache.
-        max_length: tokens a sequence may have, prompt and output together.
-        selection: parameters of every LynxSelect.
 
     Raises:
         CheckpointError: the weights are not those of the config.
         UnsupportedModelError: the model is none that this version can rewrite; the reason is named.
-        ExportError: fewer blocks were rewritten than the model has.
     """
     attention.register()
     moe.register()
     model = empty_model(checkpoint, DTYPES[precision])
-    weights = CheckpointWeights(checkpoint, model)  # before the long work: do they fit the config at all?
     model.config.use_cache = True
+    weights = CheckpointWeights(checkpoint, model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _use_fake_parameters(model, fake)
-    layers = moe.find_layers(model)
-    use_traceable_longrope(model)
-    caches = _cache_shapes(model, fake)
+    with _quiet():
+        layers = moe.find_layers(model)
+        use_traceable_longrope(model)
+        caches = _cache_shapes(model, fake)
+    return Source(model, weights, layers, caches, precision, fake)
+
+
+def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
+    """Trace the model into a graph without weights. The source is used up: its modules are rewritten.
+
+    Args:
+        source: what `read_source` gave.
+        max_length: tokens a sequence may have, prompt and output together.
+        selection: parameters of every LynxSelect.
+
+    Raises:
+        UnsupportedModelError: torch can't export the model.
+        ExportError: fewer blocks were rewritten than the model has.
+    """
+    model = source.model
     cache_rows = max_length + (1 if _has_sinks(model) else 0)
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
-    module = _StepModule(model, layers, selection).eval()
+    module = _StepModule(model, source.layers, selection).eval()
     with _quiet():
-        graph = _export(module, caches, cache_rows, DTYPES[precision], fake)
-    _check_count(graph, layers)
-    return Exported(graph, model, weights, layers, caches, cache_rows, _experts_per_token(graph))
+        graph = _export(module, source, cache_rows)
+    _check_count(graph, source.layers)
+    return Exported(graph, source, cache_rows)
 
 
 def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
@@ -224,12 +246,11 @@ def _has_sinks(model: PreTrainedModel) -> bool:
     return any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
 
 
-def _export(
-    module: _StepModule, caches: list[CacheShape], cache_rows: int, dtype: torch.dtype, fake: FakeTensorMode
-) -> ir.Model:
+def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     from transformers.exporters import exporter_onnx
     from transformers.exporters.utils import apply_patches
 
+    caches, fake, dtype = source.caches, source.fake, DTYPES[source.precision]
     batch, length = 2, 3
     batch_dim = torch.export.Dim("batch", min=1, max=4096)
     length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
@@ -286,19 +307,6 @@ def _check_count(graph: ir.Model, layers: list[moe.MoeLayer]) -> None:
         if count != len(layers):
             names = ", ".join(layer.name for layer in layers)
             raise ExportError(f"the graph has {count} {op} nodes, the model {len(layers)} MoE blocks: {names}")
-
-
-def _experts_per_token(graph: ir.Model) -> int:
-    sizes = set()
-    for node in graph.graph:
-        if node.op_type == ops.SELECT:
-            index = node.inputs[2]
-            assert index is not None
-            assert index.shape is not None
-            sizes.add(int(str(index.shape[1])))
-    if len(sizes) != 1:
-        raise UnsupportedModelError(f"the MoE blocks use different numbers of experts a token: {sorted(sizes)}")
-    return sizes.pop()
 
 
 @contextlib.contextmanager

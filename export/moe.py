@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lynx_trt.errors import UnsupportedModelError
+from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export import ops
-from lynx_trt.export.routing import Rule, find_rule
+from lynx_trt.export.routing import Rule, find_routing
 from lynx_trt.selection import Selection
 
 NAME = "lynx"
@@ -38,6 +38,7 @@ class MoeLayer:
     rule: Rule | None
     block: nn.Module
     experts: int
+    experts_per_token: int
     intermediate: int
     expert_parameters: int  # of one expert, biases included
     logits: torch.Tensor | None = None  # the router's, of the step being traced
@@ -79,25 +80,36 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
             continue
         block_name, _, experts_name = name.rpartition(".")
         block = model.get_submodule(block_name)
-        rule = find_rule(block, experts_name, *recorder) if recorder else None
+        routing = find_routing(block, experts_name, *(recorder or (None,)))
         weight = _input_weight(name, module)
         layer = MoeLayer(
             position=len(layers),
             name=name,
             form=_form(name, module),
-            rule=rule,
+            rule=routing.rule,
             block=block,
             experts=int(weight.shape[0]),
+            experts_per_token=routing.experts_per_token or _experts_per_token(name, model),
             intermediate=int(weight.shape[2 if module.is_transposed else 1]) // (2 if module.has_gate else 1),
             expert_parameters=sum(p.numel() for p in module.parameters()) // int(weight.shape[0]),
         )
         module._lynx = layer
-        if recorder and rule:
+        if recorder and routing.rule:
             _keep_logits(block, layer, *recorder)
         layers.append(layer)
     if not layers:
         _refuse_without_experts(model)
     return layers
+
+
+def _experts_per_token(name: str, model: PreTrainedModel) -> int:
+    """K as the config has it, for a block that can't be run on its own."""
+    config = model.config.get_text_config()
+    for attribute in ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"):
+        value = getattr(config, attribute, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(f"{name}: neither the block nor the config tells how many experts a token uses")
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -218,6 +230,8 @@ def experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torc
     """Hidden [T,H], index [T,K], weight [T,K] -> [T,H]: the two ops, in the place of the model's own experts."""
     layer: MoeLayer = module._lynx
     step = _step.get()
+    if index.shape[-1] != layer.experts_per_token:
+        raise ExportError(f"{layer.name} routes to {index.shape[-1]} experts a token, not {layer.experts_per_token}")
     index, weight = _select(layer, step, hidden, index.to(torch.int64), weight.float())
     first, biases = ("gate_up_proj", ("gate_up_proj_bias", "down_proj_bias"))
     if not module.has_gate:

@@ -73,34 +73,50 @@ class Rule:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one run of the block showed."""
+    """What one run of the block showed; no logits if no router was known."""
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     index: torch.Tensor
     weight: torch.Tensor
     biases: dict[str, torch.Tensor]
     attributes: list[float]
 
 
-def find_rule(block: nn.Module, experts_name: str, router_class: type[nn.Module], logits_at: int) -> Rule | None:
-    """The rule that `block` follows, or None if it is none of ours (or can't be run on its own).
+@dataclass(frozen=True)
+class Routing:
+    """How a block routes: its rule (None: none of ours), and K, a token's experts (None: it can't be run alone)."""
+
+    rule: Rule | None
+    experts_per_token: int | None
+
+
+def find_routing(
+    block: nn.Module, experts_name: str, router_class: type[nn.Module] | None, logits_at: int = 0
+) -> Routing:
+    """The rule that `block` follows, and its K.
 
     Args:
         block: the module that holds the router and the experts; its parameters may be on the meta device.
         experts_name: name of the experts within the block.
-        router_class: class of the router, an instance of which is within the block.
+        router_class: class of the router, an instance of which is within the block; None if it is not known.
         logits_at: place of the logits in the router's output.
     """
-    with suppress(Exception), torch.no_grad():
+    seen = None
+    with suppress(Exception), torch.no_grad():  # whatever a model's own code may raise
         seen = _run(block, experts_name, router_class, logits_at)
-        return next((rule for candidate in _candidates(block, seen) if (rule := _fit(candidate, seen))), None)
-    return None
+    if seen is None:
+        return Routing(None, None)
+    k = int(seen.index.shape[-1])
+    if seen.logits is None:
+        return Routing(None, k)
+    logits = seen.logits
+    fits = (_fit(candidate, seen, logits) for candidate in _candidates(block, seen, logits))
+    return Routing(next((rule for rule in fits if rule), None), k)
 
 
-def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module], logits_at: int) -> _Seen:
+def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module] | None, logits_at: int) -> _Seen:
     probe = _with_random_weights(block, experts_name)
-    routers = {id(m): (name, m) for name, m in probe.named_modules() if isinstance(m, router_class)}
-    ((_, router),) = routers.values()
+    routers = [module for module in probe.modules() if router_class and isinstance(module, router_class)]
     captured: dict[str, torch.Tensor] = {}
 
     def on_router(_: nn.Module, __: Any, output: Any) -> None:
@@ -110,7 +126,8 @@ def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module], log
         captured["index"], captured["weight"] = index, weight
         return torch.zeros_like(hidden)
 
-    router.register_forward_hook(on_router)
+    if len(routers) == 1:
+        routers[0].register_forward_hook(on_router)
     ALL_EXPERTS_FUNCTIONS.register(PROBE, on_experts)
     experts: Any = probe.get_submodule(experts_name)
     experts.config._experts_implementation = PROBE
@@ -118,8 +135,8 @@ def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module], log
     size = size or int(experts.up_proj.shape[1 if experts.is_transposed else 2])
     hidden = torch.randn(1, PROBE_TOKENS, size, generator=torch.Generator().manual_seed(0))
     probe(hidden)
-    logits = captured["logits"].float().reshape(PROBE_TOKENS, -1)
-    count = logits.shape[-1]
+    logits = captured["logits"].float().reshape(PROBE_TOKENS, -1) if "logits" in captured else None
+    count = logits.shape[-1] if logits is not None else 0
     state = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
     biases = {n: t.reshape(-1) for n, t in state.items() if t.numel() == count and not n.startswith(experts_name)}
     attributes = [v for m in probe.modules() for v in vars(m).values() if isinstance(v, float)]
@@ -141,9 +158,9 @@ def _with_random_weights(block: nn.Module, experts_name: str) -> Any:
     return copy.deepcopy(block, memo)
 
 
-def _candidates(block: nn.Module, seen: _Seen) -> Iterator[Rule]:
+def _candidates(block: nn.Module, seen: _Seen, logits: torch.Tensor) -> Iterator[Rule]:
     """Rules to try, the plain ones first, so that a model without bias or groups is never called grouped."""
-    experts = seen.logits.shape[-1]
+    experts = logits.shape[-1]
     groupings: list[tuple[int, int, str]] = [(1, 1, "none")]
     for groups, used in _group_sizes(block):
         if 1 < groups < experts and experts % groups == 0 and used < groups:
@@ -166,9 +183,9 @@ def _group_sizes(block: nn.Module) -> set[tuple[int, int]]:
     return found
 
 
-def _fit(rule: Rule, seen: _Seen) -> Rule | None:
+def _fit(rule: Rule, seen: _Seen, logits: torch.Tensor) -> Rule | None:
     """`rule` with its scale, if it gives what the block gave."""
-    choice, combine = rule.choice_and_combine(seen.logits, seen.biases[rule.bias] if rule.bias else None)
+    choice, combine = rule.choice_and_combine(logits, seen.biases[rule.bias] if rule.bias else None)
     ranked = choice.topk(seen.index.shape[-1], dim=-1).indices
     if not torch.equal(ranked.sort(-1).values, seen.index.sort(-1).values):
         return None

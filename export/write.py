@@ -31,7 +31,7 @@ def write_onnx(
     graph = exported.graph
     _optimize(graph)
     _name_like_the_checkpoint(exported)
-    weights = exported.weights
+    weights = exported.source.weights
     _load_small(exported, weights)
     nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)
     proto = ir.to_proto(graph)
@@ -69,7 +69,7 @@ def _name_like_the_checkpoint(exported: Exported) -> None:
         name = value.name or ""
         if name.startswith(PREFIX) and is_fake(value):
             value.name = name.removeprefix(PREFIX)
-    for name, original in (getattr(exported.model, "all_tied_weights_keys", None) or {}).items():
+    for name, original in (getattr(exported.source.model, "all_tied_weights_keys", None) or {}).items():
         if name in graph.initializers and original in graph.initializers:
             ir.convenience.replace_all_uses_with(graph.initializers[name], graph.initializers[original])
             del graph.initializers[name]

@@ -18,7 +18,7 @@ from lynx_trt.memory import resident_bytes
 if TYPE_CHECKING:
     from lynx_trt.artifact import Artifact, EngineRecord, Manifest, ModelRecord
     from lynx_trt.export.checkpoint import Checkpoint
-    from lynx_trt.export.hf import Exported
+    from lynx_trt.export.hf import Exported, Source
     from lynx_trt.selection import Selection
     from lynx_trt.tensorrt.build import EngineReport
 
@@ -76,18 +76,20 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     """
     from lynx_trt import artifact as artifacts
     from lynx_trt.export.checkpoint import open_checkpoint
-    from lynx_trt.selection import PRESETS
+    from lynx_trt.export.hf import read_source
 
     _parse_ranges(options, None)
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     max_length = _max_length(options, checkpoint)
     _parse_ranges(options, max_length)
-    selection = PRESETS[options.preset]
+    build_record: dict[str, Any] = {"options": _plain(options), "seconds": {}}
     with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
-        build_record: dict[str, Any] = {"options": _plain(options), "seconds": {}}
         clock = _Clock(build_record["seconds"])
-        exported, weight_bytes = _export(options, checkpoint, max_length, selection, folder, progress, clock)
-        selection, budgets = _selection(options, exported, selection)
+        update = progress.phase("Reading the model")
+        source = read_source(checkpoint, options.precision)
+        selection, budgets = _selection(options, source)
+        update(1.0)
+        exported, weight_bytes = _export(source, checkpoint, max_length, selection, folder, progress, clock)
         _copy_tokenizer(options, folder)
         report, absent = _engine(options, folder, max_length, progress, clock)
         update = progress.phase("Checksums")
@@ -149,7 +151,7 @@ def _max_length(options: BuildOptions, checkpoint: Checkpoint) -> int:
 
 
 def _export(
-    options: BuildOptions,
+    source: Source,
     checkpoint: Checkpoint,
     max_length: int,
     selection: Selection,
@@ -161,7 +163,7 @@ def _export(
     from lynx_trt.export.hf import trace
     from lynx_trt.export.write import write_onnx
 
-    exported = trace(checkpoint, precision=options.precision, max_length=max_length, selection=selection)
+    exported = trace(source, max_length=max_length, selection=selection)
     update(1.0)
     clock.lap("export")
     update = progress.phase(f"Weights ({size(checkpoint.nbytes)} in the checkpoint)")
@@ -170,13 +172,15 @@ def _export(
     return exported, weight_bytes
 
 
-def _selection(options: BuildOptions, exported: Exported, selection: Selection) -> tuple[Selection, list[int]]:
-    """The selection as it is in the graph, and the budgets."""
+def _selection(options: BuildOptions, source: Source) -> tuple[Selection, list[int]]:
+    """The selection as it will be in the graph, and the budgets."""
     from lynx_trt import budgets as dial
+    from lynx_trt.selection import PRESETS
 
-    experts = [layer.experts for layer in exported.layers]
-    k = exported.experts_per_token
-    unruly = [layer for layer in exported.layers if layer.rule is None]
+    selection = PRESETS[options.preset]
+    experts = [layer.experts for layer in source.layers]
+    k = min(layer.experts_per_token for layer in source.layers)
+    unruly = [layer for layer in source.layers if layer.rule is None]
     if unruly and selection.remap and options.preset != "off":
         note(
             f"{len(unruly)} of {len(experts)} routers follow no known rule (first: {unruly[0].name}); "
@@ -266,16 +270,16 @@ def _model_record(
     from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord
     from lynx_trt.export.hf import DECODE_MAX_LENGTH
 
-    config = exported.model.config.get_text_config()
+    config = exported.source.model.config.get_text_config()
     return ModelRecord(
         name=options.model.resolve().name,
-        architecture=type(exported.model).__name__,
-        model_type=str(exported.model.config.model_type),
+        architecture=type(exported.source.model).__name__,
+        model_type=str(exported.source.model.config.model_type),
         precision=options.precision,
-        layers=len(exported.caches),
+        layers=len(exported.source.caches),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
-        parameters=exported.model.num_parameters(),
+        parameters=exported.source.model.num_parameters(),
         weight_bytes=weight_bytes,
         max_length=max_length,
         cache_rows=exported.cache_rows,
@@ -283,15 +287,15 @@ def _model_record(
             MoeLayerRecord(
                 name=layer.name,
                 experts=layer.experts,
-                experts_per_token=exported.experts_per_token,
+                experts_per_token=layer.experts_per_token,
                 intermediate=layer.intermediate,
                 expert_bytes=layer.expert_parameters * BITS[options.precision],
                 form=asdict(layer.form),
                 rule=str(layer.rule) if layer.rule else None,
             )
-            for layer in exported.layers
+            for layer in exported.source.layers
         ],
-        caches=[CacheRecord(**asdict(cache)) for cache in exported.caches],
+        caches=[CacheRecord(**asdict(cache)) for cache in exported.source.caches],
         end_tokens=_end_tokens(checkpoint),
         decode_max_length=DECODE_MAX_LENGTH,
     )

@@ -20,6 +20,7 @@ import pytest
 import tiny_models
 
 from lynx_trt.artifact import MANIFEST
+from lynx_trt.budgets import parse_budget
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
 
 Build = Callable[..., Any]
@@ -262,14 +263,23 @@ def test_budget_file_that_does_not_fit(
     refuse(build_quietly, UsageError, own_checkpoint, tmp_path, "budgets.json", budget=str(path))
 
 
-def test_budgets_of_every_form(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
-    """A number, a fraction, a file; a budget of 0 where the preset guarantees experts."""
-    (tmp_path / "b.json").write_text('{"budgets": [3, 5]}')
-    for number, (text, expected) in enumerate(
-        [("3", [3, 3]), ("0.5", [4, 4]), ("1.0", [8, 8]), ("0", [0, 0]), (str(tmp_path / "b.json"), [3, 5])]
-    ):
-        built = build_quietly(own_checkpoint, tmp_path / f"artifact{number}", budget=text)
-        assert built.manifest.selection.budgets == expected
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3", [3, 3]), ("0.5", [4, 4]), ("1.0", [8, 8]), ("0", [0, 0]), ("0.01", [1, 1])]
+)
+def test_budgets_of_every_form(text: str, expected: list[int]) -> None:
+    """A number, a fraction (rounded up: an expert can't be kept in part), nothing at all."""
+    assert parse_budget(text, [8, 8]) == expected
+
+
+def test_budget_is_capped_in_a_smaller_layer() -> None:
+    """One number serves layers of unequal size; it is refused only if no layer has as many."""
+    assert parse_budget("6", [8, 4]) == [6, 4]
+
+
+def test_budget_file_reaches_the_manifest(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text('{"budgets": [3, 0]}')
+    built = build_quietly(own_checkpoint, tmp_path / "artifact", budget=str(tmp_path / "b.json"))
+    assert built.manifest.selection.budgets == [3, 0]
 
 
 # --- As a user runs it: exit codes, one line on stderr, nothing left behind.
