@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 # Sixteen, since batching is what the method is about: one sequence alone loads only its own experts.
 PROMPTS = [
     "def read_config(path):\n    ",
-    "class Queue:\n    def __init__(self, maxsize=0):\n        ",
+    "    def __repr__(self):\n        ",
     "import os\nimport sys\n\n",
     "def parse_args(self, args=None):\n        ",
     "    for line in lines:\n        ",
     "    if not isinstance(value, str):\n        ",
     "class Error(Exception):\n    ",
     "def main():\n    ",
-    "    def __repr__(self):\n        ",
+    "class Queue:\n    def __init__(self, maxsize=0):\n        ",
     "    try:\n        import ",
     "    with open(filename, 'rb') as f:\n        ",
     "def _check(self, other):\n    ",

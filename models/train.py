@@ -75,7 +75,7 @@ def corpus() -> tuple[list[str], list[str]]:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: any text goes in, and comes back byte for byte."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -95,6 +95,10 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # A prompt begins as every training text did; `pack` puts the token there itself.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
@@ -227,7 +231,7 @@ def train(output: Path, recipe: Recipe, minutes: float) -> dict[str, Any]:
 
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the trained model to.")],
-    minutes: Annotated[float, typer.Option(help="Wall-clock minutes to train for.", min=0.05)] = 60.0,
+    minutes: Annotated[float, typer.Option(help="Wall-clock minutes to train for.", min=0.05)] = 80.0,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the batches.")] = 0,
 ) -> None:
     """Train lynx-tiny from nothing on the Python standard library's sources."""
