@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ def run(app: typer.Typer) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it otherwise (nohup)
+        signal.signal(signal.SIGINT, _on_interrupt)
     try:
         app()
     except LynxError as error:
@@ -35,6 +38,25 @@ def run(app: typer.Typer) -> None:
         # The reader went away (`| head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+_interrupted = False
+
+
+def _on_interrupt(*_: object) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def check_interrupted() -> None:
+    """Raise a Ctrl-C again that a library has swallowed: importing and tracing run code that catches everything.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def fail(message: str) -> None:
@@ -92,11 +114,13 @@ class Progress:
 
     def phase(self, description: str) -> Callable[[float], None]:
         """Begin a phase; the result is called with its fraction done, 1.0 when it ends."""
+        check_interrupted()
         if self._plain:
             self.say(f"{description} ...")
         task = self._bars.add_task(description, total=1.0)
 
         def update(fraction: float) -> None:
+            check_interrupted()
             self._bars.update(task, completed=min(fraction, 1.0))
 
         return update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports transformers: nothing here may look for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,12 @@ import pytest
 from lynx_trt.artifact import Artifact
 from lynx_trt.build import BuildOptions, build
 from lynx_trt.console import Progress
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Ctrl-C works in the processes that tests start, also where a shell started these in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +72,24 @@ def artifact(workspace: Path, checkpoint: Callable[[str], Path], build_quietly: 
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_model(workspace: Path) -> Path:
+    """A random checkpoint with a tokenizer whose tokens are the 256 bytes."""
+    import tiny_models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tiny_models.save(tiny_models.random_model("qwen3_moe", eos_token_id=None), workspace / "bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
+    return build_quietly(byte_model, workspace / "bytes-artifact", preset="lynx", budget="2")

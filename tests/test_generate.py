@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 
 from lynx_trt.artifact import Artifact, open_artifact
 from lynx_trt.errors import ArtifactError, GenerationError, UsageError
@@ -19,26 +18,6 @@ from lynx_trt.generate import expert_bytes_a_token, generate_text
 from lynx_trt.runtime.sampling import Sampling, next_token
 
 PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n"]
-
-
-@pytest.fixture(scope="session")
-def byte_model(workspace: Path) -> Path:
-    """A random checkpoint with a tokenizer whose tokens are the 256 bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tiny_models.save(tiny_models.random_model("qwen3_moe", eos_token_id=None), workspace / "bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
-    return build_quietly(byte_model, workspace / "bytes-artifact", preset="lynx", budget="2")
 
 
 def tokens(artifact: Artifact, prompts: list[str], **settings: Any) -> list[list[int]]:
