@@ -28,9 +28,11 @@ def test_both_layouts_give_the_model_its_weights(name: str, build_quietly: Build
     """The hub's (a tensor an expert, in shards) and the merged one: bit for bit the parameters of the model."""
     model = tiny_models.random_model(name)
     hub = tiny_models.save(model, tmp_path / "hub", shard="100KB")
-    merged = tiny_models.save(model, tmp_path / "merged", merged=True)
+    folders = [hub]
+    if name in ("qwen3_moe", "gpt_oss"):  # where the layouts differ the most, and where they don't
+        folders.append(tiny_models.save(model, tmp_path / "merged", merged=True))
     own = {key: value for key, value in model.state_dict().items() if value.nbytes >= 1024}
-    for folder in (hub, merged):
+    for folder in folders:
         written = weights(build_quietly(folder, tmp_path / f"{folder.name}-artifact"))
         for key, value in own.items():
             if key in written:

@@ -141,8 +141,10 @@ def exported(artifact: Artifact, batch: Batch, budget: int) -> tuple[np.ndarray[
     return np.stack([r.logits for r in results]), [int(a) for r in results for a in r.active]
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("preset", ["lynx", "lynx-latency", "xshare"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [*((name, "lynx") for name in RULES), ("deepseek_v3", "lynx-latency"), ("mixtral", "xshare")],
+)
 def test_restricted_model_equals_eager_by_hand(name: str, preset: str, artifact: Callable[..., Artifact]) -> None:
     """A budget of 3 for 3 tokens of 2 experts: some tokens lose experts in nearly every layer and step."""
     selection = PRESETS[preset]
@@ -162,6 +164,6 @@ def test_off_is_the_models_own_routing_exactly(name: str, artifact: Callable[...
     """Bit for bit: `--preset off`, and any other preset at a budget of E."""
     batch = same_length_batch()
     off, _ = exported(artifact(name, preset="off"), batch, budget=8)
-    for preset in ("lynx", "lynx-latency", "xshare"):
+    for preset in ("lynx", "lynx-latency" if name == "deepseek_v3" else "xshare"):
         full, _ = exported(artifact(name, preset=preset), batch, budget=8)
         np.testing.assert_array_equal(off, full)
