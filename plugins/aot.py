@@ -1,0 +1,464 @@
+"""Kernels compiled ahead of time: what an engine carries so that it needs a launcher, and no compiler or Python.
+
+`compile_for` turns a description of an engine's ops into `Kernels`: cubins for each SM asked for, and for each op and
+SM the plans (`plan.py`) that say how to launch them. Equal ops of different layers share everything, and `to_bytes`
+is one blob for the whole engine. No GPU is needed.
+
+The blob is the line `lynx-kernels 1 BYTES`, BYTES of text, then the cubins one after another. The text is lines of
+words separated by single spaces, so that a launcher in any language reads it with no parser to speak of:
+
+    versions LYNX_TRT TRITON
+    cubin SM FUNCTION ENTRY THREADS SHARED SCRATCH REGISTERS SPILLS OFFSET SIZE SHA256
+    op KEY
+    plan SM MAX_TOKENS
+    region NAME FIXED PER TOKENS
+    step CUBIN FIXED PER CAP SLOTS TIMES OVER PER_MULTIPROCESSOR ARGUMENT...
+
+Cubins are numbered from 0 as they come; OFFSET is from the first cubin's first byte. A plan belongs to the op above
+it, a region and a step to the plan above. SHARED is the dynamic shared memory, and SCRATCH the global scratch memory
+of a program, both in bytes. A KEY is made by `specs.py`.
+
+Compiled kernels are kept in the cache (`kernels` in `loader.cache_root()`), by a hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lynx_trt import __version__
+from lynx_trt.console import new_app, print_json, run
+from lynx_trt.errors import ArtifactError, TensorRTError, UsageError
+from lynx_trt.plugins.launch import SHARED_MEMORY, SMS
+from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Grid, Kernel, Plan, Region, Step, plans
+from lynx_trt.plugins.specs import Op, Spec
+from lynx_trt.tensorrt.loader import cache_root
+
+INSTALL = 'pip install "lynx-trt[kernels]"'
+FORMAT = "lynx-kernels 1"
+
+# Counts up when a change of ours, and not of a kernel's source, makes cached kernels useless.
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A kernel compiled for an SM, and how to launch it; sizes in bytes, scratch for each program."""
+
+    sm: int
+    function: str
+    entry: str
+    threads: int
+    shared: int
+    scratch: int
+    registers: int
+    spills: int
+    image: bytes
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """All cubins of an engine, and each op's plans by its key and SM."""
+
+    cubins: tuple[Cubin, ...]
+    ops: dict[str, dict[int, tuple[Plan[Cubin], ...]]]
+    versions: tuple[str, str]
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The SMs that there are kernels for."""
+        return tuple(sorted({cubin.sm for cubin in self.cubins}))
+
+    def to_bytes(self) -> bytes:
+        """The blob; the same kernels give the same bytes."""
+        lines = [f"versions {' '.join(self.versions)}"]
+        offset = 0
+        for cubin in self.cubins:
+            digest = hashlib.sha256(cubin.image).hexdigest()
+            lines.append(_words("cubin", *astuple(replace(cubin, image=b""))[:-1], offset, len(cubin.image), digest))
+            offset += len(cubin.image)
+        numbers = {id(cubin): number for number, cubin in enumerate(self.cubins)}
+        for key, by_sm in self.ops.items():
+            lines.append(_words("op", key))
+            for sm, options in by_sm.items():
+                for plan in options:
+                    lines.append(_words("plan", sm, plan.max_tokens))
+                    lines += [_words("region", *astuple(region)) for region in plan.regions]
+                    lines += [
+                        _words("step", numbers[id(step.kernel)], *astuple(step.grid), *step.arguments)
+                        for step in plan.steps
+                    ]
+        text = ("\n".join(lines) + "\n").encode()
+        return f"{FORMAT} {len(text)}\n".encode() + text + b"".join(cubin.image for cubin in self.cubins)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Kernels:
+        """Read a blob. Raises ArtifactError: it is damaged, or of another version of lynx-trt."""
+        try:
+            return _read(data)
+        except (ValueError, IndexError, KeyError) as error:
+            raise ArtifactError(
+                f"this engine's GPU kernels can't be read ({error}): build it again with this version of lynx-trt, "
+                f"{__version__}"
+            ) from error
+
+
+def lookup(kernels: Kernels, sm: int, key: str) -> tuple[Plan[Cubin], ...]:
+    """An op's plans on a GPU, by rising `max_tokens` (see `plan.find_plan`).
+
+    Raises ArtifactError: there are no kernels for that SM or that op; the message names both sides.
+    """
+    usable = [built for built in kernels.sms if _runs_on(kernels, built, sm)]
+    if not usable:
+        built = ", ".join(map(str, kernels.sms)) or "no GPU at all"
+        remedy = f"build it again with --sm {sm}" if sm in SMS else f"kernels can be built for SM {_list(SMS)}"
+        raise ArtifactError(f"this engine's kernels are for SM {built}, and this GPU is SM {sm}: {remedy}")
+    if key not in kernels.ops:
+        raise ArtifactError(f"this engine has no kernels for {key}; it has them for {'; '.join(kernels.ops) or 'none'}")
+    return kernels.ops[key][max(usable)]
+
+
+def _runs_on(kernels: Kernels, built: int, sm: int) -> bool:
+    """Whether kernels for one SM run on another: the same, or within SM 8 a lower one (from 9 on they are for one)."""
+    if built == sm:
+        return True
+    largest = max((cubin.shared for cubin in kernels.cubins if cubin.sm == built), default=0)
+    return built // 10 == sm // 10 == 8 and built < sm and largest <= SHARED_MEMORY.get(sm, SHARED_MEMORY[86])
+
+
+def compile_for(
+    ops: Iterable[Op],
+    sms: Sequence[int],
+    *,
+    jobs: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Kernels:
+    """Compile what some ops need for some SMs, `jobs` kernels at a time (None: as many as there are processors).
+
+    Raises UsageError (an SM that kernels can't be built for), TensorRTError (the compiler is missing) and
+    RuntimeError (a kernel does not compile).
+    """
+    for sm in sms:
+        if sm not in SMS:
+            raise UsageError(f"kernels can't be built for SM {sm}: choose from {_list(SMS)}")
+    chosen = _plans(ops, sms)
+    options = [(sm, plan) for by_sm in chosen.values() for sm, each in by_sm.items() for plan in each]
+    wanted = dict.fromkeys((step.kernel, sm) for sm, plan in options for step in plan.steps)
+    cubins = _compile_all(list(wanted), jobs or os.cpu_count() or 1, progress or (lambda _: None))
+    built = {
+        key: {sm: tuple(_with_cubins(plan, sm, cubins) for plan in options) for sm, options in by_sm.items()}
+        for key, by_sm in chosen.items()
+    }
+    return Kernels(tuple(cubins.values()), built, (__version__, _triton_version()))
+
+
+def _plans(ops: Iterable[Op], sms: Sequence[int]) -> dict[str, dict[int, tuple[Plan[Kernel], ...]]]:
+    """Each op's plans by key and SM, without those for numbers of tokens that no profile has."""
+    ranges: dict[Spec, set[tuple[int, int]]] = {}
+    for op in ops:
+        ranges.setdefault(op.spec, set()).update(op.ranges)
+    chosen: dict[str, dict[int, tuple[Plan[Kernel], ...]]] = {}
+    for spec, wanted in ranges.items():
+        for sm in sorted(set(sms)):
+            options = plans(spec, sm, max(high for _, high in wanted))
+            lows = (0, *(plan.max_tokens for plan in options))
+            kept = [
+                plan
+                for low, plan in zip(lows, options, strict=False)
+                if any(first <= plan.max_tokens and low < last for first, last in wanted)
+            ]
+            chosen.setdefault(spec.key, {})[sm] = tuple(kept)
+    return chosen
+
+
+def _with_cubins(plan: Plan[Kernel], sm: int, cubins: dict[tuple[Kernel, int], Cubin]) -> Plan[Cubin]:
+    steps = tuple(Step(cubins[step.kernel, sm], step.grid, step.arguments) for step in plan.steps)
+    return Plan(plan.max_tokens, steps, plan.regions)
+
+
+def _compile_all(
+    wanted: list[tuple[Kernel, int]], jobs: int, progress: Callable[[float], None]
+) -> dict[tuple[Kernel, int], Cubin]:
+    """From the cache, or else by worker processes."""
+    cache = cache_root() / "kernels"
+    names = {each: _cache_name(*each) for each in wanted}
+    found: dict[tuple[Kernel, int], Cubin] = {}
+    for each in wanted:
+        if (cubin := _read_cached(cache / names[each])) is not None:
+            found[each] = cubin
+    missing = [each for each in wanted if each not in found]
+    if missing:
+        _make_folder(cache)
+        for each, cubin in _compile(missing, min(jobs, len(missing))):
+            _write_cached(cache / names[each], cubin)
+            found[each] = cubin
+            progress(len(found) / len(wanted))
+    progress(1.0)
+    return {each: found[each] for each in wanted}
+
+
+def _compile(wanted: list[tuple[Kernel, int]], jobs: int) -> Iterable[tuple[tuple[Kernel, int], Cubin]]:
+    """Compile in worker processes; yields as they come. The first failure ends it."""
+    if importlib.util.find_spec("triton") is None:
+        raise TensorRTError(f"the Triton language, which compiles the GPU kernels, is not installed: {INSTALL}")
+    # Heaviest first, so that the last worker does not start on a long one.
+    tasks: queue.SimpleQueue[tuple[Kernel, int]] = queue.SimpleQueue()
+    for each in sorted(wanted, key=lambda each: -len(each[0].constants)):
+        tasks.put(each)
+    answers: queue.SimpleQueue[tuple[tuple[Kernel, int], Cubin] | BaseException] = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="lynx-kernels-") as scratch:
+        workers = [_Worker(Path(scratch) / str(number)) for number in range(jobs)]
+        try:
+            for worker in workers:
+                threading.Thread(target=_serve, args=(worker, tasks, answers), daemon=True).start()
+            for _ in wanted:
+                answer = answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield answer
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+def _serve(worker: _Worker, tasks: queue.SimpleQueue[Any], answers: queue.SimpleQueue[Any]) -> None:
+    """Give a worker tasks until there are none left."""
+    while True:
+        try:
+            kernel, sm = tasks.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            answers.put(((kernel, sm), worker.compile(kernel, sm)))
+        except Exception as error:  # handed to the thread that waits for the answers
+            answers.put(error)
+            return
+
+
+class _Worker:
+    """A process of `aot_worker.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._image = folder / "cubin"
+        # No line tables: they are a third of a cubin, and name files of the machine that compiled it.
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
+        environment.pop("TRITON_INTERPRET", None)
+        self._log = (folder / "log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lynx_trt.plugins.aot_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+
+    def compile(self, kernel: Kernel, sm: int) -> Cubin:
+        """Compile one kernel. Raises RuntimeError: it does not compile."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = {}
+        request = {"kernel": asdict(kernel), "sm": sm, "image": str(self._image)}
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline() or "{}")
+        except (BrokenPipeError, ValueError):
+            pass  # the process is gone, or was stopped
+        if "entry" not in answer:
+            self._log.seek(0)
+            reason = answer.get("error") or f"the compiler's process ended: {self._log.read()[-2000:].strip()}"
+            raise RuntimeError(f"{kernel.function} does not compile for SM {sm}: {reason}\n{kernel}")
+        if answer["scratch"] > SCRATCH_BYTES:
+            raise RuntimeError(f"{kernel.function} for SM {sm} wants {answer['scratch']} bytes of scratch a program")
+        return Cubin(sm, kernel.function, **answer, image=self._image.read_bytes())
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def _cache_name(kernel: Kernel, sm: int) -> str:
+    description = {"kernel": asdict(kernel), "sm": sm, "sources": _sources_hash(), "triton": _triton_version()}
+    text = json.dumps({"version": _CACHE_VERSION, **description}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sources_hash() -> str:
+    """A hash of the files that kernels are made from."""
+    folder = Path(__file__).parent
+    files = sorted({f"{module}.py" for module in MODULES.values()} | {"experts_parts.py", "aot_worker.py"})
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise TensorRTError(
+            f"can't make {folder}, where compiled kernels are kept: {error.strerror}. "
+            "Set LYNX_TRT_CACHE to a folder you can write to"
+        ) from error
+
+
+def _write_cached(path: Path, cubin: Cubin) -> None:
+    """A line of JSON, then the image; written aside and renamed, so that others see all of it or nothing."""
+    header = asdict(replace(cubin, image=b"")) | {"image": hashlib.sha256(cubin.image).hexdigest()}
+    descriptor, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(json.dumps(header).encode() + b"\n" + cubin.image)
+    Path(aside).replace(path)
+
+
+def _read_cached(path: Path) -> Cubin | None:
+    """A cached kernel; None if there is none, or what there is is damaged."""
+    try:
+        header, _, image = path.read_bytes().partition(b"\n")
+        values = json.loads(header)
+        if values.pop("image") != hashlib.sha256(image).hexdigest():
+            return None
+        return Cubin(**values, image=image)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _words(*words: object) -> str:
+    return " ".join(map(str, words))
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _read(data: bytes) -> Kernels:
+    head, _, rest = data.partition(b"\n")
+    name, _, size = head.decode().rpartition(" ")
+    if name != FORMAT:
+        raise ValueError(f"it begins with {head[:40]!r}, not with {FORMAT!r}")
+    text, images = rest[: int(size)].decode(), rest[int(size) :]
+    cubins: list[Cubin] = []
+    ops: dict[str, dict[int, list[tuple[int, list[Any], list[Any]]]]] = {}
+    versions: tuple[str, ...] = ()
+    for line in text.splitlines():
+        kind, *words = line.split(" ")
+        if kind == "versions":
+            versions = tuple(words)
+        elif kind == "cubin":
+            cubins.append(_read_cubin(words, images))
+        elif kind == "op":
+            by_sm = ops.setdefault(words[0], {})
+        elif kind == "plan":
+            steps: list[Step[Cubin]] = []
+            regions: list[Region] = []
+            by_sm.setdefault(int(words[0]), []).append((int(words[1]), steps, regions))
+        elif kind == "region":
+            regions.append(Region(words[0], *map(int, words[1:4])))
+        elif kind == "step":
+            steps.append(Step(cubins[int(words[0])], Grid(*map(int, words[1:8])), tuple(words[8:])))
+        else:
+            raise ValueError(f"it has a line {kind!r}")
+    plans_of = {
+        key: {sm: tuple(Plan(t, tuple(s), tuple(r)) for t, s, r in options) for sm, options in by_sm.items()}
+        for key, by_sm in ops.items()
+    }
+    return Kernels(tuple(cubins), plans_of, (versions[0], versions[1]))
+
+
+def _read_cubin(words: Sequence[str], images: bytes) -> Cubin:
+    sm, function, entry, *numbers = words[:8]
+    offset, size, digest = int(words[8]), int(words[9]), words[10]
+    image = images[offset : offset + size]
+    if hashlib.sha256(image).hexdigest() != digest:
+        raise ValueError(f"the cubin of {function} for SM {sm} is damaged")
+    threads, shared, scratch, registers, spills = map(int, numbers)
+    return Cubin(int(sm), function, entry, threads, shared, scratch, registers, spills, image)
+
+
+app = new_app()
+
+
+@app.command()
+def main(
+    report: Annotated[bool, typer.Option(help="Print each kernel's registers, shared memory and spills.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the kernels to this file.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A known model's sizes; repeat for several.")] = None,
+    sm: Annotated[str, typer.Option(help="SMs to compile for, separated by commas.")] = _list(SMS).replace(" ", ""),
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    jobs: Annotated[int | None, typer.Option(help="Kernels to compile at a time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Compile the kernels of known models ahead of time; no GPU is needed."""
+    from lynx_trt.console import Progress
+    from lynx_trt.plugins.shapes import SHAPES, ops_of
+
+    unknown = sorted(set(shape or ()) - set(SHAPES))
+    if unknown:
+        raise UsageError(f"unknown shape {_list(unknown)}: choose from {_list(SHAPES)}")
+    if not report and output is None:
+        raise UsageError("nothing to do: give --report, or --output FILE")
+    try:
+        sms = [int(word) for word in sm.split(",")]
+    except ValueError:
+        raise UsageError(f"--sm is {sm!r}: it has to be numbers separated by commas, as in 80,90") from None
+    ops = [op for name in shape or SHAPES for op in ops_of(name, dtype)]
+    with Progress() as bars:
+        kernels = compile_for(ops, sms, jobs=jobs, progress=bars.phase("Compiling kernels"))
+    if output is not None:
+        output.write_bytes(kernels.to_bytes())
+    if report and as_json:
+        print_json([{**asdict(replace(each, image=b"")), "image": len(each.image)} for each in kernels.cubins])
+    elif report:
+        typer.echo(report_table(kernels))
+
+
+def report_table(kernels: Kernels) -> str:
+    """A line a kernel and SM: the least and the most of its variants."""
+    groups: dict[tuple[str, int], list[Cubin]] = {}
+    for cubin in kernels.cubins:
+        groups.setdefault((cubin.function, cubin.sm), []).append(cubin)
+    columns = f"{'variants':>8} {'registers':>9} {'shared memory':>15} {'spills':>6} {'cubin kB':>9}"
+    lines = [f"{'kernel':<24} {'SM':>3} {columns}"]
+    for (function, sm), each in sorted(groups.items()):
+        registers, shared, sizes = (
+            _range([getattr(c, name) if name != "image" else len(c.image) // 1000 for c in each])
+            for name in ("registers", "shared", "image")
+        )
+        spills = max(c.spills for c in each)
+        lines.append(f"{function:<24} {sm:>3} {len(each):>8} {registers:>9} {shared:>15} {spills:>6} {sizes:>9}")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,200 @@
+"""The two ops on PyTorch tensors: what the tests, the tuner and the benchmarks run. Engines don't use this.
+
+Runs the same plans as the TensorRT plugins, with kernels compiled when they are first met: on a GPU's tensors, or on a
+CPU's with the Triton language's interpreter, for which TRITON_INTERPRET=1 has to be in the environment before anything
+imports `triton`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lynx_trt.plugins.launch import ExpertsLaunch, SelectLaunch, power_of_two
+from lynx_trt.plugins.plan import MODULES, Kernel, Plan, experts_plan, select_plan
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
+
+_TYPES = {
+    "*fp64": torch.float64,
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*i64": torch.int64,
+    "*i32": torch.int32,
+    "*u8": torch.uint8,
+}
+
+# What the interpreter plans for; it runs the programs one after another.
+_CPU_SM, _CPU_MULTIPROCESSORS = 90, 4
+
+
+class Selected(NamedTuple):
+    """The outputs of LynxSelect: [T,K] int64, [T,K] float32, [] int32, and the metadata int32 [2 E + 2 + T K]."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    weight: Tensor
+    active: Tensor
+    dispatch: Tensor
+
+
+def select(
+    spec: SelectSpec,
+    choice: Tensor,
+    combine: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    budget: Tensor,
+    token_mask: Tensor,
+    *,
+    launch: SelectLaunch | None = None,
+) -> Selected:
+    """LynxSelect: the arguments are the op's inputs, [T,E], [T,E], [T,K], [T,K], [] int32, [T] bool."""
+    tokens = len(choice)
+    outputs = Selected(
+        torch.empty_like(topk_index),
+        torch.empty_like(topk_weight),
+        torch.empty((), dtype=torch.int32, device=choice.device),
+        torch.empty(2 * spec.experts + 2 + topk_index.numel(), dtype=torch.int32, device=choice.device),
+    )
+    tensors = {
+        "choice": choice,
+        "combine": combine,
+        "topk_index": topk_index,
+        "topk_weight": topk_weight,
+        "budget": budget,
+        "token_mask": token_mask,
+        **outputs._asdict(),
+    }
+    run(select_plan(spec, _sm(choice), power_of_two(tokens), launch), tensors, tokens)
+    return outputs
+
+
+def experts(
+    spec: ExpertsSpec,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    dispatch: Tensor | None = None,
+    *,
+    launch: ExpertsLaunch | None = None,
+) -> Tensor:
+    """LynxExperts: the arguments are the op's inputs, and `dispatch` if the spec says that it is given; [T,H]."""
+    output = torch.empty_like(hidden)
+    tensors = {
+        "hidden": hidden,
+        "index": index,
+        "weight": weight,
+        "gate_up": gate_up,
+        "down": down,
+        "output": output,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "dispatch": dispatch,
+    }
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    run(experts_plan(spec, _sm(hidden), power_of_two(len(hidden)), launch), given, len(hidden))
+    return output
+
+
+def run(plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Launch a plan's steps on tensors by name; returns the regions of its workspace, as bytes."""
+    launch, regions = prepare(plan, tensors, tokens)
+    launch()
+    return regions
+
+
+def prepare(
+    plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """A function that launches a plan's steps, for timing or a CUDA graph, and the regions of its workspace.
+
+    The workspace starts as NaN (bytes of 255), so that a read of what nothing wrote is seen.
+    """
+    device = next(iter(tensors.values())).device
+    workspace = torch.full((plan.workspace_bytes(tokens),), 255, dtype=torch.uint8, device=device)
+    offsets = plan.offsets(tokens)
+    regions = {
+        region.name: workspace[offsets[region.name] : offsets[region.name] + region.size(tokens)]
+        for region in plan.regions
+    }
+    everything = {**regions, **{name: tensor.contiguous() for name, tensor in tensors.items()}}
+    launches: list[tuple[Kernel, int, list[Tensor | int]]] = []
+    for step in plan.steps:
+        programs = step.grid.programs(tokens, _multiprocessors(device))
+        if programs:
+            arguments = [
+                _argument(everything, name, kind, tokens)
+                for name, (_, kind) in zip(step.arguments, step.kernel.parameters, strict=True)
+            ]
+            launches.append((step.kernel, programs, arguments))
+
+    def launch() -> None:
+        for kernel, programs, arguments in launches:
+            _launch(kernel, programs, arguments, device)
+
+    return launch, regions
+
+
+def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, tokens: int) -> Tensor | int:
+    if name == "T":
+        return tokens
+    if name == "null":  # never read, but a tensor has to be there
+        return torch.empty(1, dtype=_TYPES[kind], device=next(iter(tensors.values())).device)
+    return tensors[name].view(_TYPES[kind])
+
+
+def _launch(kernel: Kernel, programs: int, arguments: list[Tensor | int], device: torch.device) -> None:
+    import triton
+
+    function = getattr(importlib.import_module(f"lynx_trt.plugins.{MODULES[kernel.function]}"), kernel.function)
+    if device.type == "cpu":
+        _prepare_interpreter()
+    constants: dict[str, Any] = dict(kernel.constants)
+    if constants.get("DESCRIPTORS"):
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fuses}
+    function[(programs,)](*arguments, **constants, **options)
+
+
+def _prepare_interpreter() -> None:
+    """Let the interpreter multiply bfloat16: that of triton 3.9 takes the bits of such an operand for numbers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "lynx_dot", None):
+        return
+    original = builder.create_dot
+
+    def widen(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return original(self, widen(a), widen(b), *others)
+
+    builder.create_dot = create_dot
+    builder.lynx_dot = True
+
+
+def _sm(tensor: Tensor) -> int:
+    if tensor.device.type == "cpu":
+        return _CPU_SM
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return major * 10 + minor
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,169 @@
+"""LynxExperts for a decode batch: bound by reading the active experts' weights, which happens once.
+
+Three launches: gate_up (with the activation) into a workspace, down (with the bias and the token's weight) into
+another, and combine, which adds a token's slots in their order: no atomics, so the same bits every time.
+
+A program has one active expert and some of its rows; a program past the last active expert ends at once, so nothing
+of an inactive expert is read and the host need not know how many there are. It takes all pairs of its expert against
+each tile of weights (ONE_TILE), or, where an expert can have more than BLOCK_T of them, programs next to each other
+share the weights through L2.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: E741, N803, N806 -- sizes are named as in the glossary: T, E, K, H, I
+
+import triton
+import triton.language as tl
+
+from lynx_trt.plugins.experts_parts import activate_gate_up, expert_items, find_item, gate_up_rows, tile_product
+
+# Tiles of pairs that share a tile of weights before the next one: a decode batch has few.
+GROUP = tl.constexpr(8)
+
+
+@triton.jit
+def program_work(
+    dispatch,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    N_TILES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    """A program's (expert, tile of its rows, first pair, pair past the last, whether there is such work)."""
+    item = tl.program_id(0)
+    active = tl.load(dispatch)
+    if ONE_TILE:
+        # There are no more items than tiles of E experts, so these loads are inside and need not wait for `active`.
+        slot = item // N_TILES
+        tile = item % N_TILES
+        exists = slot < active
+        first = tl.load(dispatch + 1 + slot)
+        last = tl.load(dispatch + 2 + slot)
+        expert = tl.load(dispatch + 2 + E + slot)
+    else:
+        tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
+        slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
+        exists = slot < active
+        first = tl.load(dispatch + 1 + slot, mask=exists, other=0) + pair_tile * BLOCK_T
+        last = tl.minimum(tl.load(dispatch + 2 + slot, mask=exists, other=0), first + BLOCK_T)
+        expert = tl.load(dispatch + 2 + E + slot, mask=exists, other=0)
+    return expert.to(tl.int64), tile, first, last, exists
+
+
+@triton.jit
+def gate_up_decode_kernel(
+    hidden,  # [T,H] float
+    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I
+    gate_up_bias,  # [E,R] float; not read without HAS_BIAS
+    dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
+    inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """Grid: (items,), items = ceil(I / BLOCK_I) x active experts (ONE_TILE), or x tiles of their pairs."""
+    N_TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
+    R: tl.constexpr = 2 * I if GATED else I
+    expert, tile, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES, ONE_TILE)
+    if not exists:
+        return
+    rows, valid = gate_up_rows(tile * BLOCK_I, I, BLOCK_I, GATED, INTERLEAVED)
+    column = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    # One round, unless an expert has more pairs than the launch was chosen for (a token that names one twice).
+    for start in range(first, last, BLOCK_T):
+        pair = start + tl.arange(0, BLOCK_T)
+        here = pair < last
+        token = (tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0) // K).to(tl.int64)
+        product = tile_product(
+            hidden + token * H,
+            here,
+            gate_up + expert * (R * H),
+            rows,
+            valid,
+            R,
+            H,
+            TRANSPOSED,
+            BLOCK_T,
+            2 * BLOCK_I if GATED else BLOCK_I,
+            BLOCK_H,
+            I % BLOCK_I == 0,
+            SWAP,
+            PRECISION,
+        )
+        if HAS_BIAS:
+            product += tl.load(gate_up_bias + expert * R + rows, mask=valid, other=0.0).to(tl.float32)[None, :]
+        value = activate_gate_up(product, BLOCK_T, BLOCK_I, ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, UP_OFFSET)
+        at = inner + pair.to(tl.int64)[:, None] * I + column[None, :]
+        tl.store(at, value.to(inner.dtype.element_ty), mask=here[:, None] & (column < I)[None, :])
+
+
+@triton.jit
+def down_decode_kernel(
+    inner,  # [TK,I] float
+    down,  # [E,H,I] float, transposed [E,I,H]
+    down_bias,  # [E,H] float; not read without HAS_BIAS
+    weight,  # [T,K] float32
+    dispatch,  # [2E+2+TK] int32
+    partial,  # [TK,H] float32, out: a row a slot, in the order of `weight`; rows of empty slots are not written
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """Grid: (items,), items = ceil(H / BLOCK_H) x active experts (ONE_TILE), or x tiles of their pairs."""
+    N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    expert, tile, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES, ONE_TILE)
+    if not exists:
+        return
+    rows = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    for start in range(first, last, BLOCK_T):
+        pair = start + tl.arange(0, BLOCK_T)
+        here = pair < last
+        place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+        product = tile_product(
+            inner + pair.to(tl.int64) * I,
+            here,
+            down + expert * (H * I),
+            rows,
+            rows < H,
+            H,
+            I,
+            TRANSPOSED,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_I,
+            H % BLOCK_H == 0,
+            SWAP,
+            PRECISION,
+        )
+        if HAS_BIAS:
+            product += tl.load(down_bias + expert * H + rows, mask=rows < H, other=0.0).to(tl.float32)[None, :]
+        product *= tl.load(weight + place, mask=here, other=0.0)[:, None]
+        at = partial + place.to(tl.int64)[:, None] * H + rows[None, :]
+        tl.store(at, product.to(partial.dtype.element_ty), mask=here[:, None] & (rows < H)[None, :])

@@ -1,0 +1,197 @@
+"""What the experts' kernels share: finding a program's work, the inner loop, the activation.
+
+Both matmuls have one shape: for an expert and some of its pairs, y[i, n] = sum over d of x[i, d] * w[n, d], with n
+an output row of the expert's matrix. `tile_product` is that, for some pairs and some rows.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: E741, N803, SIM108 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
+
+import triton
+import triton.language as tl
+
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # clamps pass NaN on, as NumPy's and PyTorch's do
+
+
+@triton.jit
+def expert_items(dispatch, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, N_TILES: tl.constexpr):
+    """For each active expert, how many tiles of pairs it has and where its items end, [BLOCK_E] each.
+
+    An expert has ceil(pairs / BLOCK_T) x N_TILES items; past the active experts there are none.
+    """
+    number = tl.arange(0, BLOCK_E)
+    here = number < tl.load(dispatch)
+    first = tl.load(dispatch + 1 + number, mask=here, other=0)
+    last = tl.load(dispatch + 2 + number, mask=here, other=0)
+    tiles = (last - first + BLOCK_T - 1) // BLOCK_T
+    return tiles, tl.cumsum(tiles * N_TILES, axis=0)
+
+
+@triton.jit
+def find_item(
+    tiles,
+    ends,
+    item,
+    BLOCK_E: tl.constexpr,
+    N_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """An item as (number in the list of active experts, tile of its pairs, tile of its rows).
+
+    Up to GROUP tiles of pairs of one tile of rows come one after another, so that programs which run at the same time
+    read the same weights, from HBM once and then from L2; then the next tile of rows, for which those pairs are in L2.
+    Past the last item the number is BLOCK_E.
+    """
+    number = tl.arange(0, BLOCK_E)
+    slot = tl.sum((ends <= item).to(tl.int32), axis=0)
+    local = item - tl.sum(tl.where(number < slot, tiles * N_TILES, 0), axis=0)
+    height = tl.sum(tl.where(number == slot, tiles, 0), axis=0)
+    first = local // (GROUP * N_TILES) * GROUP
+    size = tl.maximum(tl.minimum(height - first, GROUP), 1)
+    local = local % (GROUP * N_TILES)
+    return slot, first + local % size, local // size
+
+
+@triton.jit
+def tile_product(
+    x,  # pointers to the first of the D values of each pair, [BLOCK_T]
+    here,  # which pairs there are, [BLOCK_T]
+    w,  # pointer to the expert's matrix [N,D], transposed [D,N]
+    rows,  # the matrix' output rows, [ROWS]
+    valid,  # which rows there are, [ROWS]
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    SWAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply x @ w.T for some pairs and rows, float32 [BLOCK_T, ROWS].
+
+    ALL_ROWS: `valid` is all True, known when compiling. SWAP: let the rows be the matmul's M, of which Hopper's
+    matrix instructions want 64, and the pairs its N, which may be 16.
+    """
+    d = tl.arange(0, BLOCK_D)
+    product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        inside = start + d < D
+        # The mask of a dimension that is always inside is left out: it would split the wide loads.
+        if D % BLOCK_D == 0:
+            x_here = here[:, None]
+        else:
+            x_here = here[:, None] & inside[None, :]
+        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
+        if TRANSPOSED:
+            at = w + (start + d)[:, None] * N + rows[None, :]
+        else:
+            at = w + rows[:, None] * D + (start + d)[None, :]
+        if ALL_ROWS and D % BLOCK_D == 0:
+            w_tile = tl.load(at)
+        elif ALL_ROWS:
+            w_tile = tl.load(at, mask=inside[:, None] if TRANSPOSED else inside[None, :], other=0.0)
+        elif D % BLOCK_D == 0:
+            w_tile = tl.load(at, mask=valid[None, :] if TRANSPOSED else valid[:, None], other=0.0)
+        elif TRANSPOSED:
+            w_tile = tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0)
+        else:
+            w_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
+        if SWAP:
+            left = tl.trans(w_tile) if TRANSPOSED else w_tile
+            product = tl.dot(left, tl.trans(x_tile), product, input_precision=PRECISION)
+        else:
+            right = w_tile if TRANSPOSED else tl.trans(w_tile)
+            product = tl.dot(x_tile, right, product, input_precision=PRECISION)
+    if SWAP:
+        product = tl.trans(product)
+    return product
+
+
+@triton.jit
+def gate_up_rows(first, I: tl.constexpr, BLOCK_I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The rows of gate_up that make the inner values first .. first + BLOCK_I - 1, and which of them there are.
+
+    Gated: 2 BLOCK_I rows, in the order in which `split_gate_up` takes them apart.
+    """
+    if not GATED:
+        rows = first + tl.arange(0, BLOCK_I)
+        valid = rows < I
+    elif INTERLEAVED:
+        rows = 2 * first + tl.arange(0, 2 * BLOCK_I)
+        valid = rows < 2 * I
+    else:
+        lane = tl.arange(0, 2 * BLOCK_I)
+        inner = first + lane % BLOCK_I
+        rows = inner + lane // BLOCK_I * I
+        valid = inner < I
+    return rows, valid
+
+
+@triton.jit
+def split_gate_up(product, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """(gate, up), [BLOCK_T, BLOCK_I] each, of [BLOCK_T, 2 BLOCK_I]."""
+    if INTERLEAVED:
+        pairs = tl.reshape(product, [BLOCK_T, BLOCK_I, 2])
+    else:
+        pairs = tl.permute(tl.reshape(product, [BLOCK_T, 2, BLOCK_I]), [0, 2, 1])
+    return tl.split(pairs)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """The activation of float32 values; `alpha` is silu's."""
+    if ACTIVATION == "silu":
+        result = z / (1.0 + tl.exp(-ALPHA * z))  # exp overflows to inf, and z / inf is 0
+    elif ACTIVATION == "gelu":
+        result = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(y)) is sigmoid(2 y).
+        result = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    elif ACTIVATION == "relu":
+        result = tl.maximum(z, 0.0, propagate_nan=NAN)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        positive = tl.maximum(z, 0.0, propagate_nan=NAN)
+        result = positive * positive
+    return result
+
+
+@triton.jit
+def activate_halves(
+    gate,
+    up,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    """act(gate) * (up + offset), both clamped by LIMIT before if it is not 0 (gate from above only)."""
+    if LIMIT > 0:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=NAN)
+        up = tl.maximum(tl.minimum(up, LIMIT, propagate_nan=NAN), -LIMIT, propagate_nan=NAN)
+    return activate(gate, ACTIVATION, ALPHA) * (up + UP_OFFSET)
+
+
+@triton.jit
+def activate_gate_up(
+    product,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    """From the rows of `gate_up_rows` to inner values: `activate_halves`, or act(up) of ungated experts."""
+    if GATED:
+        gate, up = split_gate_up(product, BLOCK_T, BLOCK_I, INTERLEAVED)
+        result = activate_halves(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+    else:
+        if LIMIT > 0:
+            product = tl.maximum(tl.minimum(product, LIMIT, propagate_nan=NAN), -LIMIT, propagate_nan=NAN)
+        result = activate(product, ACTIVATION, ALPHA)
+    return result

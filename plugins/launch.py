@@ -1,0 +1,218 @@
+"""Which tiles and how many warps a kernel runs with: frozen dataclasses, picked by pure functions.
+
+The experts' kernels are chosen by the tokens per expert, in power-of-two buckets, because that decides whether their
+weights are read or multiplied most of the time. What a GPU has measured is in `launch_table.py`, which
+`python -m lynx_trt.plugins.tune` writes; for everything else the estimates below stand, each with its reason. They
+have not been measured: treat their numbers as a start for the tuner.
+
+Nothing here needs a GPU or the compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from lynx_trt.plugins.specs import BYTES
+
+# Shared memory that one program may use, in bytes, by SM (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+SMS = tuple(SHARED_MEMORY)
+
+# Programs of a persistent launch: an upper bound over all GPUs, which bounds the scratch memory of their descriptors.
+MOST_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class MatmulLaunch:
+    """Tiles of one matmul: block_t pairs x block_n rows (of gate_up: inner values) x block_d of the summed dimension.
+
+    swap: the rows are the matmul's M. descriptors: weights through tensor descriptors. per_multiprocessor: programs of
+    a persistent launch (0: one program an item).
+    """
+
+    block_t: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+    swap: bool = False
+    descriptors: bool = False
+    per_multiprocessor: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertsLaunch:
+    """How LynxExperts runs: the decode kernels or the prefill ones, and their tiles.
+
+    microseconds: what the tuner measured for a layer; None: an estimate, for the reason given.
+    """
+
+    prefill: bool
+    gate_up: MatmulLaunch
+    down: MatmulLaunch
+    reason: str
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SelectLaunch:
+    """How LynxSelect runs: in one program, or in blocks of `tokens` tokens; `block_t` tokens at a time in registers."""
+
+    one_program: bool
+    block_t: int
+    warps: int
+    tokens: int
+    reason: str
+    microseconds: float | None = None
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two from `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def tokens_bucket(tokens: int, experts: int, experts_per_token: int) -> int:
+    """Tokens per expert, were they spread evenly, as a power of two from 1."""
+    return power_of_two(-(-tokens * experts_per_token // experts))
+
+
+def experts_launch(bucket: int, experts: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+    """The launch for some tokens per expert (`tokens_bucket`): measured where the table has it, else an estimate."""
+    measured = _experts_table().get((sm, dtype, experts, hidden, inner, bucket))
+    return measured or experts_estimate(bucket, hidden, inner, dtype, sm)
+
+
+def select_launch(tokens: int, experts: int, experts_per_token: int, sm: int) -> SelectLaunch:
+    """The launch for a batch of up to `tokens` tokens (a power of two): measured, else an estimate."""
+    measured = _select_table().get((sm, experts, experts_per_token, tokens))
+    return measured or select_estimate(tokens, experts, experts_per_token)
+
+
+@cache
+def _experts_table() -> dict[tuple[int, str, int, int, int, int], ExpertsLaunch]:
+    from lynx_trt.plugins.launch_table import EXPERTS
+
+    return EXPERTS
+
+
+@cache
+def _select_table() -> dict[tuple[int, int, int, int], SelectLaunch]:
+    from lynx_trt.plugins.launch_table import SELECT
+
+    return SELECT
+
+
+# From this many tokens per expert on an expert's tiles are made for arithmetic. H200: 790 TFLOP/s over 4.3 TB/s is 184
+# operations a byte, or 184 tokens an expert with 2-byte weights; tiles of 64 tokens read the weights once up to 64.
+PREFILL_BUCKET = 64
+
+
+def experts_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+    """A launch by reasoning, for what no GPU has measured."""
+    if dtype == "float32":
+        return _float32_launch(bucket)
+    if bucket < PREFILL_BUCKET:
+        return _decode_estimate(bucket, hidden, inner, dtype, sm)
+    return _prefill_estimate(bucket, hidden, inner, dtype, sm)
+
+
+def _decode_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+    # Twice the mean and more in one tile, so that few experts overflow it; the plan cuts this to the batch.
+    block_t = min(16 * bucket, 64)
+    # A tile of 64 rows x 128 is 16 kB, 3 of them in flight are 48 kB a program and 2 or more programs a multiprocessor
+    # are resident: HBM at 4.8 TB/s and 800 ns needs 29 kB in flight a multiprocessor. Larger tiles would leave a longer
+    # tail: Qwen3-30B at batch 16 has 80 active experts x 24 tiles, 15 a multiprocessor.
+    launch = MatmulLaunch(block_t, 64, 128 if bucket <= 4 else 64, warps=4, stages=4)
+    gate_up = replace(launch, block_n=32, block_d=_depth(hidden, launch.block_d))
+    down = replace(launch, block_d=_depth(inner, launch.block_d))
+    reason = "decode: 64 rows of weights a program, 3 tiles of 16 kB in flight"
+    return ExpertsLaunch(False, fit(gate_up, dtype, sm, rows_a_value=2), fit(down, dtype, sm, rows_a_value=1), reason)
+
+
+def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+    block_t = min(bucket, 128)
+    # Hopper's matrix instruction is fed best by 128 x 256 tiles (2 groups of warps of 64 x 256); Blackwell's wants 128
+    # rows too. The others hold 128 x 128 in their registers.
+    large = sm in (90, 100)
+    launch = MatmulLaunch(
+        block_t,
+        256 if large else 128,
+        64 if sm >= 90 else 32,
+        warps=8 if block_t == 128 else 4,
+        stages=3,
+        descriptors=sm >= 90,
+        # On SM 120 the assembler spills at a depth of 32, and 64 leaves no room for a second program.
+        per_multiprocessor=1 if sm >= 90 else 2,
+    )
+    gate_up = replace(launch, block_n=launch.block_n // 2, block_d=_depth(hidden, launch.block_d))
+    down = replace(launch, block_d=_depth(inner, launch.block_d))
+    if launch.descriptors:
+        # The copy engine wants rows of whole 16 bytes.
+        gate_up = replace(gate_up, descriptors=hidden % 8 == 0 and inner % 8 == 0)
+        down = replace(down, descriptors=gate_up.descriptors)
+    reason = f"prefill: {block_t} x {launch.block_n} tiles feed the matrix units"
+    return ExpertsLaunch(True, fit(gate_up, dtype, sm, rows_a_value=2), fit(down, dtype, sm, rows_a_value=1), reason)
+
+
+def _float32_launch(bucket: int) -> ExpertsLaunch:
+    block_t = 16 if bucket < PREFILL_BUCKET else 32
+    launch = MatmulLaunch(block_t, 32, 32, warps=4, stages=2)
+    prefill = bucket >= PREFILL_BUCKET
+    launch = replace(launch, per_multiprocessor=4 if prefill else 0)
+    return ExpertsLaunch(
+        prefill, replace(launch, block_n=16), launch, "float32 is for tests: small tiles, exact arithmetic"
+    )
+
+
+def _depth(size: int, wanted: int) -> int:
+    """The largest power of two up to `wanted`, and from 32, that divides the summed dimension; else `wanted`.
+
+    A tile that reaches past the dimension has to be masked, which splits the wide loads of transposed weights.
+    """
+    return next((depth for depth in (wanted, wanted // 2, wanted // 4) if depth >= 32 and size % depth == 0), wanted)
+
+
+def shared_bytes(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> int:
+    """At most what the tiles in flight take of a program's shared memory; rows_a_value is 2 for gate_up, 1 for down."""
+    # The matrix instructions of SM 90 and 100 read shared memory while the next tile arrives; the others' operands
+    # are in registers by then. At least 32 pairs, so that two batches which differ in that alone can share a kernel.
+    tile = launch.block_d * (max(launch.block_t, 32) + rows_a_value * launch.block_n) * BYTES[dtype]
+    return tile * (launch.stages if sm in (90, 100) else launch.stages - 1)
+
+
+def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> MatmulLaunch:
+    """The same with fewer tiles in flight (but 3 stages), then shallower ones, until they fit an SM's shared memory.
+
+    Decode kernels live by several programs a multiprocessor: they get half of it.
+    """
+    room = SHARED_MEMORY[sm] if launch.per_multiprocessor == 1 else SHARED_MEMORY[sm] // 2
+    while shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value) > room:
+        if launch.stages > 3 or launch.block_d <= 32:
+            launch = replace(launch, stages=launch.stages - 1)
+        else:
+            launch = replace(launch, block_d=launch.block_d // 2)
+    return launch
+
+
+# Values of rows of E that one program of LynxSelect holds at a time: 4 a thread of 16 warps; 8 spill.
+ROW_VALUES = 2048
+
+
+def select_estimate(tokens: int, experts: int, experts_per_token: int) -> SelectLaunch:
+    """A launch by reasoning, for what no GPU has measured.
+
+    One program spends about 600 instructions of a warp on a token of E = 128, K = 8: some 150 cycles of a
+    multiprocessor, so 32 tokens are 3 us, 128 would be 11. A launch in a CUDA graph is 2 us, and blocks take three.
+    """
+    row = max(power_of_two(experts), 2)
+    block_t = min(max(ROW_VALUES // row, 1), 256)
+    if tokens <= 2 * block_t:
+        warps = min(max(block_t * row // 128, 4), 16)
+        return SelectLaunch(True, block_t, warps, block_t, "one program: fewer launches than blocks")
+    block_t = min(block_t, 16)
+    # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
+    fewest = max(power_of_two(-(-experts // (4 * experts_per_token))), block_t)
+    block = fewest if tokens <= 1024 else max(fewest, 64)
+    return SelectLaunch(False, block_t, 8, block, "blocks: tokens in parallel on many multiprocessors")

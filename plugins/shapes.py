@@ -1,0 +1,74 @@
+"""The MoE layers of known models, by name: what the report, the tuner and the benchmarks run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.plugins.specs import ExpertsSpec, Op, SelectSpec
+from lynx_trt.selection import DEFAULT_PRESET, PRESETS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """E, K, H, I of a layer, and its experts' form."""
+
+    experts: int
+    experts_per_token: int
+    hidden: int
+    inner: int
+    form: ExpertsForm = ExpertsForm()  # noqa: RUF009 -- frozen
+    bias: bool = False
+
+
+# From each model's config.json; gpt-oss' form as its modelling code has it.
+SHAPES = {
+    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
+    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    "gpt-oss-120b": Shape(
+        128,
+        4,
+        2880,
+        2880,
+        ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0),
+        bias=True,
+    ),
+    "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
+}
+
+# Decode batches and prefills that the reports and benchmarks cover.
+DECODE_TOKENS = (1, 128)
+PREFILL_TOKENS = (256, 16384)
+
+
+def experts_spec(name: str, dtype: str, *, dispatch_given: bool = True) -> ExpertsSpec:
+    """The LynxExperts of a known model."""
+    shape = SHAPES[name]
+    sizes = (shape.experts, shape.experts_per_token, shape.hidden, shape.inner)
+    return ExpertsSpec(*sizes, dtype, shape.form, shape.bias, dispatch_given)
+
+
+def select_spec(name: str, preset: str = DEFAULT_PRESET, *, dispatch_taken: bool = True) -> SelectSpec:
+    """The LynxSelect of a known model under a preset."""
+    shape, selection = SHAPES[name], PRESETS[preset]
+    return SelectSpec(
+        shape.experts,
+        shape.experts_per_token,
+        selection.vote,
+        selection.guaranteed(shape.experts_per_token),
+        selection.sensitivity,
+        selection.remap,
+        selection.power,
+        selection.alpha,
+        selection.beta,
+        dispatch_taken=dispatch_taken,
+    )
+
+
+def ops_of(name: str, dtype: str) -> list[Op]:
+    """Both ops of a known model's layer, for decode and prefill; the experts without and with the metadata given."""
+    ranges = (DECODE_TOKENS, PREFILL_TOKENS)
+    return [
+        Op(select_spec(name), ranges),
+        *(Op(experts_spec(name, dtype, dispatch_given=given), ranges) for given in (True, False)),
+    ]

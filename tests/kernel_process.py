@@ -1,0 +1,56 @@
+"""Kernels on whatever this machine has: on its GPU in this process, else interpreted in a process of their own.
+
+The Triton language decides when it is imported whether it interprets, and something else may have imported it. So the
+interpreter gets a process, which imports it afresh; functions and tensors travel there and results back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call a function of a module that imports no kernels by itself, with tensors on the device; results on the CPU."""
+    if DEVICE == "cuda":
+        return _map(function(*_map(arguments, DEVICE), **_map(options, DEVICE)), "cpu")
+    return _process().submit(function, *arguments, **options).result()
+
+
+@functools.cache
+def _process() -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
+    atexit.register(pool.shutdown)
+    return pool
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    # Two processes share few cores; and what NumPy thinks of exp(-x) overflowing, or of NaN, is not for the reader.
+    torch.set_num_threads(1)
+    import numpy as np
+
+    np.seterr(all="ignore")
+
+
+def _map(value: Any, device: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(each, device) for each in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map(each, device) for each in value)
+    if isinstance(value, dict):
+        return {name: _map(each, device) for name, each in value.items()}
+    return value

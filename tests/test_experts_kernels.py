@@ -1,0 +1,250 @@
+"""LynxExperts' kernels against their PyTorch twins, intermediates first: our error against float64 is at most twice
+that of PyTorch in the same precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_process import on_device
+from torch import Tensor
+
+from lynx_trt.experts import ACTIVATIONS, ExpertsForm
+from lynx_trt.experts import experts as experts_ref
+from lynx_trt.plugins import execute
+from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
+from lynx_trt.plugins.plan import experts_plan
+from lynx_trt.plugins.specs import ExpertsSpec
+from lynx_trt.plugins.twins import combine_twin, dispatch_twin, down_twin, experts_twin, gate_up_twin
+
+SWIGLU = ExpertsForm()
+GPT_OSS = ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=1.5, up_offset=1.0)
+
+# Tiles that tiny layers have several of. Decode: one tile of 16 pairs an expert up to 16 tokens, several beyond.
+_TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)
+DECODE = ExpertsLaunch(False, _TILE, _TILE, "")
+SWAPPED = ExpertsLaunch(False, replace(_TILE, swap=True), replace(_TILE, swap=True), "")
+PREFILL = ExpertsLaunch(True, replace(_TILE, per_multiprocessor=1), replace(_TILE, per_multiprocessor=1), "")
+_COPIED = replace(_TILE, descriptors=True, per_multiprocessor=1)
+DESCRIPTORS = ExpertsLaunch(True, _COPIED, _COPIED, "")
+LAUNCHES = {"decode": DECODE, "swapped": SWAPPED, "prefill": PREFILL, "descriptors": DESCRIPTORS}
+
+# Of PyTorch's error in that precision, that of rounding the result alone.
+EPSILON = {torch.float32: 1e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and a batch for it, all random."""
+
+    spec: ExpertsSpec
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        names = ("hidden", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias")
+        return {name: getattr(self, name) for name in names}
+
+    def double(self) -> Layer:
+        """The same in float64."""
+        floats = {name: each.double() for name, each in self.tensors.items() if each is not None and name != "index"}
+        return replace(self, **floats)
+
+    def twin(self) -> Tensor:
+        return experts_twin(self.spec.form, **self.tensors)  # type: ignore[arg-type]
+
+
+def _layer(
+    tokens: int,
+    experts: int = 5,
+    width: int = 2,
+    hidden: int = 48,
+    inner: int = 40,
+    *,
+    form: ExpertsForm = SWIGLU,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+) -> Layer:
+    """By default H is a multiple of no tile and I of one of its two, and an expert (the last) is empty."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    rows = 2 * inner if form.gated else inner
+    gate_up = normal(experts, rows, hidden, scale=1.5 * hidden**-0.5)
+    down = normal(experts, hidden, inner, scale=inner**-0.5)
+    if form.transposed:
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    reachable = max(experts - 1, width)
+    index = torch.stack([torch.randperm(reachable, generator=generator)[:width] for _ in range(tokens)])
+    weight = torch.rand((tokens, width), generator=generator)
+    biases = (normal(experts, rows), normal(experts, hidden)) if bias else (None, None)
+    spec = ExpertsSpec(experts, width, hidden, inner, str(dtype).removeprefix("torch."), form, bias)
+    return Layer(spec, normal(tokens, hidden), index, weight, gate_up, down, *biases)
+
+
+def _run(layer: Layer, launch: ExpertsLaunch | None = DECODE) -> Tensor:
+    return on_device(execute.experts, layer.spec, **layer.tensors, launch=launch)
+
+
+def _check(got: Tensor, want: Tensor, usual: Tensor) -> None:
+    """The error is at most twice that of `usual`, by norm and at the worst place."""
+    assert torch.isfinite(got).all()
+    epsilon = EPSILON[usual.dtype]
+    ours, usuals = (got.double() - want).abs(), (usual.double() - want).abs()
+    assert float(ours.norm()) <= 2 * float(usuals.norm()) + epsilon * float(want.norm())
+    worst = divmod(int(ours.argmax()), want.shape[-1])
+    bound = 2 * float(usuals.max()) + epsilon * float(want.abs().max())
+    assert float(ours.max()) <= bound, f"at {worst}: {got[worst]}, {want[worst]} by float64"
+
+
+def _check_layer(layer: Layer, launch: ExpertsLaunch | None = DECODE) -> None:
+    _check(_run(layer, launch), layer.double().twin(), layer.twin())
+
+
+def _plan_regions(spec: ExpertsSpec, tensors: dict[str, Tensor], launch: ExpertsLaunch) -> dict[str, Tensor]:
+    tokens = len(tensors["hidden"])
+    return execute.run(experts_plan(spec, 90, tokens, launch), tensors, tokens)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("form", [SWIGLU, GPT_OSS], ids=["swiglu", "gpt_oss"])
+def test_intermediates(form: ExpertsForm, launch: str) -> None:
+    """Each kernel's own output, in the layout of its workspace."""
+    layer = _layer(20, form=form, dtype=torch.bfloat16, bias=True)
+    layer.index[3] = -1  # a token with no expert
+    tensors = {name: each for name, each in layer.tensors.items() if each is not None}
+    tensors["output"] = torch.empty_like(layer.hidden)
+    regions = on_device(_plan_regions, layer.spec, tensors, LAUNCHES[launch])
+    dispatch = dispatch_twin(layer.index, 5)
+    used = int(dispatch[1 + int(dispatch[0])])
+    assert torch.equal(regions["dispatch"].view(torch.int32)[12 : 12 + used], dispatch[12 : 12 + used])
+
+    def inner(of: Layer) -> Tensor:
+        return gate_up_twin(form, of.hidden, of.gate_up, dispatch, experts_per_token=2, bias=of.gate_up_bias)
+
+    def partial(of: Layer) -> Tensor:
+        return down_twin(form, inner(of), of.down, of.weight, dispatch, bias=of.down_bias)
+
+    got = regions["inner"].view(torch.bfloat16).reshape(40, 40)
+    _check(got[:used], inner(layer.double())[:used], inner(layer)[:used])
+    got = regions["partial"].view(torch.float32).reshape(40, 48)
+    slots = layer.index.reshape(-1) >= 0
+    _check(got[slots], partial(layer.double())[slots], partial(layer)[slots])
+    _check(combine_twin(got.nan_to_num(), experts_per_token=2), layer.double().twin(), layer.twin())
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param({"tokens": 1}, id="one_token"),
+        pytest.param({"tokens": 3, "experts": 1, "width": 1}, id="one_expert"),
+        pytest.param({"tokens": 4, "experts": 3, "width": 3}, id="every_expert_for_every_token"),
+        pytest.param({"tokens": 16, "hidden": 64, "inner": 32}, id="sizes_are_multiples_of_the_tiles"),
+        pytest.param({"tokens": 17, "hidden": 40, "inner": 24}, id="a_pair_more_than_a_tile"),
+        pytest.param({"tokens": 50, "experts": 2, "width": 1}, id="all_tokens_on_one_expert"),
+    ],
+)
+def test_batches(layer: dict[str, Any], launch: str) -> None:
+    _check_layer(_layer(**layer), LAUNCHES[launch])
+
+
+@pytest.mark.parametrize("launch", ["decode", "prefill", "descriptors"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_layouts(interleaved: bool, transposed: bool, launch: str) -> None:
+    form = replace(GPT_OSS, transposed=transposed, interleaved=interleaved)
+    _check_layer(_layer(5, form=form, bias=True), LAUNCHES[launch])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, gated: bool) -> None:
+    """With a limit that bites."""
+    form = ExpertsForm(activation, gated=gated, limit=0.7, alpha=1.3)
+    layer = _layer(5, form=form)
+    _check_layer(layer)
+    # The twin is held to the reference here, where it has all forms to itself.
+    tensors = {name: None if each is None else each.numpy() for name, each in layer.double().tensors.items()}
+    np.testing.assert_allclose(layer.double().twin().numpy(), experts_ref(form, **tensors), rtol=1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("launch", ["decode", "descriptors"])
+def test_ungated_experts_with_biases(launch: str) -> None:
+    _check_layer(_layer(5, form=ExpertsForm("relu2", gated=False, transposed=True), bias=True), LAUNCHES[launch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_estimated_launches(tokens: int, dtype: torch.dtype) -> None:
+    """The launch that ships, of decode and (20 tokens an expert: 32; 512 would be too slow here) its largest tiles."""
+    _check_layer(_layer(tokens, experts=4, dtype=dtype, form=GPT_OSS, bias=True), None)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_inactive_experts_are_not_read_and_empty_slots_add_nothing(launch: str) -> None:
+    """NaN in whatever must not be read: the weights of unused experts, the weight of an empty slot."""
+    layer = _layer(6, bias=True)
+    layer.index[:, 1] = -1
+    layer.index[2] = -1
+    layer.index[4, 0] = 5  # past the last expert: nobody's
+    layer.index[5] = torch.tensor([-1, 3])
+    want = layer.double().twin()
+    unused = [expert for expert in range(5) if expert not in layer.index]
+    assert unused
+    for each in (layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias):
+        assert each is not None
+        each[unused] = float("nan")
+    layer.weight[layer.index < 0] = float("nan")
+    got = _run(layer, LAUNCHES[launch])
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert not got[[2, 4]].any()
+
+
+def test_an_expert_named_twice_counts_twice() -> None:
+    """Routers don't, but then a token can have more pairs of an expert than the tile has room for."""
+    layer = _layer(16)
+    layer.index[:] = 2
+    _check_layer(layer, DECODE)
+
+
+@pytest.mark.parametrize("form", [ExpertsForm("relu", gated=False, limit=1.0), ExpertsForm(limit=1.0)])
+def test_nan_in_one_row_stays_there(form: ExpertsForm) -> None:
+    """Clamps and relu must not turn NaN into a number, nor may it reach another token."""
+    layer = _layer(6, form=form)
+    clean = _run(layer)
+    layer.hidden[2, 5] = float("nan")
+    got = _run(layer)
+    assert got[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("launch", ["decode", "prefill"])
+def test_the_same_bits_in_any_company(launch: str) -> None:
+    """A token's result does not depend on the rest of the batch, nor on the run."""
+    layer = _layer(16, dtype=torch.bfloat16)
+    every = _run(layer, LAUNCHES[launch])
+    assert torch.equal(every, _run(layer, LAUNCHES[launch]))
+    some = replace(layer, hidden=layer.hidden[4:9], index=layer.index[4:9], weight=layer.weight[4:9])
+    assert torch.equal(every[4:9], _run(some, LAUNCHES[launch]))
+
+
+def test_given_metadata() -> None:
+    """A node that has LynxSelect's metadata as an input makes none."""
+    layer = _layer(7)
+    spec = replace(layer.spec, dispatch_given=True)
+    got = on_device(execute.experts, spec, **layer.tensors, dispatch=dispatch_twin(layer.index, 5), launch=DECODE)
+    assert torch.equal(got, _run(layer))

@@ -1,0 +1,281 @@
+"""Launch choices and plans: pure functions, so all of it is tested without a GPU or a compiler."""
+
+from __future__ import annotations
+
+import random
+import runpy
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lynx_trt.errors import UsageError
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.export.ops import experts_attributes, select_attributes
+from lynx_trt.plugins import launch_table, tune
+from lynx_trt.plugins.launch import (
+    MOST_PROGRAMS,
+    SHARED_MEMORY,
+    SMS,
+    ExpertsLaunch,
+    experts_estimate,
+    experts_launch,
+    select_launch,
+    shared_bytes,
+    tokens_bucket,
+)
+from lynx_trt.plugins.plan import (
+    ALIGNMENT,
+    FLOAT32_TOKENS,
+    MODULES,
+    Grid,
+    Plan,
+    Region,
+    experts_plan,
+    find_plan,
+    plans,
+    workspace_bytes,
+)
+from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
+from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
+from lynx_trt.selection import PRESETS
+
+MODELS = list(SHAPES)
+
+# What a node's tensors are called in plans.
+TENSORS = {
+    *(
+        "choice",
+        "combine",
+        "topk_index",
+        "topk_weight",
+        "budget",
+        "token_mask",
+        "index",
+        "weight",
+        "active",
+        "dispatch",
+    ),
+    *("hidden", "gate_up", "down", "gate_up_bias", "down_bias", "output"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width", "bucket"),
+    [(1, 8, 2, 1), (4, 8, 2, 1), (5, 8, 2, 2), (32, 8, 2, 8), (16, 128, 8, 1), (17, 128, 8, 2), (16384, 8, 2, 4096)],
+)
+def test_buckets(tokens: int, experts: int, width: int, bucket: int) -> None:
+    assert tokens_bucket(tokens, experts, width) == bucket
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("dtype", BYTES)
+def test_tiles_fit_shared_memory(dtype: str, sm: int) -> None:
+    for model in MODELS:
+        shape = SHAPES[model]
+        for bucket in (1 << power for power in range(13)):
+            launch = experts_launch(bucket, shape.experts, shape.hidden, shape.inner, dtype, sm)
+            assert shared_bytes(launch.gate_up, dtype, sm, rows_a_value=2) <= SHARED_MEMORY[sm]
+            assert shared_bytes(launch.down, dtype, sm, rows_a_value=1) <= SHARED_MEMORY[sm]
+            assert launch.reason
+
+
+def test_launches_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        experts_launch(1, 8, 64, 64, "float16", 90).prefill = True  # type: ignore[misc]
+
+
+def test_a_measured_launch_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = experts_estimate(4, 64, 64, "float16", 90)
+    measured = replace(estimate, gate_up=replace(estimate.gate_up, warps=8), microseconds=12.5)
+    monkeypatch.setitem(launch_table.EXPERTS, (90, "float16", 8, 64, 64, 4), measured)
+    assert experts_launch(4, 8, 64, 64, "float16", 90) == measured
+    assert experts_launch(8, 8, 64, 64, "float16", 90).microseconds is None
+    quick = replace(select_launch(16, 128, 8, 90), warps=2, microseconds=5.0)
+    monkeypatch.setitem(launch_table.SELECT, (90, 128, 8, 16), quick)
+    assert select_launch(16, 128, 8, 90) == quick
+
+
+def test_tokens_per_expert_decide() -> None:
+    """Decode kernels while weights are read, prefill kernels when they are multiplied; the copy engine from SM 90."""
+    for model in MODELS:
+        shape = SHAPES[model]
+        chosen = [experts_launch(1 << p, shape.experts, shape.hidden, shape.inner, "bfloat16", 90) for p in range(12)]
+        assert [each.prefill for each in chosen] == [False] * 6 + [True] * 6
+        assert all(each.gate_up.descriptors for each in chosen if each.prefill)
+    assert not experts_launch(64, 8, 4096, 4096, "bfloat16", 80).gate_up.descriptors
+    # Rows that are no multiple of 16 bytes are nothing for the copy engine.
+    assert not experts_launch(64, 8, 4096, 1001, "bfloat16", 90).down.descriptors
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("model", MODELS)
+def test_plans_cover_all_numbers_of_tokens(model: str, sm: int) -> None:
+    for spec in (experts_spec(model, "bfloat16", dispatch_given=False), select_spec(model)):
+        options = plans(spec, sm, 5000)
+        assert [plan.max_tokens for plan in options] == sorted({plan.max_tokens for plan in options})
+        assert options[-1].max_tokens >= 5000
+        assert find_plan(options, 1) is options[0]
+        for plan in options:
+            known = TENSORS | {"T", "null", *plan.offsets(plan.max_tokens)}
+            assert {argument for step in plan.steps for argument in step.arguments} <= known
+            assert all(step.kernel.function in MODULES for step in plan.steps)
+            assert all(step.grid.programs(plan.max_tokens, 132) > 0 for step in plan.steps)
+
+
+def test_a_batch_beyond_the_plans() -> None:
+    with pytest.raises(ValueError, match="5000 tokens: the kernels are made for up to 64"):
+        find_plan(plans(select_spec("mixtral-8x7b"), 90, 64), 5000)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_decode_launches_a_program_for_every_tile(model: str) -> None:
+    """However the pairs fall on the experts, there are no more tiles than programs."""
+    shape = SHAPES[model]
+    rng = random.Random(0)
+    for plan in plans(experts_spec(model, "bfloat16"), 90, 512):
+        constants = [dict(step.kernel.constants) for step in plan.steps[:2]]
+        if "ONE_TILE" not in constants[0]:
+            continue
+        for _ in range(20):
+            tokens = rng.randint(1, plan.max_tokens)
+            few = rng.randint(shape.experts_per_token, shape.experts)  # the fewer, the fuller
+            counts = [0] * few
+            for _ in range(tokens):
+                for expert in rng.sample(range(few), shape.experts_per_token):
+                    counts[expert] += 1
+            for step, (values, rows, block) in zip(
+                plan.steps,
+                zip(constants, (shape.inner, shape.hidden), ("BLOCK_I", "BLOCK_H"), strict=True),
+                strict=False,
+            ):
+                height = 10**9 if values["ONE_TILE"] else int(values["BLOCK_T"])
+                tiles = sum(-(-count // height) for count in counts if count) * -(-rows // int(values[block]))
+                assert tiles <= step.grid.programs(tokens, 132)
+                assert not values["ONE_TILE"] or tokens <= int(values["BLOCK_T"])
+
+
+def test_grids() -> None:
+    assert Grid(fixed=1).programs(7, 132) == 1
+    assert Grid(times=1, over=16).programs(33, 132) == 3
+    assert Grid(per=3, cap=8, slots=2, times=2, over=16).programs(9, 132) == 3 * (8 + 2)
+    assert Grid(per=1000, times=1, per_multiprocessor=2).programs(9, 132) == 264
+    assert Grid(per=10**6, times=1, per_multiprocessor=9).programs(9, 200) == MOST_PROGRAMS
+
+
+def test_workspace_regions_are_aligned_and_do_not_overlap() -> None:
+    plan = Plan(64, (), (Region("a", fixed=3), Region("b", per=100), Region("c", per=8, tokens=16)))
+    assert plan.offsets(17) == {"a": 0, "b": 256, "c": 256 + 1792}
+    assert plan.workspace_bytes(17) == 256 + 1792 + 256
+    assert all(offset % ALIGNMENT == 0 for offset in plan.offsets(17).values())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("tokens", [1, 16, 100, 512, 513, 16384])
+def test_workspace_is_bounded_by_the_tokens(model: str, tokens: int) -> None:
+    """The formula that the docstring gives: never E x T x H."""
+    shape = SHAPES[model]
+    pairs, experts = tokens * shape.experts_per_token, shape.experts
+    tables = 20 * (4 * pairs + 5 * experts) + 8 * ALIGNMENT
+    assert workspace_bytes(select_spec(model), tokens) <= tables
+    partial = 4 if tokens <= FLOAT32_TOKENS else 2
+    # A prefill may come with as few tokens as a decode batch has at most.
+    rows = pairs * (2 * shape.inner + partial * shape.hidden)
+    least = FLOAT32_TOKENS * shape.experts_per_token * (2 * shape.inner + 4 * shape.hidden)
+    scratch = 128 * MOST_PROGRAMS
+    bound = max(rows, least) if tokens > FLOAT32_TOKENS else rows
+    assert workspace_bytes(experts_spec(model, "bfloat16", dispatch_given=False), tokens) <= bound + tables + scratch
+
+
+def test_specs_come_from_the_attributes_of_nodes() -> None:
+    selection = PRESETS["lynx"]
+    attributes = select_attributes(selection, experts_per_token=8, renormalize=True, scale=2.5)
+    spec = SelectSpec.from_attributes(attributes, experts=128, experts_per_token=8)
+    assert (spec.vote, spec.guarantee, spec.remap, spec.power, spec.scale) == ("weight", 1, True, 2.0, 2.5)
+    form = ExpertsForm("gelu", gated=False, transposed=True, limit=7.0)
+    sizes = {"experts": 8, "experts_per_token": 2, "hidden": 64, "inner": 32}
+    experts = ExpertsSpec.from_attributes(experts_attributes(form), **sizes, dtype="float16")  # type: ignore[arg-type]
+    assert experts.form == form
+    assert experts == ExpertsSpec(8, 2, 64, 32, "float16", form)
+
+
+def test_keys_tell_specs_apart() -> None:
+    """Floats by the bits of a float32: 0.1 as a Python float and as a plugin's field are the same."""
+    spec = select_spec("mixtral-8x7b")
+    assert replace(spec, sensitivity=0.1).key == replace(spec, sensitivity=0.10000000149011612).key
+    assert "sensitivity=3dcccccd" in replace(spec, sensitivity=0.1).key
+    keys = {replace(spec, **change).key for change in ({}, {"scale": 2.0}, {"remap": False}, {"dispatch_taken": False})}  # type: ignore[arg-type]
+    assert len(keys) == 4
+    assert " " not in experts_spec("gpt-oss-120b", "bfloat16").key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": 2000}, "2000 experts a layer: the kernels take 1 to 1024"),
+        ({"experts_per_token": 9}, "9 of 8 experts a token"),
+        ({"vote": "loud"}, "vote is 'loud'"),
+    ],
+)
+def test_specs_that_no_kernel_is_made_for(change: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(select_spec("mixtral-8x7b"), **change)  # type: ignore[arg-type]
+
+
+def test_equal_layers_share_plans() -> None:
+    """A plan is a function of the spec: equal specs of different layers give equal kernels."""
+    spec = experts_spec("qwen3-30b-a3b", "bfloat16")
+    again = experts_spec("qwen3-30b-a3b", "bfloat16")
+    assert experts_plan(spec, 90, 16) == experts_plan(again, 90, 16)
+    assert hash(experts_plan(spec, 90, 16).steps[0].kernel) == hash(experts_plan(again, 90, 16).steps[0].kernel)
+
+
+# ------------------------------------------------------------------------------------------------ the tuner
+
+
+def test_the_tuner_keeps_what_is_clearly_faster() -> None:
+    """A made-up GPU that likes 5 stages best and 8 warps next, and says so within the noise for other changes."""
+    start = experts_estimate(4, 2048, 768, "bfloat16", 90)
+    measured = []
+
+    def measure(launch: ExpertsLaunch) -> float:
+        measured.append(launch)
+        return 100.0 - 10 * (launch.gate_up.stages == 5) - 5 * (launch.gate_up.warps == 8) - 0.5 * launch.gate_up.swap
+
+    best = tune.improve(start, "gate_up", measure, lambda matmul: matmul.block_n < 64)
+    assert best == replace(start, gate_up=replace(start.gate_up, stages=5, warps=8))
+    assert all(launch.down == start.down and launch.gate_up.block_n < 64 for launch in measured)
+
+
+def test_the_tuner_tries_only_what_can_run() -> None:
+    matmul = experts_estimate(64, 4096, 14336, "bfloat16", 90).gate_up
+    assert tune.fits(matmul, "bfloat16", 90, rows_a_value=2)
+    assert not tune.fits(replace(matmul, block_n=256), "bfloat16", 90, rows_a_value=2)
+    assert not tune.fits(replace(matmul, stages=6), "bfloat16", 90, rows_a_value=2)
+    assert not tune.fits(replace(matmul, block_n=8), "bfloat16", 90, rows_a_value=2)
+    assert all(select.block_t >= 1 for select in tune.select_neighbours(select_launch(1, 512, 10, 90), 1))
+
+
+def test_the_table_is_python(tmp_path: Path) -> None:
+    experts = {
+        (90, "bfloat16", 8, 4096, 14336, bucket): replace(
+            experts_estimate(bucket, 4096, 14336, "bfloat16", 90), reason='12% of "it"', microseconds=1.25
+        )
+        for bucket in (1, 64)
+    }
+    select = {(90, 8, 2, 16): replace(select_launch(16, 8, 2, 90), microseconds=5.5)}
+    path = tmp_path / "table.py"
+    path.write_text(tune.render_table("a GPU", experts, select))
+    table = runpy.run_path(str(path))
+    assert table["EXPERTS"] == experts
+    assert table["SELECT"] == select
+    assert max(map(len, path.read_text().splitlines())) <= 120
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_tuner_says_what_it_lacks() -> None:
+    with pytest.raises(
+        UsageError, match=r"measures on a GPU, and PyTorch finds none here: run it on a machine with one"
+    ):
+        tune.machine()

@@ -1,0 +1,245 @@
+"""LynxSelect's kernels and their PyTorch twin against the NumPy reference: indices and kept experts exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_process import on_device
+from numpy.typing import NDArray
+from test_selection import Batch, batches, budgets, selections
+
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.plugins import execute, plan
+from lynx_trt.plugins.launch import SelectLaunch, select_estimate
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
+from lynx_trt.plugins.twins import dispatch_twin, select_twin
+from lynx_trt.selection import PRESETS, Selection
+
+Array = NDArray[Any]
+
+# The ways through the kernels: one program that holds the batch, one that takes it in tiles (2 tokens at a time), and
+# blocks of 2 tokens.
+HELD = SelectLaunch(True, 512, 4, 512, "")
+TILED = SelectLaunch(True, 2, 4, 2, "")
+BLOCKS = SelectLaunch(False, 2, 4, 2, "")
+WAYS = {"held": HELD, "tiled": TILED, "blocks": BLOCKS}
+
+
+def _spec(
+    selection: Selection, experts: int, width: int, *, renormalize: bool = True, scale: float = 1.0
+) -> SelectSpec:
+    return SelectSpec(
+        experts,
+        width,
+        selection.vote,
+        selection.guaranteed(width),
+        selection.sensitivity,
+        selection.remap,
+        selection.power,
+        selection.alpha,
+        selection.beta,
+        renormalize,
+        scale,
+        dispatch_taken=True,
+    )
+
+
+def _tensors(batch: Batch, budget: int) -> list[torch.Tensor]:
+    floats = [torch.tensor(np.asarray(a, np.float32)) for a in (batch.choice, batch.combine, batch.topk_weight)]
+    mask = np.ones(batch.sizes[0], np.bool_) if batch.token_mask is None else batch.token_mask
+    index = torch.tensor(np.asarray(batch.topk_index, np.int64))
+    return [*floats[:2], index, floats[2], torch.tensor(budget, dtype=torch.int32), torch.tensor(mask)]
+
+
+def _check(batch: Batch, selection: Selection, budget: int, launch: SelectLaunch, **rule: Any) -> None:
+    """The kernels give what the reference gives."""
+    _, experts, width = batch.sizes
+    spec = _spec(selection, experts, width, **rule)
+    got = on_device(execute.select, spec, *_tensors(batch, budget), launch=launch)
+    want = batch.select(selection, budget, **rule)
+    np.testing.assert_array_equal(got.index.numpy(), want.index)
+    # The sum of weights may differ in a float64's last bits.
+    np.testing.assert_allclose(got.weight.numpy(), want.weight, rtol=2e-7)
+    assert int(got.active) == len(want.kept)
+    _check_dispatch(got.dispatch, torch.from_numpy(want.index), experts)
+
+
+def _check_dispatch(got: torch.Tensor, index: torch.Tensor, experts: int) -> None:
+    """The metadata is the twin's, but for what is not written."""
+    want = dispatch_twin(index, experts)
+    active = int(want[0])
+    pairs = int(want[1 + active])
+    written = torch.zeros(len(want), dtype=torch.bool)
+    for first, last in (
+        (0, 2 + active),
+        (2 + experts, 2 + experts + active),
+        (2 + 2 * experts, 2 + 2 * experts + pairs),
+    ):
+        written[first:last] = True
+    assert torch.equal(got[written], want[written])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches(min_tokens=1), selections, budgets, st.sampled_from(list(WAYS)), st.booleans())
+def test_odd_batches(batch: Batch, selection: Selection, budget: int, way: str, renormalize: bool) -> None:
+    """T=1, K=1, K=E, E=1, ties, zeros, masks, NaN, Inf, sums at the ends of float32."""
+    _check(batch, selection, budget, WAYS[way], renormalize=renormalize, scale=1.5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches(min_tokens=1), selections, budgets)
+def test_twin(batch: Batch, selection: Selection, budget: int) -> None:
+    _, experts, width = batch.sizes
+    choice, combine, index, weight, _, mask = _tensors(batch, budget)
+    index = torch.where(mask[:, None], index, 0)  # indexing with what padding may hold is no part of a plain twin
+    got = select_twin(_spec(selection, experts, width), choice, combine, index, weight, budget, mask)
+    want = batch.select(selection, budget)
+    np.testing.assert_array_equal(got.index.numpy(), want.index)
+    np.testing.assert_allclose(got.weight.numpy(), want.weight, rtol=2e-7)
+    np.testing.assert_array_equal(got.kept.numpy(), batch.kept_set(selection, budget))
+    assert int(got.active) == len(want.kept)
+
+
+def _router(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
+    """A batch as a softmax router gives it, the last token padding, the one before it broken."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(tokens, experts)) * 2 + rng.normal(size=experts)
+    scores = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+    index = np.argsort(-scores, axis=1, kind="stable")[:, :width]
+    weight = np.take_along_axis(scores, index, axis=1)
+    weight /= weight.sum(axis=1, keepdims=True)
+    mask = np.ones(tokens, np.bool_)
+    if tokens > 2:
+        mask[-1] = False
+        scores[-2, experts // 2] = np.nan
+    return Batch(scores, scores, index, weight, mask)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width"),
+    [
+        (1, 128, 8),  # one token: nothing to vote against
+        (16, 128, 8),  # the decode batch of Qwen3-30B-A3B: one program holds it
+        (20, 128, 8),  # one program, two tiles, the second not full
+        (37, 64, 6),  # DeepSeek-V2-Lite; blocks, the last not full
+        (5, 40, 4),  # E is no power of two
+        (16, 8, 2),  # Mixtral: a row shorter than a warp
+        (9, 512, 10),  # the longest row
+    ],
+)
+@pytest.mark.parametrize("preset", ["lynx", "lynx-accuracy", "lynx-affinity", "oea", "xshare"])
+def test_routers(preset: str, tokens: int, experts: int, width: int) -> None:
+    """The estimated launch on batches of real models' sizes, at a budget that takes experts away."""
+    _check(
+        _router(tokens, experts, width),
+        PRESETS[preset],
+        max(experts // 4, 2),
+        select_estimate(tokens, experts, width),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("budget", [0, 1, 31, 32, 1000])
+def test_budgets(way: str, budget: int) -> None:
+    """No budget at all, one short of all experts, all, more than all (prefill: the routing is kept bit for bit)."""
+    batch = _router(11, 32, 4)
+    _check(batch, PRESETS["lynx-latency"], budget, WAYS[way])
+    _check(batch, replace(PRESETS["lynx"], remap=False), budget, WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_everything_tied(way: str) -> None:
+    """All scores equal, and 0.0 beside -0.0: only indices decide."""
+    scores = np.zeros((6, 8), np.float32)
+    scores[:, ::2] = -0.0
+    index = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [1, 0], [7, 6]])
+    batch = Batch(scores, np.full((6, 8), 0.125, np.float32), index, np.full((6, 2), 0.5, np.float32))
+    _check(batch, PRESETS["lynx-latency"], 3, WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_at_the_threshold_is_not_sensitive(way: str) -> None:
+    """Confidences of 0.25, just that, and of 0.125: with tau 0.25 the second token alone keeps its experts."""
+    scores = np.array([[0.625, 0.375, 0.0, 0.0], [0.0, 0.0, 0.5625, 0.4375]], np.float32)
+    batch = Batch(scores, scores, np.array([[0, 1], [2, 3]]), np.array([[0.625, 0.375], [0.5625, 0.4375]], np.float32))
+    assert list(batch.kept_set(PRESETS["lynx-accuracy"], 0)) == [False, False, True, True]
+    _check(batch, PRESETS["lynx-accuracy"], 0, WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_votes_are_compared_as_float32(way: str) -> None:
+    """Ten tenths (in float64 a bit less than 1) and one whole are a tie: the lower index wins."""
+    weight = np.array([[1.0, 9.0]] * 10 + [[1.0, 0.0]], np.float32)
+    index = np.array([[1, 2]] * 10 + [[3, 0]])
+    scores = np.zeros((11, 4), np.float32)
+    _check(Batch(scores, scores, index, weight), replace(PRESETS["lynx-latency"], vote="weight"), 2, WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_token_counts(way: str) -> None:
+    """All padding or broken: no expert is in use, and every slot is empty."""
+    batch = _router(4, 8, 2)
+    assert batch.token_mask is not None
+    batch.token_mask[:2] = False
+    batch.topk_weight[2:] = np.inf
+    _check(batch, PRESETS["lynx"], 2, WAYS[way])
+
+
+@pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])
+def test_many_blocks(preset: str) -> None:
+    """Blocks that are too many for each program to add up: the kept set and the scan are launches of their own."""
+    batch = _router(9, 16, 3)
+    got = on_device(with_many_blocks, execute.select, _spec(PRESETS[preset], 16, 3), *_tensors(batch, 5), launch=BLOCKS)
+    want = batch.select(PRESETS[preset], 5)
+    np.testing.assert_array_equal(got.index.numpy(), want.index)
+    assert int(got.active) == len(want.kept)
+    _check_dispatch(got.dispatch, torch.from_numpy(want.index), 16)
+
+
+def with_many_blocks(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call it as if two blocks were too many; truly too many would take the interpreter half a minute."""
+    with mock.patch.object(plan, "BLOCKS_HERE", 1):
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_affinity_counts_the_voters_of_all_blocks(way: str) -> None:
+    """7 second choices of 1/n each lose against one first choice of 1 if n is 9, and would win if it were 5."""
+    scores = np.zeros((9, 4), np.float32)
+    scores[:, 0], scores[:7, 1], scores[8, 2] = 1.0, 0.6, 2.0
+    index = np.array([[0, 1]] * 7 + [[0, 3]] + [[2, 0]])
+    batch = Batch(scores, scores, index, np.take_along_axis(scores, index, axis=1))
+    selection = replace(PRESETS["lynx-affinity"], guarantee=0)
+    assert list(batch.kept_set(selection, 2)) == [True, False, True, False]
+    _check(batch, selection, 2, WAYS[way])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts"),
+    [
+        (3, 2, 4),  # one program
+        (90, 6, 9),  # blocks
+        (40, 16, 16),  # K = E
+    ],
+)
+def test_dispatch_of_any_index(tokens: int, width: int, experts: int) -> None:
+    """The experts' own dispatch: empty slots, experts that nobody uses, and one that a token names twice."""
+    index = torch.from_numpy(np.random.default_rng(0).integers(-1, experts - 1, (tokens, width)))
+    _check_dispatch(on_device(run_dispatch, index, experts), index, experts)
+    _check_dispatch(on_device(with_many_blocks, run_dispatch, index, experts), index, experts)
+
+
+def run_dispatch(index: torch.Tensor, experts: int) -> torch.Tensor:
+    """The metadata that a LynxExperts which is not given it makes from `index`."""
+    spec = ExpertsSpec(experts, index.shape[1], 8, 8, "float32", ExpertsForm())
+    whole = plan.experts_plan(spec, 90, len(index))
+    steps = tuple(step for step in whole.steps if step.kernel.function.startswith("dispatch"))
+    regions = execute.run(plan.Plan(whole.max_tokens, steps, whole.regions), {"index": index}, len(index))
+    return regions["dispatch"].view(torch.int32)[: 2 * experts + 2 + index.numel()]
