@@ -6,13 +6,14 @@ BIN    := $(VENV)/bin
 # Files are spread over both cores by file, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint clean help
+.PHONY: demo test test-all lint plugin clean help
 
 help:
 	@echo "make demo      build the shipped model (checkpoint -> ONNX -> TensorRT engine) and generate text"
 	@echo "make test      run the tests"
 	@echo "make test-all  run the slow ones too (some minutes, 10 GB of disk)"
 	@echo "make lint      ruff and mypy"
+	@echo "make plugin    compile the C++ plugin; TENSORRT_INCLUDE_DIR is the folder of NvInferRuntime.h"
 
 # An environment with everything that runs without a GPU, at the versions the tests ran with.
 $(VENV)/.made: pyproject.toml constraints.txt
@@ -34,6 +35,12 @@ lint: $(VENV)/.made build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p lynx_trt
+
+# For trtexec and Triton Inference Server; see docs/plugin.md. CMake also looks in TENSORRT_ROOT and where CUDA lies.
+plugin:
+	cmake -S plugins/cpp -B build/plugin
+	cmake --build build/plugin --parallel 2
+	@echo build/plugin/liblynx_plugin.so
 
 # mypy reads packages where they lie; three of ours lie outside of lynx_trt/, so it gets a tree of links.
 build/types: $(shell find lynx_trt -maxdepth 1)

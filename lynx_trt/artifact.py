@@ -108,7 +108,8 @@ class EngineRecord(_Record):
     flavor: str
     tensorrt: str
     expert_weights: Literal["engine", "external"]
-    compute_capabilities: list[int] = Field(description="SMs that the plugin has kernels for; empty: none yet")
+    compute_capabilities: list[int] = Field(description="SMs that there are kernels for; empty: it can't run")
+    kernels: dict[str, Any] | None = Field(default=None, description="sms, cubins, bytes of all, seconds to compile")
     seconds: float
     peak_bytes: int
     plan_bytes: int
@@ -117,6 +118,31 @@ class EngineRecord(_Record):
     tensors: list[dict[str, Any]]
     external: list[dict[str, Any]]
     warnings: list[str]
+
+
+class ForeignTensor(_Record):
+    """An input or output of a graph that others exported; `meaning` is about those that were added."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+    meaning: str | None = None
+
+
+class ForeignRecord(_Record):
+    """Where a graph with inputs of its own came from, what was rewritten in it, and what it takes."""
+
+    file: str
+    producer: str
+    opset: int
+    patterns: dict[str, int] = Field(description="rewritten MoE blocks by the form they had")
+    phase_known: bool = Field(description="the graph tells prefill from decode; otherwise budgets apply to every step")
+    inputs: list[ForeignTensor]
+    outputs: list[ForeignTensor]
+    added: list[str]
+    kept: list[str] = Field(description="blocks that stay as they were, and why")
+    notes: list[str]
+    packed: dict[str, dict[str, Any]] = Field(description="where quantized weights lie that were dequantized, by block")
 
 
 class Manifest(_Record):
@@ -132,6 +158,7 @@ class Manifest(_Record):
     plugin: dict[str, str]
     versions: dict[str, str]
     build: dict[str, Any]
+    foreign: ForeignRecord | None = Field(default=None, description="of a graph that others exported")
     files: dict[str, FileRecord]
 
 
@@ -266,12 +293,18 @@ def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:
     """Open an artifact and, unless told not to, check that every file is the one that was built.
 
     Raises:
-        ArtifactError: it can't be read, or a file is missing or changed; the message names the first.
+        ArtifactError: it can't be read, a file is missing or changed (the message names the first), or its graph is one
+            that others exported, which the runtime here doesn't know to feed.
     """
     artifact = read(folder)
     if verify and (problems := check_files(artifact)):
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ArtifactError(problems[0] + more)
+    if artifact.manifest.foreign is not None:
+        raise ArtifactError(
+            f"{folder} was built from {artifact.manifest.foreign.file}, an ONNX file with inputs of its own, "
+            f"which this command can't run; run its model.onnx or engine with what ran the original ({MANIFEST} names its inputs)"
+        )
     return artifact
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lynx_trt.errors import UsageError
 from lynx_trt.selection import Selection
@@ -43,6 +44,24 @@ def parse_budget(text: str, experts: Sequence[int]) -> list[int]:
     return check_budgets([int(text)] * len(experts), experts, what=f"the budget is {text}")
 
 
+def selection_in(text: str) -> Selection | None:
+    """The selection's parameters, where `text` is a budget file that brings its own (calibration.json does).
+
+    Raises:
+        UsageError: the file can't be read, or its parameters are none of the selection's.
+    """
+    if not Path(text).is_file():
+        return None
+    value = _read(Path(text))
+    parameters = value.get("selection") if isinstance(value, dict) else None
+    if parameters is None:
+        return None
+    try:
+        return Selection(**parameters)
+    except TypeError:
+        raise UsageError(f"the budget file {text} has a 'selection' that is none: {parameters}") from None
+
+
 def check_budgets(budgets: Sequence[int], experts: Sequence[int], *, what: str) -> list[int]:
     """`budgets` capped at each layer's experts.
 
@@ -74,11 +93,15 @@ def check_leaves_experts(budgets: Sequence[int], selection: Selection, experts_p
         )
 
 
-def _from_file(path: Path, experts: Sequence[int]) -> list[int]:
+def _read(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"the budget file {path} can't be read as JSON: {error}") from None
+
+
+def _from_file(path: Path, experts: Sequence[int]) -> list[int]:
+    value = _read(path)
     if isinstance(value, dict):
         value = value.get("budgets")
     if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):

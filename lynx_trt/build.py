@@ -56,9 +56,11 @@ class BuildOptions:
     max_length: int | None = None
     tensorrt: Flavor = "auto"
     expert_weights: ExpertWeights = "engine"
+    sm: str = "auto"
     tokenizer: Path | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
+    allow_partial: bool = False
 
 
 def shipped_model() -> Path:
@@ -68,17 +70,28 @@ def shipped_model() -> Path:
     return Path(lynx_trt.models.__file__).parent / SHIPPED
 
 
+def _name(source: Path) -> str:
+    """What an artifact is called by default: `out/NAME`; exporters call every ONNX file model.onnx."""
+    path = source.resolve()
+    return path.name if path.suffix != ".onnx" else path.parent.name if path.stem == "model" else path.stem
+
+
 def build(options: BuildOptions, progress: Progress) -> Artifact:
     """Build an artifact.
 
     Raises:
         LynxError: whatever is wrong with the options, the checkpoint, the model or TensorRT, in a sentence.
     """
+    from lynx_trt.onnx_build import build_onnx, is_onnx
+
+    if is_onnx(options.model):
+        return build_onnx(options, progress)
     from lynx_trt import artifact as artifacts
     from lynx_trt.export.checkpoint import open_checkpoint
     from lynx_trt.export.hf import read_source
 
     _parse_ranges(options, None)
+    sms = _sms(options)
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     max_length = _max_length(options, checkpoint)
     _parse_ranges(options, max_length)
@@ -91,7 +104,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         update(1.0)
         exported, weight_bytes = _export(source, checkpoint, max_length, selection, folder, progress, clock)
         _copy_tokenizer(options, folder)
-        report, absent = _engine(options, folder, max_length, progress, clock)
+        report, absent = _engine(options, folder, max_length, sms, progress, clock)
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -178,6 +191,10 @@ def _selection(options: BuildOptions, source: Source) -> tuple[Selection, list[i
     from lynx_trt.selection import PRESETS
 
     selection = PRESETS[options.preset]
+    if options.budget is not None and options.preset != "off":
+        selection = dial.selection_in(options.budget) or selection
+        if selection != PRESETS[options.preset]:
+            note(f"{options.budget} brings its own parameters, which replace those of --preset {options.preset}")
     experts = [layer.experts for layer in source.layers]
     k = min(layer.experts_per_token for layer in source.layers)
     unruly = [layer for layer in source.layers if layer.rule is None]
@@ -226,15 +243,41 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
         note(f"the tokenizer in {source} can't be converted: {first}")
 
 
+def _sms(options: BuildOptions) -> list[int]:
+    """The SMs that the engine is to have kernels for. Raises UsageError: one that there are none for."""
+    from importlib.util import find_spec
+
+    from lynx_trt.plugins.aot import INSTALL
+    from lynx_trt.plugins.launch import SMS
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    known = ", ".join(map(str, SMS))
+    words = [] if options.sm in ("auto", "none") else options.sm.split(",")
+    if not all(word.strip().isdecimal() and int(word) in SMS for word in words):
+        raise UsageError(f"--sm is {options.sm!r}: it has to be auto, none or numbers of {known}, as in 80,90")
+    if options.sm == "none" or options.tensorrt == "none":
+        return []
+    compiler = find_spec("triton") is not None
+    if words and not compiler:
+        raise UsageError(f"--sm {options.sm} needs the Triton language, which compiles the GPU kernels: {INSTALL}")
+    found = sorted({int(word) for word in words} or {sm for sm in compute_capabilities() if sm in SMS})
+    if not found:
+        note("no GPU here to make kernels for, so the engine won't run; --sm 90, for one, makes those of an H100")
+    elif not compiler:
+        note(f"the engine gets no GPU kernels and won't run: their compiler is not installed: {INSTALL}")
+        return []
+    return found
+
+
 def _engine(
-    options: BuildOptions, folder: Path, max_length: int, progress: Progress, clock: _Clock
+    options: BuildOptions, folder: Path, max_length: int, sms: list[int], progress: Progress, clock: _Clock
 ) -> tuple[EngineReport | None, str | None]:
     """The engine's report, or why there is none."""
     if options.tensorrt == "none":
         return None, "built with --tensorrt none"
     from lynx_trt.artifact import ENGINE
     from lynx_trt.export.write import ONNX_FILE
-    from lynx_trt.tensorrt.build import build_engine
+    from lynx_trt.tensorrt.build import KERNELS_PHASE, build_engine
     from lynx_trt.tensorrt.prepare import input_dims, read
     from lynx_trt.tensorrt.profiles import decode_and_prefill
 
@@ -246,7 +289,8 @@ def _engine(
 
     def on_progress(event: Any) -> None:
         if event.phase not in phases:
-            phases[event.phase] = progress.phase(f"TensorRT: {event.phase}")
+            own = event.phase == KERNELS_PHASE
+            phases[event.phase] = progress.phase(event.phase if own else f"TensorRT: {event.phase}")
         phases[event.phase](event.fraction)
 
     report = build_engine(
@@ -255,6 +299,7 @@ def _engine(
         profiles,
         flavor=options.tensorrt,
         expert_weights=options.expert_weights,
+        sms=sms,
         on_progress=on_progress,
         on_message=lambda message: progress.say(f"TensorRT {message.severity}: {message.text}"),
     )
@@ -326,7 +371,8 @@ def _engine_record(options: BuildOptions, report: EngineReport) -> EngineRecord:
         flavor=report.flavor,
         tensorrt=report.version,
         expert_weights=options.expert_weights,
-        compute_capabilities=[],
+        compute_capabilities=list(report.kernels.sms),
+        kernels=asdict(report.kernels),
         seconds=round(report.seconds, 2),
         peak_bytes=report.peak_bytes,
         plan_bytes=report.plan_bytes,
@@ -379,6 +425,8 @@ def summary(manifest: Manifest, folder: Path) -> dict[str, Any]:
             "seconds": engine.seconds,
             "peak_bytes": engine.peak_bytes,
             "plan_bytes": engine.plan_bytes,
+            "compute_capabilities": engine.compute_capabilities,
+            "kernels": engine.kernels,
         },
         "seconds": manifest.build["seconds"],
         "peak_bytes": manifest.build["peak_bytes"],
@@ -391,7 +439,8 @@ app = new_app()
 @app.command()
 def main(
     model: Annotated[
-        Path | None, typer.Argument(help="Hugging Face checkpoint folder. Without it: the shipped lynx-tiny.")
+        Path | None,
+        typer.Argument(help="Hugging Face checkpoint folder, or an ONNX file. Without it: the shipped lynx-tiny."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Artifact folder [default: out/NAME].")] = None,
     preset: Annotated[Preset, typer.Option(help="Selection policy; off keeps the model's own routing.")] = "lynx",
@@ -415,10 +464,20 @@ def main(
     expert_weights: Annotated[
         ExpertWeights, typer.Option(help="Inside the engine, or outside and bound at run time (for big models).")
     ] = "engine",
+    sm: Annotated[
+        str,
+        typer.Option(
+            help="GPUs to make kernels for: numbers such as 80,90 (A100, H100), none, or auto: those of this machine."
+        ),
+    ] = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if not the checkpoint's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")
+    ] = False,
+    allow_partial: Annotated[
+        bool,
+        typer.Option("--allow-partial", help="Of an ONNX file: leave MoE blocks that are not recognised as they are."),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
@@ -426,7 +485,7 @@ def main(
     source = model or shipped_model()
     options = BuildOptions(
         model=source,
-        output=output or Path("out") / source.resolve().name,
+        output=output or Path("out") / _name(source),
         preset=preset,
         budget=budget,
         precision=precision,
@@ -436,9 +495,11 @@ def main(
         max_length=max_length,
         tensorrt=tensorrt,
         expert_weights=expert_weights,
+        sm=sm,
         tokenizer=tokenizer,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        allow_partial=allow_partial,
     )
     with Progress(quiet=json_output) as progress:
         artifact = build(options, progress)
@@ -446,6 +507,14 @@ def main(
         print_json(summary(artifact.manifest, artifact.folder))
     else:
         _tell(artifact)
+
+
+def _kernels_line(engine: EngineRecord) -> str:
+    if not engine.compute_capabilities or engine.kernels is None:
+        return "GPU kernels: none, so the engine can't run"
+    has = ", ".join(map(str, engine.compute_capabilities))
+    made = engine.kernels
+    return f"GPU kernels: {made['cubins']} for SM {has}, {size(made['bytes'])}, made in {made['seconds']:.1f} s"
 
 
 def _tell(artifact: Artifact) -> None:
@@ -461,6 +530,7 @@ def _tell(artifact: Artifact) -> None:
             f"Engine: {artifact.path('engine.plan')} ({size(engine.plan_bytes)}), built by {product} {engine.tensorrt} "
             f"in {engine.seconds:.1f} s with {size(engine.peak_bytes)} of memory at its peak"
         )
+        typer.echo(_kernels_line(engine))
     else:
         typer.echo(f"Engine: none ({manifest.engine_absent})")
     seconds = sum(manifest.build["seconds"].values())

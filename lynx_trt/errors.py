@@ -7,7 +7,10 @@
     ├── ExportError           our own rewrite did not come out right (blocks missing, numbers that differ)
     ├── TensorRTError         TensorRT is missing, or refused to parse or build
     ├── ArtifactError         an artifact is missing, damaged, or does not fit this machine
-    └── GenerationError       a prompt or a request does not fit the artifact
+    ├── GenerationError       a prompt or a request does not fit the artifact
+    ├── BusyError             as many requests wait as may
+    ├── ServingError          the server, its environment or its repository is missing or does not fit
+    └── CalibrationError      no budgets keep the promise that was asked for
 
 Commands print the message alone and exit with 1 (2 for UsageError); anything else is a defect of ours
 and keeps its traceback.
@@ -50,3 +53,15 @@ class ArtifactError(LynxError):
 
 class GenerationError(LynxError):
     """A prompt or a request does not fit the artifact."""
+
+
+class BusyError(LynxError):
+    """As many requests wait as may; the same request may be taken later."""
+
+
+class ServingError(LynxError):
+    """The server, its environment or its repository is missing, or does not fit."""
+
+
+class CalibrationError(LynxError):
+    """No budgets keep the promise that was asked for, or held-out text shows that those chosen don't."""

@@ -61,21 +61,19 @@ def generate_text(
         LynxError: the artifact, a prompt or a setting doesn't fit; the message says which.
     """
     from lynx_trt.artifact import TOKENIZER
-    from lynx_trt.runtime.decode import Limits, generate
-    from lynx_trt.runtime.ort import OrtBackend
+    from lynx_trt.runtime.decode import generate
+    from lynx_trt.runtime.open import limits_of, open_backend
     from lynx_trt.runtime.sampling import Sampling
     from lynx_trt.runtime.text import Tokenizer
 
-    model = artifact.manifest.model
     budgets = budgets_for(artifact.manifest, budget)
     tokenizer = Tokenizer(artifact.path(TOKENIZER))
-    limits = Limits(model.max_length, tuple(layer.experts for layer in model.moe_layers), frozenset(model.end_tokens))
     if not prompts:
         raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
     return generate(
-        OrtBackend(artifact, len(prompts), threads=threads),
+        open_backend(artifact, len(prompts), threads=threads),
         tokenizer,
-        limits,
+        limits_of(artifact.manifest),
         prompts,
         budgets=budgets,
         max_new_tokens=max_new_tokens,

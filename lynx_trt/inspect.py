@@ -18,14 +18,19 @@ app = new_app()
 
 @app.command()
 def main(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it, or an ONNX file.")
+    ],
     verify: Annotated[bool, typer.Option(help="Compare the files' sha256 with the manifest.")] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print manifest, problems and notes as JSON.")] = False,
 ) -> None:
     """Show what is in an artifact and whether it fits this machine; exit 1 with a line for each thing that doesn't."""
     from lynx_trt.artifact import read
+    from lynx_trt.onnx_build import is_onnx
     from lynx_trt.preflight import preflight
 
+    if is_onnx(artifact):
+        sys.exit(_survey(artifact, json_output=json_output))
     opened = read(artifact)
     found = preflight(opened, verify=verify)
     if json_output:
@@ -55,7 +60,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("experts", f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each"),
         ("dimensions", f"H {model.hidden}, I {first.intermediate}, vocabulary {model.vocabulary}"),
         ("routing", "; ".join(rules)),
-        ("sequence", f"{model.max_length} tokens at most; cache {size(_cache_bytes(manifest))} a sequence"),
+        ("sequence", f"{model.max_length} tokens at most; cache {size(cache_bytes(manifest))} a sequence"),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
         ("budgets", _budgets(chosen.budgets)),
@@ -86,25 +91,50 @@ def _budgets(budgets: list[int]) -> str:
 
 def _profile(profile: dict[str, Any]) -> str:
     """`batch 1:8:64, length 1:1:1`, from the shapes of input_ids [B,S]."""
-    shapes = profile["shapes"]["input_ids"]
+    shapes = profile["shapes"].get("input_ids")
+    if shapes is None:
+        return ", ".join(f"{name} {shape}" for name, shape in profile["shapes"].items())
     batch, length = (":".join(str(shape[axis]) for shape in shapes) for axis in (0, 1))
     return f"batch {batch}, length {length}"
 
 
-def _cache_bytes(manifest: Manifest) -> int:
+def cache_bytes(manifest: Manifest) -> int:
+    """Bytes of KV cache that one sequence takes."""
     element = 4 if manifest.model.precision == "fp32" else 2
     rows_ = (c.key_heads * c.key_size + c.value_heads * c.value_size for c in manifest.model.caches)
     return element * manifest.model.cache_rows * sum(rows_)
 
 
+def _survey(path: Path, *, json_output: bool) -> int:
+    """Show what MoE blocks an ONNX file holds; 1 if one is not recognised, or there is none."""
+    from lynx_trt.onnx_build import survey, survey_lines
+
+    found = survey(path)
+    if json_output:
+        print_json(found)
+        return 0 if found["blocks"] and not found["not_recognised"] else 1
+    _print_rows(path, survey_lines(found))
+    for line in found["notes"]:
+        note(line)
+    for item in found["not_recognised"]:
+        fail(f"node {item['node']} looks like an MoE block, but {item['reason']}")
+    if not found["blocks"] and not found["not_recognised"]:
+        fail(f"{path} holds no MoE block that is known here")
+    return 0 if found["blocks"] and not found["not_recognised"] else 1
+
+
 def _print_table(folder: Path, manifest: Manifest) -> None:
+    _print_rows(folder, rows(manifest))
+
+
+def _print_rows(folder: Path, lines: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=str(folder), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in rows(manifest):
+    for label, value in lines:
         table.add_row(label, value)
     Console(highlight=False, markup=False).print(table)
 

@@ -86,7 +86,8 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
         )
     if not engine.compute_capabilities:
         problems.append(
-            "the engine holds no GPU kernels: this version of lynx-trt builds engines but can't run them yet"
+            "the engine holds no GPU kernels, so it can't run; build it again with "
+            f"--sm {','.join(map(str, sorted(set(capabilities))))}"
         )
     for capability in sorted(set(capabilities) - set(engine.compute_capabilities)):
         if engine.compute_capabilities:

@@ -14,18 +14,24 @@ else for `index` is built into an engine), so `index` keeps the type that ONNX's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
 from lynx_trt.selection import VOTES
 
-FieldType = Literal["int32", "float32", "char"]
+FieldType = Literal["int32", "float32", "char", "int8"]
 Value = int | float | str
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
+
+# How kernels get into an engine. TensorRT stores the fields of each node once a profile, so only one node of a graph,
+# the carrier, has the kernels themselves (the blob of `blob.Kernels.to_bytes`); all have their id, by which a launcher
+# finds them among those of the process. A field that is empty is not stored, and not required.
+KERNELS_ID = "kernels_id"
+KERNELS = "kernels"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Field:
     type: FieldType
     default: Value | None = None
     choices: tuple[Value, ...] = ()
+
+
+KERNEL_FIELDS = (Field(KERNELS_ID, "char", ""), Field(KERNELS, "int8", ""))
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,11 @@ class Contract:
     optional: int = 0
     version: str = str(VERSION)
     namespace: str = DOMAIN
-    workspace: Callable[[Sequence[Sequence[int]]], int] = field(default=lambda _: 0, compare=False)
+
+    @property
+    def stored_fields(self) -> tuple[Field, ...]:
+        """All fields in the order in which they are stored: the attributes, then the kernels' two."""
+        return (*self.fields, *KERNEL_FIELDS)
 
     @property
     def input_counts(self) -> tuple[int, ...]:
@@ -192,6 +205,5 @@ EXPERTS_CONTRACT = Contract(
     optional=2,
 )
 
-# A workspace that the kernels will need is theirs to say: until there are kernels none is used, so 0 is asked for.
-# Bounds to keep then, so that it stays bounded by the tokens: LynxSelect O(T*K + E), LynxExperts O(T*K*(H + R)).
+# The workspace follows from the kernels that the engine carries (`launcher.workspace_bytes`); without any it is 0.
 CONTRACTS: dict[str, Contract] = {SELECT: SELECT_CONTRACT, EXPERTS: EXPERTS_CONTRACT}

@@ -134,8 +134,9 @@ def _decode_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) 
 def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
     block_t = min(bucket, 128)
     # Hopper's matrix instruction is fed best by 128 x 256 tiles (2 groups of warps of 64 x 256); Blackwell's wants 128
-    # rows too. The others hold 128 x 128 in their registers.
-    large = sm in (90, 100)
+    # rows too. The others hold 128 x 128 in their registers. With 64 pairs the weights' arrival still counts: two
+    # programs a multiprocessor hide it.
+    large = sm in (90, 100) and block_t == 128
     launch = MatmulLaunch(
         block_t,
         256 if large else 128,
@@ -143,8 +144,8 @@ def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int)
         warps=8 if block_t == 128 else 4,
         stages=3,
         descriptors=sm >= 90,
-        # On SM 120 the assembler spills at a depth of 32, and 64 leaves no room for a second program.
-        per_multiprocessor=1 if sm >= 90 else 2,
+        # On SM 120 the assembler spills at a depth of 32, and 64 leaves no room for a second program of 128 pairs.
+        per_multiprocessor=1 if sm >= 90 and block_t == 128 else 2,
     )
     gate_up = replace(launch, block_n=launch.block_n // 2, block_d=_depth(hidden, launch.block_d))
     down = replace(launch, block_d=_depth(inner, launch.block_d))

@@ -1,8 +1,8 @@
-"""The two plugins as Python `IPluginV3` objects: they build engines now, and will launch the kernels.
+"""The two plugins as Python `IPluginV3` objects: they build engines, and launch the kernels that an engine carries.
 
-`register` puts their creators into TensorRT's registry, where the ONNX parser finds them by a node's name, version
-and namespace. Everything they answer comes from `contract.py`. This version of lynx-trt has no GPU kernels, so
-`enqueue` refuses to run: an engine is never silently wrong.
+`register` puts their creators into TensorRT's registry, where the ONNX parser and a deserialized engine find them by
+name, version and namespace. What they answer comes from `contract.py`, what they launch from `launcher.py`. An engine
+built without kernels refuses to run: it is never silently wrong.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lynx_trt.errors import TensorRTError
-from lynx_trt.plugins.contract import CONTRACTS, Contract, Value
+from lynx_trt.errors import LynxError, TensorRTError
+from lynx_trt.plugins.contract import CONTRACTS, KERNELS, KERNELS_ID, Contract, FieldType, Value
 
 # TensorRT holds no reference of its own to Python objects: a creator or a plugin that is collected is a crash.
 # Keyed by the module: full TensorRT and TensorRT for RTX have a registry each.
@@ -23,8 +23,8 @@ _PLUGINS: list[Any] = []
 _REFUSALS: list[str] = []
 
 NO_KERNELS = (
-    "this version of lynx-trt has no GPU kernels yet: {name} builds into an engine but can't run. Run the artifact's "
-    "model.onnx with ONNX Runtime, or install a version of lynx-trt with kernels and build again"
+    "{name} holds no GPU kernels, so this engine can't run: build it again with --sm and the number of your GPU "
+    "(--sm 90 for an H100), which needs the Triton language, or run the artifact's model.onnx with ONNX Runtime"
 )
 
 
@@ -60,10 +60,10 @@ def take_refusals() -> list[str]:
 
 @contextlib.contextmanager
 def _refusing(node: str) -> Iterator[None]:
-    """Keep the reason of a ValueError, then let it go on to TensorRT."""
+    """Keep the reason of an error that is no defect of ours, then let it go on to TensorRT."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, LynxError) as error:
         _REFUSALS.append(f"node {node}: {error}")
         raise
 
@@ -72,9 +72,9 @@ def _plugin_bases(trt: Any) -> tuple[Any, ...]:
     return trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
 
 
-def _field_type(trt: Any, name: str) -> Any:
+def _field_type(trt: Any, name: FieldType) -> Any:
     kinds = trt.PluginFieldType
-    return {"int32": kinds.INT32, "float32": kinds.FLOAT32, "char": kinds.CHAR}[name]
+    return {"int32": kinds.INT32, "float32": kinds.FLOAT32, "char": kinds.CHAR, "int8": kinds.INT8}[name]
 
 
 def type_name(trt: Any, data_type: Any) -> str:
@@ -106,20 +106,28 @@ class _Plugin:
 
     trt: Any
 
-    def __init__(self, contract: Contract, values: dict[str, Value], node: str) -> None:
+    def __init__(
+        self, contract: Contract, values: dict[str, Value], node: str, kernels_id: str = "", blob: bytes = b""
+    ) -> None:
         for base in _plugin_bases(self.trt):
             base.__init__(self)
         self.contract = contract
         self.values = values
         self.node = node
+        self.kernels_id, self.blob = kernels_id, blob
+        self._launcher: Any = None
+        self._prepared: Any = None
         self.plugin_name = contract.name
         self.plugin_version = contract.version
         self.plugin_namespace = contract.namespace
         self.num_outputs = len(contract.outputs)
         # A field refers to the bytes of its value, and a collection copies fields without keeping them: TensorRT
         # reads both after `get_fields_to_serialize` has returned, so everything lives as long as the plugin.
+        stored: dict[str, Value | bytes] = {**values, KERNELS_ID: kernels_id, KERNELS: blob}
         self._fields = [
-            _plugin_field(self.trt, field.name, field.type, values[field.name]) for field in contract.fields
+            _plugin_field(self.trt, field.name, field.type, stored[field.name])
+            for field in contract.stored_fields
+            if stored[field.name] not in ("", b"")
         ]
         self._collection = self.trt.PluginFieldCollection(self._fields)
         _PLUGINS.append(self)
@@ -130,7 +138,7 @@ class _Plugin:
         return self
 
     def clone(self) -> Any:
-        return type(self)(self.contract, self.values, self.node)
+        return type(self)(self.contract, self.values, self.node, self.kernels_id, self.blob)
 
     # ---- build
 
@@ -160,7 +168,14 @@ class _Plugin:
         pass
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Any) -> int:
-        return self.contract.workspace([tuple(tensor.max) for tensor in inputs])
+        if not self.kernels_id:
+            return 0
+        from lynx_trt.plugins.launcher import published, workspace_bytes
+
+        shapes = [tuple(tensor.max) for tensor in inputs]
+        with _refusing(self.node):
+            key = self._key(shapes, inputs[0].desc.type)
+            return workspace_bytes(published(self.kernels_id), key, shapes[0][0])
 
     def get_valid_tactics(self) -> list[int]:
         return []
@@ -170,8 +185,14 @@ class _Plugin:
     def set_tactic(self, tactic: int) -> None:
         pass
 
-    def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-        pass
+    def on_shape_change(self, inputs: Sequence[Any], outputs: Any) -> None:
+        if not self.kernels_id:
+            return  # TensorRT also calls this where nothing runs; `enqueue` refuses
+        shapes = [tuple(tensor.dims) for tensor in inputs]
+        with _refusing(self.node):
+            if self._launcher is None:
+                self._launcher = self._make_launcher(shapes, inputs[0].type)
+            self._prepared = self._launcher.prepare(shapes[0][0])
 
     def attach_to_context(self, context: Any) -> Any:
         return self.clone()
@@ -179,8 +200,39 @@ class _Plugin:
     def get_fields_to_serialize(self) -> Any:
         return self._collection
 
-    def enqueue(self, *_: Any) -> None:
-        raise TensorRTError(NO_KERNELS.format(name=self.contract.name))
+    def enqueue(
+        self,
+        input_descs: Sequence[Any],
+        output_descs: Any,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        with _refusing(self.node):
+            if not self.kernels_id:
+                raise TensorRTError(NO_KERNELS.format(name=self.contract.name))
+            if self._prepared is None or self._prepared.tokens != input_descs[0].dims[0]:
+                self.on_shape_change(input_descs, output_descs)
+            self._prepared.run(self.driver(), inputs, outputs, workspace, stream)
+
+    @staticmethod
+    def driver() -> Any:
+        """CUDA; the tests put a stand-in here."""
+        from lynx_trt.plugins.cuda_driver import cuda_driver
+
+        return cuda_driver()
+
+    def _key(self, shapes: Sequence[Sequence[int]], float_type: Any) -> str:
+        from lynx_trt.plugins.launcher import spec_of
+
+        return spec_of(self.contract.name, self.values, shapes, type_name(self.trt, float_type)).key
+
+    def _make_launcher(self, shapes: Sequence[Sequence[int]], float_type: Any) -> Any:
+        from lynx_trt.plugins.launcher import Launcher, published
+
+        kernels = published(self.kernels_id)
+        return Launcher(self.contract, kernels, self._key(shapes, float_type), len(shapes), self.driver())
 
 
 class _Creator:
@@ -196,28 +248,42 @@ class _Creator:
         self.plugin_version = contract.version
         self.plugin_namespace = contract.namespace
         self._fields = [
-            self.trt.PluginField(field.name, b"", _field_type(self.trt, field.type)) for field in contract.fields
+            self.trt.PluginField(field.name, b"", _field_type(self.trt, field.type)) for field in contract.stored_fields
         ]
         self.field_names = self.trt.PluginFieldCollection(self._fields)
 
     def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
         given = {field.name: _field_value(self.trt, field) for field in fields}
+        kernels_id, blob = str(given.pop(KERNELS_ID, "")), given.pop(KERNELS, b"")
+        assert isinstance(blob, bytes)
         with _refusing(name):
-            values = self.contract.parse_fields(given)
-        return self.plugin_class(self.contract, values, name)
+            values = self.contract.parse_fields(
+                {key: each for key, each in given.items() if not isinstance(each, bytes)}
+            )
+        if blob:
+            from lynx_trt.plugins.launcher import publish
+
+            publish(kernels_id, blob)
+        return self.plugin_class(self.contract, values, name, kernels_id, blob)
 
 
-def _plugin_field(trt: Any, name: str, kind: str, value: Value) -> Any:
+def _plugin_field(trt: Any, name: str, kind: FieldType, value: Value | bytes) -> Any:
     import numpy as np
 
-    data = str(value).encode() if kind == "char" else np.array([value], dtype=kind)
+    data: Any
+    if isinstance(value, bytes):
+        data = np.frombuffer(value, np.int8)
+    else:
+        data = str(value).encode() if kind == "char" else np.array([value], dtype=kind)
     return trt.PluginField(name, data, _field_type(trt, kind))
 
 
-def _field_value(trt: Any, field: Any) -> Value:
+def _field_value(trt: Any, field: Any) -> Value | bytes:
     """A field's value as a Python object; a string may arrive with a trailing NUL."""
     import numpy as np
 
+    if field.type == trt.PluginFieldType.INT8:
+        return bytes(np.asarray(field.data).tobytes())
     if field.type == trt.PluginFieldType.CHAR:
         return bytes(np.asarray(field.data).tobytes()).rstrip(b"\0").decode()
     value = np.asarray(field.data).reshape(-1)[0].item()

@@ -245,6 +245,8 @@ def test_disk_that_fills_up(
         ({"budget": "plenty"}, ["plenty"]),
         ({"budget": "0", "preset": "lynx-latency"}, ["budget of 0"]),
         ({"budget": "4", "preset": "off"}, ["--preset off"]),
+        ({"sm": "75"}, ["'75'", "numbers of 80, 86, 89, 90, 100, 120"]),
+        ({"sm": "80,"}, ["'80,'", "as in 80,90"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

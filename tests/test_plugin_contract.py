@@ -6,15 +6,18 @@ import gc
 import importlib.metadata
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_kernels import FakeDriver, fake_kernels
 
-from lynx_trt.errors import TensorRTError
+from lynx_trt.errors import ArtifactError, TensorRTError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
-from lynx_trt.plugins import python_plugin
+from lynx_trt.plugins import launcher, python_plugin
 from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, FLOAT_TYPES, SELECT_CONTRACT
+from lynx_trt.plugins.specs import SelectSpec
 from lynx_trt.selection import PRESETS
 from lynx_trt.tensorrt import loader
 
@@ -149,7 +152,11 @@ def test_registered(trt, name):
     found = trt.get_plugin_registry().get_creator(contract.name, contract.version, contract.namespace)
     assert found is not None
     assert (found.name, found.plugin_version, found.plugin_namespace) == (name, "1", "lynx")
-    assert {field.name for field in creator_of(trt, name).field_names} == {field.name for field in contract.fields}
+    assert [field.name for field in creator_of(trt, name).field_names] == [
+        *(field.name for field in contract.fields),
+        "kernels_id",
+        "kernels",
+    ]
     assert len(python_plugin._CREATORS[trt.__name__]) == len(CONTRACTS)
 
 
@@ -197,8 +204,73 @@ def test_refusals_are_kept_for_the_message(trt):
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_running_refuses_loudly(trt, name):
+def test_running_without_kernels_refuses_loudly(trt, name):
     plugin = creator_of(trt, name).create_plugin("n", fields_of(trt, name, ATTRIBUTES[name]), trt.TensorRTPhase.RUNTIME)
-    with pytest.raises(TensorRTError, match=f"no GPU kernels yet: {name}"):
+    plugin.on_shape_change([], [])
+    with pytest.raises(TensorRTError, match=f"{name} holds no GPU kernels.*again with --sm"):
         plugin.enqueue([], [], [], [], 0, 0)
+    assert python_plugin.take_refusals()[-1].startswith(f"node n: {name} holds no GPU kernels")
     assert plugin.get_workspace_size([], []) == 0
+
+
+def with_kernels(trt, name, kernels_id: str, blob: bytes = b"") -> object:
+    fields = list(fields_of(trt, name, ATTRIBUTES[name]))
+    fields.append(trt.PluginField("kernels_id", kernels_id.encode() + b"\0", trt.PluginFieldType.CHAR))
+    if blob:
+        fields.append(trt.PluginField("kernels", np.frombuffer(blob, np.int8), trt.PluginFieldType.INT8))
+    KEPT.append(fields)
+    return trt.PluginFieldCollection(fields)
+
+
+def test_kernels_travel_and_run(trt, monkeypatch):
+    """One node carries the kernels, another runs them: serialized, made again in any order, cloned for a context."""
+    select = SelectSpec.from_attributes(SELECT_ATTRIBUTES, experts=8, experts_per_token=2)
+    kernels = fake_kernels([select], (90,), 64)
+    blob = kernels.to_bytes()
+    monkeypatch.setattr(launcher, "_BLOBS", {})
+    monkeypatch.setattr(launcher, "_PARSED", {})
+    carrier = creator_of(trt, "LynxExperts").create_plugin(
+        "carrier", with_kernels(trt, "LynxExperts", "some id", blob), trt.TensorRTPhase.BUILD
+    )
+    runner = creator_of(trt, "LynxSelect").create_plugin(
+        "runner", with_kernels(trt, "LynxSelect", "some id"), trt.TensorRTPhase.BUILD
+    )
+    stored = [(p.contract.name, p.get_fields_to_serialize()) for p in (runner, carrier)]
+    assert [[field.name for field in fields][-2:] for _, fields in stored] == [
+        ["scale", "kernels_id"],
+        ["kernels_id", "kernels"],
+    ]
+    monkeypatch.setattr(launcher, "_BLOBS", {})
+    gc.collect()
+    runner, carrier = (
+        creator_of(trt, name).create_plugin("n", fields, trt.TensorRTPhase.RUNTIME) for name, fields in stored
+    )
+    assert carrier.clone().blob == blob
+    runner = runner.attach_to_context(None)
+    driver = FakeDriver()
+    monkeypatch.setattr(type(runner), "driver", staticmethod(lambda: driver))
+    shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (5,)]
+    descs = [SimpleNamespace(dims=shape, type=trt.DataType.FLOAT) for shape in shapes]
+    runner.on_shape_change(descs, [])
+    pointers = [256 * n for n in range(1, 7)]
+    runner.enqueue(descs, [], pointers, pointers[:3], 4096, 77)
+    (launch,) = driver.launched
+    assert launch["words"][:6] == pointers
+    assert launch["stream"] == 77
+    dynamic = [SimpleNamespace(max=(64, *shape[1:]), desc=desc) for shape, desc in zip(shapes, descs, strict=True)]
+    assert runner.get_workspace_size(dynamic, []) == launcher.workspace_bytes(kernels, select.key, 64) > 0
+
+
+def test_another_gpu_is_told(trt, monkeypatch):
+    select = SelectSpec.from_attributes(SELECT_ATTRIBUTES, experts=8, experts_per_token=2)
+    blob = fake_kernels([select], (80, 90), 8).to_bytes()
+    plugin = creator_of(trt, "LynxSelect").create_plugin(
+        "n", with_kernels(trt, "LynxSelect", "for 80 and 90", blob), trt.TensorRTPhase.RUNTIME
+    )
+    monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: FakeDriver(sm=120)))
+    descs = [SimpleNamespace(dims=(5, 8), type=trt.DataType.FLOAT)] * 6
+    descs[2] = SimpleNamespace(dims=(5, 2))
+    python_plugin.take_refusals()
+    with pytest.raises(ArtifactError, match="are for SM 80, 90, and this GPU is SM 120"):
+        plugin.enqueue(descs, [], [0] * 6, [0] * 3, 0, 0)
+    assert "this GPU is SM 120" in python_plugin.take_refusals()[0]

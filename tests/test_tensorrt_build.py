@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,13 +17,16 @@ from pathlib import Path
 import onnx
 import psutil
 import pytest
+from fake_kernels import fake_kernels
 from onnx import helper
 from trt_graphs import CACHE, HEAD_SIZE, HEADS, H, make_graph
 
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.export.ops import EXPERTS, SELECT
+from lynx_trt.plugins import aot
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.tensorrt import loader, worker
-from lynx_trt.tensorrt.build import build_engine
+from lynx_trt.tensorrt.build import KernelsReport, build_engine
 from lynx_trt.tensorrt.prepare import input_dims, prepare, read
 from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
 
@@ -102,6 +106,33 @@ def test_build(tmp_path, dtype, bias):
     assert (fractions[0], fractions[-1]) == (0, 1)
     assert {"Parsing", "Building engine", "Writing the plan"} <= {progress.phase for progress in seen}
     assert leftovers(tmp_path) == ["model.plan"]
+
+
+def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
+    """What TensorRT says of the layers is what is compiled; one node carries the result, all know its id."""
+    asked = []
+
+    def compile_for(ops, sms, *, progress):
+        asked.extend(ops)
+        progress(1.0)
+        return fake_kernels([op.spec for op in ops], sms, 256)
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    path = make_graph(tmp_path / "model.onnx", "bf16", layers=3, bias=True)
+    seen = []
+    report = build(path, sms=(80, 90), on_progress=seen.append)
+    assert [op.ranges for op in asked] == [((1, 64), (1, 4 * CACHE))] * 2  # three equal layers: two ops
+    assert [type(op.spec) for op in asked] == [SelectSpec, ExpertsSpec]
+    assert (asked[1].spec.dtype, asked[1].spec.bias, asked[1].spec.inner) == ("bfloat16", True, 32)
+    blob = fake_kernels([op.spec for op in asked], (80, 90), 256).to_bytes()
+    assert (report.kernels.sms, report.kernels.bytes) == ((80, 90), len(blob))
+    plan = path.with_suffix(".plan").read_bytes()
+    assert 0 < plan.count(blob) <= 4  # of one node for each of two profiles; TensorRT for RTX keeps attributes as well
+    assert plan.count(hashlib.sha256(blob).hexdigest().encode()) >= 12  # of six nodes for each profile
+    assert report.messages == ()
+    assert "Compiling GPU kernels" in {progress.phase for progress in seen}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "model.plan"]
+    assert build(path).kernels == KernelsReport()
 
 
 def test_external_weights(tmp_path):

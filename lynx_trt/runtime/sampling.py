@@ -39,14 +39,16 @@ def next_token(logits: Array, sampling: Sampling, generator: np.random.Generator
     Raises:
         GenerationError: the logits are not numbers (the weights or a step before were broken).
     """
-    if not np.isfinite(logits).any() or np.isnan(logits).any():
+    best = int(logits.argmax())
+    # argmax takes the first NaN there is, so one look at its choice finds any.
+    if not math.isfinite(logits[best]):
         raise GenerationError(
-            "the model gave logits that are no numbers (NaN); its weights or its precision are broken"
+            "the model gave logits that are no numbers (NaN or infinite); its weights or its precision are broken"
         )
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return best
     scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    probabilities = np.exp(scaled - scaled[best])
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
         probabilities = _nucleus(probabilities, sampling.top_p)

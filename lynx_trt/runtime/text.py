@@ -24,6 +24,12 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise ArtifactError(f"{path} can't be read as a tokenizer: {error}") from None
+        # Bytes outnumber characters in a byte-level vocabulary, so this is a bound for both.
+        self.longest = max(map(len, self.vocabulary()), default=1)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens, as the vocabulary spells them, and their ids."""
+        return dict(self._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with whatever the tokenizer puts before and after a text."""

@@ -27,6 +27,8 @@ from lynx_trt.tensorrt.loader import Flavor
 from lynx_trt.tensorrt.prepare import ExpertWeights, ExternalInput, input_dims, read
 from lynx_trt.tensorrt.profiles import Profile
 
+KERNELS_PHASE = "Compiling GPU kernels"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -76,6 +78,17 @@ class EngineReport:
     profiles: tuple[Profile, ...]
     messages: tuple[Message, ...]
     external: tuple[ExternalInput, ...]
+    kernels: KernelsReport
+
+
+@dataclass(frozen=True)
+class KernelsReport:
+    """The GPU kernels in an engine: SMs, how many cubins, bytes of all (stored once a profile), seconds to compile."""
+
+    sms: tuple[int, ...] = ()
+    cubins: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
 
 
 def build_engine(
@@ -86,10 +99,13 @@ def build_engine(
     flavor: Flavor = "auto",
     expert_weights: ExpertWeights = "engine",
     workspace_bytes: int | None = None,
+    sms: Sequence[int] = (),
     on_progress: Callable[[Progress], object] | None = None,
     on_message: Callable[[Message], object] | None = None,
 ) -> EngineReport:
     """Build an engine from a lynx ONNX file and write it to `plan_path`, replacing what is there.
+
+    `sms` are the GPUs whose kernels it is to carry (90 for an H100); an engine without any can't run.
 
     `expert_weights="external"` leaves the expert weights out; the report says what to bind instead.
     `workspace_bytes` limits the scratch memory of a layer on the GPU (None: TensorRT's default, all of it).
@@ -113,15 +129,22 @@ def build_engine(
         "expert_weights": expert_weights,
         "workspace_bytes": workspace_bytes,
         "profiles": [asdict(profile) for profile in profiles],
+        "kernels": None,
     }
     started = time.perf_counter()
+    blob = partial.with_name(f"{partial.name}.kernels")
     try:
+        kernels = KernelsReport()
+        if sms:
+            kernels = _make_kernels(request, blob, profiles, sms, on_progress)
+            request["kernels"] = str(blob)
         report, messages = _run(request, on_progress, on_message)
         partial.replace(plan_path)
     except OSError as error:
         raise TensorRTError(f"can't write the engine {plan_path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
     return EngineReport(
         flavor=report["flavor"],
         version=report["version"],
@@ -134,7 +157,33 @@ def build_engine(
         profiles=tuple(profiles),
         messages=tuple(messages),
         external=tuple(ExternalInput(**{**item, "shape": tuple(item["shape"])}) for item in report["external"]),
+        kernels=kernels,
     )
+
+
+def _make_kernels(
+    request: dict[str, Any],
+    blob: Path,
+    profiles: Sequence[Profile],
+    sms: Sequence[int],
+    on_progress: Callable[[Progress], object] | None,
+) -> KernelsReport:
+    """Compile what the graph's layers need, as TensorRT sees them, and write it to the file `blob`."""
+    from lynx_trt.plugins.aot import compile_for
+    from lynx_trt.tensorrt.kernels import ops_of
+
+    # TensorRT infers the shapes, so a first child only parses. Its weights stay out: they are not looked at.
+    described, _ = _run({**request, "partial": None}, None, None)
+    started = time.perf_counter()
+
+    def tell(fraction: float) -> None:
+        if on_progress:
+            on_progress(Progress(KERNELS_PHASE, fraction, 0))
+
+    tell(0.0)
+    kernels = compile_for(ops_of(described["layers"], profiles), sms, progress=tell)
+    blob.write_bytes(data := kernels.to_bytes())
+    return KernelsReport(kernels.sms, len(kernels.cubins), len(data), time.perf_counter() - started)
 
 
 def _check_options(expert_weights: str, workspace_bytes: int | None) -> None:

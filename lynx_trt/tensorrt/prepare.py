@@ -1,10 +1,11 @@
 """The copy of a lynx ONNX graph that TensorRT reads, made in memory without touching the weights.
 
-The file that ONNX Runtime runs differs from what TensorRT wants in three points:
+The file that ONNX Runtime runs differs from what TensorRT wants in four points:
 
 - the ops' function bodies are dropped: TensorRT's parser silently prefers a local function to a plugin;
 - a float32 Attention gets `TRT_decomposable = 1`: TensorRT has no fused kernel for it, and ONNX Runtime rejects
   the attribute;
+- with kernels, one lynx node carries them, and each their id (`contract.KERNELS`);
 - with external expert weights, the constant inputs of LynxExperts become inputs of the graph, so that the engine
   holds no copy of them and the runtime binds them from the same data file.
 
@@ -19,11 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lynx_trt.errors import TensorRTError
 from lynx_trt.export.ops import DOMAIN, EXPERTS, PLUGIN
-from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT
+from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, KERNELS, KERNELS_ID
 
 if TYPE_CHECKING:
     import onnx
@@ -59,8 +60,8 @@ class Prepared:
     external: tuple[ExternalInput, ...]
 
 
-def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine") -> Prepared:
-    """Read a lynx ONNX file and make the copy of its graph for TensorRT.
+def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine", kernels: bytes = b"") -> Prepared:
+    """Read a lynx ONNX file and make the copy of its graph for TensorRT; `kernels` is the blob that it is to carry.
 
     Raises TensorRTError: the file is missing or is no ONNX, a data file is missing or too short, a node of the
     domain lynx is unknown, or expert weights can't become inputs.
@@ -70,8 +71,28 @@ def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine") -> Pre
     del model.functions[:]
     plugins = _plugin_nodes(model.graph)
     _decompose_float_attention(model)
+    if kernels:
+        _add_kernels(model.graph, kernels)
     external = _externalize(model.graph, onnx_path) if expert_weights == "external" else ()
     return Prepared(model, plugins, external)
+
+
+def plugin_attributes(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
+    """The op and the attributes of each lynx node of a prepared model, by its name; not the kernels."""
+    import onnx
+
+    def value(attribute: onnx.AttributeProto) -> Any:
+        found = onnx.helper.get_attribute_value(attribute)
+        return found.decode() if isinstance(found, bytes) else found
+
+    return {
+        node.name: {
+            "op": node.op_type,
+            "attributes": {a.name: value(a) for a in node.attribute if a.type != onnx.AttributeProto.TENSOR},
+        }
+        for node in _nodes(model.graph)
+        if node.domain == DOMAIN
+    }
 
 
 def read(onnx_path: Path) -> onnx.ModelProto:
@@ -173,6 +194,24 @@ def _plugin_nodes(graph: onnx.GraphProto) -> dict[str, str]:
             node.output[output] = node.output[output] or f"{node.name}.{contract.outputs[output].name}"
         plugins[node.name] = node.op_type
     return plugins
+
+
+def _add_kernels(graph: onnx.GraphProto, kernels: bytes) -> None:
+    """The kernels on the first lynx node, and their id on all of them."""
+    import hashlib
+
+    import onnx
+
+    kernels_id = hashlib.sha256(kernels).hexdigest()
+    carried = False
+    for node in _nodes(graph):
+        if node.domain == DOMAIN:
+            node.attribute.append(onnx.helper.make_attribute(KERNELS_ID, kernels_id))
+            if not carried:
+                # A tensor, because TensorRT's parser gives it its length; a string would end at its first NUL.
+                tensor = onnx.helper.make_tensor(KERNELS, onnx.TensorProto.INT8, [len(kernels)], kernels, raw=True)
+                node.attribute.append(onnx.helper.make_attribute(KERNELS, tensor))
+                carried = True
 
 
 def _decompose_float_attention(model: onnx.ModelProto) -> int:

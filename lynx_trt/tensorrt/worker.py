@@ -9,6 +9,8 @@ are lines of JSON on the file descriptor FD:
     {"event": "done", "report": {...}}          the plan is in request["partial"]
     {"event": "error", "usage": bool, "text": str}     a sentence for the user
 
+With request["partial"] null nothing is built: the report is {"layers": [...]}, what the kernels are to be made for.
+
 Standard input stays open as a lifeline: when the parent is gone, however it went, the worker ends too.
 """
 
@@ -34,8 +36,8 @@ from lynx_trt.memory import resident_bytes
 _HEARTBEAT_SECONDS = 0.5
 _PROGRESS_SECONDS = 0.1
 
-# Warnings about what is meant: token ids and lengths are int64.
-_NOISE = ("has Int64 binding",)
+# Warnings about what is meant: token ids and lengths are int64, and not every node carries kernels.
+_NOISE = ("has Int64 binding", "Attribute kernels")
 
 
 def main() -> int:
@@ -45,7 +47,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = _Channel(int(sys.argv[1]))
     request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_watch_parent, args=(channel, Path(request["partial"])), daemon=True).start()
+    partial = Path(request["partial"]) if request["partial"] else None
+    threading.Thread(target=_watch_parent, args=(channel, partial), daemon=True).start()
     try:
         channel.send(event="done", report=_build(request, channel))
     except LynxError as error:
@@ -87,26 +90,29 @@ class _Channel:
             self.send(event="message", severity=severity, text=text)
 
 
-def _watch_parent(channel: _Channel, partial: Path) -> None:
+def _watch_parent(channel: _Channel, partial: Path | None) -> None:
     """Send a sign of life twice a second; when the parent is gone and our standard input ends, end without a trace."""
     while not select.select([sys.stdin], [], [], _HEARTBEAT_SECONDS)[0]:
         channel.progress()
-    partial.unlink(missing_ok=True)
+    if partial:
+        partial.unlink(missing_ok=True)
     os._exit(1)
 
 
 def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
-    """Prepare, parse, build and write; return the part of the report that only the worker knows."""
+    """Prepare, parse, and build and write unless only the layers are asked for; return what only the worker knows."""
     from dataclasses import asdict
 
     from lynx_trt.plugins import python_plugin
     from lynx_trt.tensorrt import loader
-    from lynx_trt.tensorrt.prepare import prepare
+    from lynx_trt.tensorrt.prepare import plugin_attributes, prepare
 
-    onnx_path, partial = Path(request["onnx"]), Path(request["partial"])
+    onnx_path = Path(request["onnx"])
     channel.progress("Reading the graph")
-    prepared = prepare(onnx_path, expert_weights=request["expert_weights"])
+    kernels = Path(request["kernels"]).read_bytes() if request["kernels"] else b""
+    prepared = prepare(onnx_path, expert_weights=request["expert_weights"], kernels=kernels)
     plugins, external = prepared.plugins, prepared.external
+    attributes = plugin_attributes(prepared.model)
     data = prepared.model.SerializeToString()
     del prepared  # with the copy of the weights, if they lie inside the file
     channel.progress("Loading TensorRT")
@@ -117,8 +123,10 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
     builder.parse(data, onnx_path)
     del data
     layers = builder.count_plugins(plugins)
+    if request["partial"] is None:
+        return {"layers": builder.describe_plugins(attributes)}
     builder.configure(request["profiles"], request["workspace_bytes"])
-    size = builder.build(partial, stream=loaded.matched)
+    size = builder.build(Path(request["partial"]), stream=loaded.matched)
     return {
         "flavor": loaded.flavor,
         "version": loaded.version,
@@ -174,6 +182,20 @@ class _Builder:
             )
         counts = Counter(expected.values())
         return {op: counts[op] for op in (SELECT, EXPERTS)}
+
+    def describe_plugins(self, attributes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Op, attributes, and the shapes of all inputs and type of the first, of each plugin layer."""
+        from lynx_trt.plugins.python_plugin import type_name
+
+        layers = (self.network.get_layer(number) for number in range(self.network.num_layers))
+        found = []
+        for layer in layers:
+            if layer.type == self.trt.LayerType.PLUGIN_V3 and layer.name in attributes:
+                inputs = [layer.get_input(number) for number in range(layer.num_inputs)]
+                shapes = [list(tensor.shape) for tensor in inputs]
+                first = type_name(self.trt, inputs[0].dtype)
+                found.append({"name": layer.name, **attributes[layer.name], "shapes": shapes, "type": first})
+        return found
 
     def configure(self, profiles: list[dict[str, Any]], workspace_bytes: int | None) -> None:
         """Add the optimization profiles, in order, and the limits."""

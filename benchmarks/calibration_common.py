@@ -1,0 +1,93 @@
+"""What the calibration benchmarks share: the shipped model under measurement, and how results are recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import tokenizers
+import torch
+
+from lynx_trt.build import shipped_model
+from lynx_trt.calibration import source
+from lynx_trt.calibration.cost import CostModel, cost_model
+from lynx_trt.calibration.measure import Measurement, Meter
+from lynx_trt.calibration.model import Probed
+from lynx_trt.calibration.text import Sequences, Text, cut
+from lynx_trt.export.checkpoint import open_checkpoint
+from lynx_trt.models.train import corpus
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH, PROMPT = 512, 64
+
+
+def shipped() -> Probed:
+    """The shipped model, hooked into."""
+    return source.load(open_checkpoint(shipped_model()), device="cpu", dtype=torch.float32)
+
+
+def costs(probed: Probed, hardware: str = "h100") -> CostModel:
+    """Its costs in fp16."""
+    sizes = [2 * layer.expert_parameters for layer in probed.layers]
+    other = 2 * probed.model.num_parameters() - sum(n * s for n, s in zip(probed.experts, sizes, strict=True))
+    return cost_model(hardware, sizes, other)
+
+
+def sequences(count: int, seed: int) -> Sequences:
+    """Sequences of the text that the shipped model was not trained on."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
+    text = Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
+    return cut(text, tokenizer, separator=0, count=count, length=LENGTH, seed=seed)
+
+
+def halves(probed: Probed, count: int, seed: int) -> tuple[Meter, Meter]:
+    """One meter for the part that choices are made on, one for the held-out part."""
+    drawn = sequences(count, seed)
+    first, second = (
+        Meter(probed, drawn[rows], prompt=PROMPT, cost=costs(probed), seed=seed)
+        for rows in (slice(0, count // 2), slice(count // 2, count))
+    )
+    return first, second
+
+
+def brief(item: Measurement) -> dict[str, Any]:
+    """A measurement without its numbers by sequence, rounded."""
+    values = {name: value for name, value in item.to_dict().items() if not name.endswith("_by_sequence")}
+    rounded: dict[str, Any] = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.5g}"))
+    return rounded
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git is there
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": head.stdout.strip() or None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("lynx-trt", "torch", "transformers")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def record(name: str, rows: Sequence[dict[str, Any]] | dict[str, Any]) -> Path:
+    """Write one benchmark's results."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "results": rows}, indent=1) + "\n")
+    return path

@@ -1,0 +1,134 @@
+"""Asking a served model for text: HTTP with nothing but Python's own library, and gRPC with tritonclient.
+
+python examples/serving_client.py "def add(a, b):" --max-tokens 64
+python examples/serving_client.py "def add(a, b):" --grpc --quality fast --temperature 0.8 --seed 1
+
+A server that `python -m lynx_trt.serve ARTIFACT --start` has started listens where this looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import queue
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def generate(address: str, model: str, text: str, **settings: Any) -> dict[str, Any]:
+    """One answer, when it is whole. `settings` are the model's inputs: max_tokens, quality, stop and so on.
+
+    Raises:
+        RuntimeError: the server refused the request; the message is its own.
+    """
+    connection = http.client.HTTPConnection(address)
+    connection.request("POST", f"/v2/models/{model}/generate", json.dumps({"text_input": text, **settings}), HEADERS)
+    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    connection.close()
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer
+
+
+def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dict[str, Any]]:
+    """Responses as they come; the last one has `finish_reason` and the request's statistics.
+
+    Whoever stops to iterate closes the connection, and the server stops to generate.
+
+    Raises:
+        RuntimeError: the server refused the request, or ended it; the message is its own.
+    """
+    connection = http.client.HTTPConnection(address)
+    body = json.dumps({"text_input": text, "stream": True, **settings})
+    connection.request("POST", f"/v2/models/{model}/generate_stream", body, HEADERS)
+    try:
+        for line in connection.getresponse():
+            if line.startswith(b"data: "):
+                answer = json.loads(line[6:])
+                if "error" in answer:
+                    raise RuntimeError(answer["error"])
+                yield answer
+    finally:
+        connection.close()
+
+
+HEADERS = {"Content-Type": "application/json"}
+TYPES = {
+    "text_input": "BYTES",
+    "max_tokens": "INT32",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "seed": "INT64",
+    "stop": "BYTES",
+    "quality": "BYTES",
+    "stream": "BOOL",
+    "deadline": "FP32",
+}
+
+
+def stream_grpc(address: str, model: str, text: str, **settings: Any) -> Iterator[dict[str, Any]]:
+    """The same over gRPC; needs `pip install "lynx-trt[serve]"`.
+
+    Raises:
+        RuntimeError: the server refused the request, or ended it; the message is its own.
+    """
+    import numpy as np
+    from tritonclient import grpc, utils
+
+    inputs = []
+    for name, value in {"text_input": text, "stream": True, **settings}.items():
+        values = [item.encode() if isinstance(item, str) else item for item in (value if name == "stop" else [value])]
+        tensor = grpc.InferInput(name, [len(values)], TYPES[name])
+        dtype = np.object_ if TYPES[name] == "BYTES" else utils.triton_to_np_dtype(TYPES[name])
+        inputs.append(tensor.set_data_from_numpy(np.array(values, dtype=dtype)))
+    responses: queue.Queue[Any] = queue.Queue()
+    with grpc.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: responses.put((result, error)))
+        client.async_stream_infer(model, inputs)
+        answer: dict[str, Any] = {}
+        try:
+            while "finish_reason" not in answer:
+                result, error = responses.get()
+                if error is not None:
+                    raise RuntimeError(error.message())
+                answer = {output.name: _value(result.as_numpy(output.name)) for output in result.get_response().outputs}
+                yield answer
+        finally:
+            # Without this the server would go on for a client that has stopped to listen.
+            client.stop_stream(cancel_requests="finish_reason" not in answer)
+
+
+def _value(array: Any) -> Any:
+    values = [item.decode() if isinstance(item, bytes) else item for item in array.tolist()]
+    return values[0] if len(values) == 1 else values
+
+
+def main() -> None:
+    """Print an answer as it comes, and what it cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--model", default="lynx-tiny")
+    parser.add_argument("--address", help="HOST:PORT [default: 127.0.0.1:8000, with --grpc 127.0.0.1:8001]")
+    parser.add_argument("--grpc", action="store_true")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quality", help="max, balanced, fast, or a fraction of the experts")
+    options = parser.parse_args()
+    settings = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
+    if options.quality:
+        settings["quality"] = options.quality
+    address = options.address or ("127.0.0.1:8001" if options.grpc else "127.0.0.1:8000")
+    answer: dict[str, Any] = {}
+    sys.stdout.write(options.text)
+    for answer in (stream_grpc if options.grpc else stream)(address, options.model, options.text, **settings):
+        sys.stdout.write(answer["text_output"])
+        sys.stdout.flush()
+    each = answer["token_seconds"] * 1e3
+    print(f"\n[{answer['finish_reason']}: {answer['output_tokens']} tokens, {each:.1f} ms each]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

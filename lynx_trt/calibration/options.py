@@ -1,0 +1,172 @@
+"""The options of a calibration, and what can be wrong with them before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lynx_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import Artifact
+    from lynx_trt.calibration.promise import Promise
+    from lynx_trt.calibration.text import Text
+
+Hardware = Literal["h100", "h200", "a100", "l40s", "b200"]
+Device = Literal["auto", "cpu", "cuda"]
+
+RESULT = "calibration.json"
+PAGE = "report.html"
+JOURNAL = "calibration.partial.jsonl"
+DEFAULT_LENGTH = 512
+DEFAULT_MAX_KL = 0.01
+# Fewer sequences in a part say too little about how much sequences differ.
+FEWEST = 4
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Everything that decides what is measured. Lengths are in tokens, perplexity increase 0.01 is 1%."""
+
+    artifact: Path
+    checkpoint: Path | None = None
+    text: tuple[Path, ...] = ()
+    output: Path | None = None
+    batch: str = "16"
+    sequences: int = 64
+    length: int | None = None
+    prompt_length: int = 64
+    max_kl: float | None = None
+    max_perplexity_increase: float | None = None
+    min_agreement: float | None = None
+    budget: str | None = None
+    hardware: str = "h100"
+    bandwidth: float | None = None
+    layer_overhead: float | None = None  # microseconds
+    search_parameters: bool = False
+    compare: bool = True
+    write: bool = True
+    seed: int = 0
+    device: Device = "auto"
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def output_folder(options: CalibrateOptions, *, finished: bool = False) -> Path:
+    """The folder to write to; with `finished` it is only named, and may hold the outcome.
+
+    Raises:
+        UsageError: it holds something that must not be replaced.
+    """
+    folder = options.output or options.artifact.with_name(f"{options.artifact.resolve().name}-calibration")
+    if finished:
+        return folder
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with what is there and --overwrite replaces it; give one of them")
+    if not folder.exists():
+        return folder
+    if not folder.is_dir():
+        raise UsageError(f"{folder} exists and is not a folder; choose another --output")
+    done, interrupted = (folder / RESULT).is_file(), (folder / JOURNAL).is_file()
+    if any(folder.iterdir()) and not done and not interrupted:
+        raise UsageError(f"{folder} exists and is no calibration, so it is not touched; choose another --output")
+    if done and not interrupted and not options.overwrite:
+        raise UsageError(f"{folder} holds a calibration; choose another --output, or pass --overwrite to replace it")
+    return folder
+
+
+def batch_sizes(options: CalibrateOptions) -> list[int]:
+    """Every B, the smallest first.
+
+    Raises:
+        UsageError: the list can't be read, or there are fewer sequences than two batches.
+    """
+    try:
+        sizes = sorted({int(part) for part in options.batch.split(",")})
+    except ValueError:
+        raise UsageError(
+            f"--batch is {options.batch!r}; write sizes with commas between them, such as 4,16,64"
+        ) from None
+    if sizes[0] < 1:
+        raise UsageError(f"--batch has {sizes[0]}; a batch has 1 sequence or more")
+    if options.sequences < 2 * FEWEST:
+        raise UsageError(f"--sequences is {options.sequences}; it must be {2 * FEWEST} or more")
+    if options.sequences // 2 < sizes[-1]:
+        raise UsageError(
+            f"--batch {sizes[-1]} needs {2 * sizes[-1]} sequences, half of them to choose budgets on and half to "
+            f"check them; --sequences is {options.sequences}"
+        )
+    return sizes
+
+
+def promised(options: CalibrateOptions) -> Promise | None:
+    """What is promised; None where budgets are only measured.
+
+    Raises:
+        UsageError: a limit is out of its range.
+    """
+    from lynx_trt.calibration.promise import Promise
+
+    limits = (options.max_kl, options.max_perplexity_increase, options.min_agreement)
+    if all(limit is None for limit in limits):
+        return None if options.budget else Promise(max_kl=DEFAULT_MAX_KL)
+    return Promise(*limits)
+
+
+def sequence_length(options: CalibrateOptions, artifact: Artifact) -> int:
+    """L, the tokens of a sequence.
+
+    Raises:
+        UsageError: it doesn't fit the artifact, or the prompt.
+    """
+    longest = artifact.manifest.model.max_length
+    length = min(DEFAULT_LENGTH, longest) if options.length is None else options.length
+    if length > longest:
+        raise UsageError(f"--length is {length}, but the artifact takes {longest} tokens at most")
+    if options.prompt_length < 1:
+        raise UsageError(f"--prompt-length is {options.prompt_length}; it must be 1 or more")
+    if length < options.prompt_length + 2:
+        raise UsageError(
+            f"--length {length} leaves nothing to decode after --prompt-length {options.prompt_length}; "
+            f"it must be {options.prompt_length + 2} or more"
+        )
+    return length
+
+
+def checkpoint_folder(options: CalibrateOptions, artifact: Artifact) -> Path:
+    """The checkpoint that was named, or the shipped one for an artifact of it.
+
+    Raises:
+        UsageError: none was named.
+    """
+    from lynx_trt.build import SHIPPED, shipped_model
+
+    if options.checkpoint is not None:
+        return options.checkpoint
+    if artifact.manifest.model.name == SHIPPED:
+        return shipped_model()
+    raise UsageError(
+        f"{options.artifact} was built from {artifact.manifest.model.name!r}: "
+        "give the folder of that checkpoint with --checkpoint"
+    )
+
+
+def text_of(options: CalibrateOptions, artifact: Artifact) -> Text:
+    """The text that was named, or the shipped model's validation text.
+
+    Raises:
+        UsageError: none was named, or a file can't be used.
+    """
+    from lynx_trt.build import SHIPPED
+    from lynx_trt.calibration.text import Text, read_text
+
+    if options.text:
+        return read_text(options.text)
+    if artifact.manifest.model.name != SHIPPED:
+        raise UsageError("no text: give UTF-8 files of the kind that the model will be used on with --text")
+    from lynx_trt.models.train import corpus
+
+    return Text(tuple(corpus()[1]), "held-out sources of the Python standard library")

@@ -1,0 +1,325 @@
+"""The whole measurement of one batch size: sensitivity, search, the check on held-out text, and what else there is.
+
+Everything that a choice depends on is measured on one part of the text; everything that is reported as its quality,
+and every comparison, on the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lynx_trt.calibration.intervals import Bootstrap, Interval
+from lynx_trt.calibration.journal import Measured
+from lynx_trt.calibration.measure import Measurement
+from lynx_trt.calibration.model import Setting
+from lynx_trt.calibration.promise import Check, Promise
+from lynx_trt.calibration.search import (
+    Array,
+    Curves,
+    Found,
+    Goal,
+    Search,
+    Sensitivity,
+    curves,
+    ladder,
+    measure_sensitivity,
+)
+from lynx_trt.selection import PRESETS, Selection
+
+# Budgets that save less of the experts than this are none.
+LEAST_SAVED = 0.01
+# Uniform budgets at which presets are compared, as shares of the experts that the model uses by itself.
+COMPARED = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# For --search-parameters: the guarantee k0, and tau, each tried around the selection's own.
+GUARANTEES = (0, 1, 2)
+SENSITIVITIES = (0.0, 0.1, 0.25)
+PARAMETERS_AT = 0.6  # the share of the natural active experts at which they are compared
+# What a search asks for, about; only for the progress bar.
+SEARCH_EXPECTED = 60
+
+
+@dataclass
+class Study:
+    """What was found at one batch size."""
+
+    batch: int
+    natural: list[float]  # [N], mean experts active unrestricted
+    unrestricted: Measurement
+    selection: Selection
+    sensitivity: Sensitivity
+    search: Found
+    parameters: list[dict[str, Any]]  # what --search-parameters tried
+    held_out: Measurement | None  # of the chosen budgets
+    checks: list[Check]
+    uniform: dict[str, list[Measurement]]  # by preset, at falling active experts
+    frontier: list[Measurement]  # budgets by layer, at falling active experts
+    uses: dict[str, list[list[float]]]  # [N][E], tokens at the r-th busiest expert
+    same_budgets: Measurement | None = None  # held-out, under the budgets of a larger batch
+
+    @property
+    def chosen(self) -> Measurement | None:
+        """The budgets chosen, as measured on the text that they were chosen on."""
+        return self.search.best
+
+    @property
+    def kept(self) -> bool:
+        """Whether held-out text keeps the promise."""
+        return self.held_out is not None and all(check.value <= check.limit for check in self.checks)
+
+    def nearest(self, promise: Promise) -> str:
+        """In words, how near to the promise the mildest budgets come that were tried."""
+        if not self.search.steps:
+            return "nothing"
+        mildest = min(self.search.steps, key=lambda step: float(step["strain"]))
+        return (
+            f"{mildest['strain']:.2f} times the limit (with room for chance) at {mildest['active']:.2f} active experts"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+
+        def plain(item: Measurement | None) -> dict[str, Any] | None:
+            return item.to_dict() if item else None
+
+        return {
+            "batch": self.batch,
+            "natural_active": self.natural,
+            "unrestricted": self.unrestricted.to_dict(),
+            "selection": asdict(self.selection),
+            "sensitivity": asdict(self.sensitivity),
+            "search": {"best": plain(self.search.best), "steps": self.search.steps},
+            "parameters": self.parameters,
+            "held_out": plain(self.held_out),
+            "checks": [check._asdict() for check in self.checks],
+            "kept": self.kept,
+            "uniform": {name: [item.to_dict() for item in items] for name, items in self.uniform.items()},
+            "frontier": [item.to_dict() for item in self.frontier],
+            "comparison": comparison([*self.frontier, *([self.held_out] if self.held_out else [])], self.uniform),
+            "uses": self.uses,
+            "same_budgets": plain(self.same_budgets),
+        }
+
+
+Phase = Callable[[str], Callable[[float], None]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The two parts of the text, at one batch size."""
+
+    choose: Measured
+    check: Measured
+
+
+def run_study(
+    parts: Parts,
+    selection: Selection,
+    promise: Promise,
+    phase: Phase,
+    *,
+    search_parameters: bool = False,
+    compare: bool = True,
+) -> Study:
+    """Find budgets that keep `promise` for `selection`, and measure what there is to compare them with."""
+    choose, check = parts.choose, parts.check
+    meter, label = choose.meter, f"batch {choose.batch}"
+    experts = meter.probed.experts
+    with _Bar(phase(f"Unrestricted model, {label}"), choose, 2):
+        natural = meter.natural(choose.batch)
+        unrestricted = check.measure([check.meter.unrestricted()])[0]
+    means, most = natural.mean((1, 2)), natural.max((1, 2))
+    parameters: list[dict[str, Any]] = []
+    if search_parameters:
+        selection, parameters = _search_parameters(parts, selection, means, phase, label)
+    sensitivity, model = _sensitivity(choose, selection, experts, means, most, phase, label)
+    goal = promise_goal(promise, check.meter.sequences // check.batch * check.batch)
+    with _Bar(phase(f"Search, {label}"), choose, SEARCH_EXPECTED):
+        found = Search(choose, partial(Setting, selection), model, goal, experts).run()
+    if found.best and found.best.active.mean > (1 - LEAST_SAVED) * float(means.mean()):
+        found.best = None
+    held_out = check.measure([found.best.setting])[0] if found.best else None
+    uniform: dict[str, list[Measurement]] = {}
+    frontier: list[Measurement] = []
+    if compare:
+        uniform = _uniform(check, means, phase, label)
+        with _Bar(phase(f"Budgets by layer, {label}"), check, len(COMPARED)):
+            frontier = check.measure(_frontier(model, selection, means))
+    return Study(
+        batch=choose.batch,
+        natural=[float(value) for value in means],
+        unrestricted=unrestricted,
+        selection=selection,
+        sensitivity=sensitivity,
+        search=found,
+        parameters=parameters,
+        held_out=held_out,
+        checks=promise.checks(held_out, 1) if held_out else [],
+        uniform=uniform,
+        frontier=frontier,
+        uses=_uses(check, found.best),
+    )
+
+
+class _Bar:
+    """A phase whose bar follows how many settings were measured, of about `expected`."""
+
+    def __init__(self, update: Callable[[float], None], measured: Measured, expected: int) -> None:
+        self._update, self._measured, self._expected = update, measured, expected
+
+    def __enter__(self) -> None:
+        start = self._measured.count
+        self._measured.on_progress = lambda done: self._update(min((done - start) / self._expected, 0.99))
+
+    def __exit__(self, *_: object) -> None:
+        self._measured.on_progress = None
+        self._update(1.0)
+
+
+def promise_goal(promise: Promise, new_sequences: int) -> Goal:
+    """The least predicted time under a promise that `new_sequences` of the same kind will keep.
+
+    A step's time rises with the bytes of experts and with nothing else that budgets change, so bytes are compared:
+    of a small model's time they are a part too small to see progress in.
+    """
+    return Goal(
+        lambda item: promise.strain(item, new_sequences), lambda item: item.expert_bytes_a_token.mean, saving=True
+    )
+
+
+def bytes_goal(limit: float) -> Goal:
+    """The least KL with at most `limit` bytes of experts a token."""
+    return Goal(lambda item: item.expert_bytes_a_token.mean / limit, lambda item: item.kl.mean, saving=False)
+
+
+def _sensitivity(
+    measured: Measured,
+    selection: Selection,
+    experts: Sequence[int],
+    means: Array,
+    most: Array,
+    phase: Phase,
+    label: str,
+) -> tuple[Sensitivity, Curves]:
+    width = int(measured.meter.reference().index[0].shape[-1])
+    fewest = 0 if selection.guaranteed(width) else 1  # 0 would leave a token without any expert
+    budgets = ladder([float(value) for value in means], experts, fewest)
+    with _Bar(phase(f"Each layer alone, {label}"), measured, len(budgets) * len(experts)):
+        sensitivity = measure_sensitivity(measured, partial(Setting, selection), experts, budgets, means)
+    sizes = measured.meter.cost.expert_bytes
+    return sensitivity, curves(sensitivity, experts, [int(value) for value in most], sizes)
+
+
+def uniform_settings(preset: str, experts: Sequence[int], width: int, natural: float) -> list[Setting]:
+    """`preset` with the same budget in every layer, from many experts to few; OEA's dial is its guarantee."""
+    selection = PRESETS[preset]
+    if preset == "oea":
+        return [Setting(replace(selection, guarantee=float(k0)), (0,) * len(experts)) for k0 in range(width - 1, 0, -1)]
+    budgets = sorted({max(1, round(share * natural)) for share in COMPARED}, reverse=True)
+    return [Setting(selection, tuple(min(budget, count) for count in experts)) for budget in budgets]
+
+
+def _uniform(measured: Measured, means: Array, phase: Phase, label: str) -> dict[str, list[Measurement]]:
+    meter = measured.meter
+    width = int(meter.reference().index[0].shape[-1])
+    tried = {
+        name: uniform_settings(name, meter.probed.experts, width, float(means.mean()))
+        for name in PRESETS
+        if name != "off"
+    }
+    every = [setting for settings in tried.values() for setting in settings]
+    with _Bar(phase(f"Presets with uniform budgets, {label}"), measured, len(every)):
+        measured.measure(every)
+    return {name: measured.measure(settings) for name, settings in tried.items()}
+
+
+def _frontier(model: Curves, selection: Selection, means: Array) -> list[Setting]:
+    """Budgets by layer at the shares of `COMPARED`, as the curves would have them."""
+    natural = model.bytes_at([len(line) - 1 for line in model.active])
+    return [Setting(selection, model.solve(model.price_for(share * natural))) for share in COMPARED[::-1] if len(means)]
+
+
+def _search_parameters(
+    parts: Parts, selection: Selection, means: Array, phase: Phase, label: str
+) -> tuple[Selection, list[dict[str, Any]]]:
+    """The k0 and tau with the least KL at equal active experts, with uniform budgets."""
+    measured, experts = parts.choose, parts.choose.meter.probed.experts
+    variants = [replace(selection, guarantee=float(k0), sensitivity=tau) for k0 in GUARANTEES for tau in SENSITIVITIES]
+    if selection not in variants:
+        variants.insert(0, selection)
+    budgets = sorted({max(1, round(share * float(means.mean()))) for share in COMPARED}, reverse=True)
+    settings = [[Setting(v, tuple(min(b, count) for count in experts)) for b in budgets] for v in variants]
+    with _Bar(phase(f"Parameters, {label}"), measured, len(variants) * len(budgets)):
+        measured.measure([setting for row in settings for setting in row])
+    active = PARAMETERS_AT * float(means.mean())
+    reached = [kl_at(measured.measure(row), active) for row in settings]
+    tried = [
+        {"guarantee": variant.guarantee, "sensitivity": variant.sensitivity, "active": active, "kl": found}
+        for variant, found in zip(variants, reached, strict=True)
+    ]
+    scores = [found.mean if found else math.inf for found in reached]
+    return variants[scores.index(min(scores))], tried
+
+
+def _uses(measured: Measured, chosen: Measurement | None) -> dict[str, list[list[float]]]:
+    """How uneven a batch is: tokens at the r-th busiest expert, mean over steps, without and with the budgets."""
+    found = {"unrestricted": measured.meter.uses(measured.batch, None)}
+    if chosen:
+        found["chosen"] = measured.meter.uses(measured.batch, chosen.setting)
+    return found
+
+
+def kl_at(items: Sequence[Measurement], active: float) -> Interval | None:
+    """KL at a number of active experts between two that were measured: log KL interpolated linearly, draw by draw."""
+    line = _line(items, Bootstrap(len(items[0].kl_by_sequence), 0), active)
+    return None if line is None else _as_interval(line)
+
+
+def _line(items: Sequence[Measurement], draws: Bootstrap, active: float) -> Array | None:
+    """KL at `active`, [1 + draws]: first the measured one. None outside of what was measured."""
+    ordered = sorted(items, key=lambda item: item.active.mean)
+    reached = [item.active.mean for item in ordered]
+    if len(ordered) == 1 or not reached[0] <= active <= reached[-1]:
+        return None
+    above = min(max(int(np.searchsorted(reached, active)), 1), len(ordered) - 1)
+    low, high = ordered[above - 1], ordered[above]
+    share = (active - reached[above - 1]) / max(reached[above] - reached[above - 1], 1e-12)
+    logs = [np.log(np.maximum(draws.with_mean(np.array(item.kl_by_sequence)), 1e-12)) for item in (low, high)]
+    line: Array = np.exp((1 - share) * logs[0] + share * logs[1])
+    return line
+
+
+def _as_interval(values: Array) -> Interval:
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def comparison(points: Sequence[Measurement], uniform: dict[str, list[Measurement]]) -> list[dict[str, Any]]:
+    """Each of `points` against every uniform policy at the same number of active experts.
+
+    One row for each policy that reaches it: its KL there, and the ratio of the point's KL to it, with intervals on
+    common draws.
+    """
+    rows = []
+    for point in points:
+        draws = Bootstrap(len(point.kl_by_sequence), 0)
+        ours = draws.with_mean(np.array(point.kl_by_sequence))
+        for name, items in uniform.items():
+            theirs = _line(items, draws, point.active.mean)
+            if theirs is not None:
+                rows.append(
+                    {
+                        "active": point.active.mean,
+                        "budgets": point.budgets,
+                        "preset": name,
+                        "kl": _as_interval(theirs),
+                        "by_layer_kl": point.kl,
+                        "ratio": _as_interval(ours / np.maximum(theirs, 1e-12)),
+                    }
+                )
+    return rows

@@ -1,0 +1,125 @@
+"""From text files to sequences: tokens that decode together, and how many bytes of text they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lynx_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """N sequences of L tokens; `nbytes` [N,L] are the UTF-8 bytes that each token adds to the text."""
+
+    ids: Array
+    nbytes: Array
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Sequences:
+        """Some of the sequences."""
+        return Sequences(self.ids[rows], self.nbytes[rows])
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was read: the texts, and a name, size and sum to recognise them by."""
+
+    texts: tuple[str, ...]
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(len(text.encode()) for text in self.texts)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of all texts, in order."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return digest.hexdigest()
+
+
+def read_text(paths: Sequence[Path]) -> Text:
+    """Read UTF-8 files.
+
+    Raises:
+        UsageError: a file is missing, empty or not UTF-8; the message names it.
+    """
+    texts = []
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"no such text file: {path}; give plain text in UTF-8 with --text")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; "
+                "convert it first (iconv -t UTF-8), or give plain text"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
+        if not text.strip():
+            raise UsageError(f"{path} is empty; give text of the kind that the model will be used on")
+        texts.append(text)
+    return Text(tuple(texts), ", ".join(path.name for path in paths))
+
+
+def cut(
+    text: Text, tokenizer: tokenizers.Tokenizer, *, separator: int | None, count: int, length: int, seed: int
+) -> Sequences:
+    """Draw `count` sequences of `length` tokens from `text`, in an order that the seed decides.
+
+    All texts are one row of tokens, `separator` before each, cut at every `length`-th token; which pieces are taken
+    is drawn without replacement, so none is seen twice.
+
+    Raises:
+        UsageError: the text has not that many sequences.
+    """
+    pieces = list(_tokens(text, tokenizer, separator))
+    ids = np.concatenate([ids for ids, _ in pieces])
+    nbytes = np.concatenate([sizes for _, sizes in pieces])
+    available = len(ids) // length
+    if available < count:
+        raise UsageError(
+            f"the text is too short: it has {len(ids)} tokens, which make {available} sequences of {length}, and "
+            f"{count} are needed; give more text, or lower --sequences or --length"
+        )
+    rows = np.random.default_rng(seed).permutation(available)[:count]
+    whole = available * length
+    return Sequences(ids[:whole].reshape(-1, length)[rows], nbytes[:whole].reshape(-1, length)[rows])
+
+
+def _tokens(text: Text, tokenizer: tokenizers.Tokenizer, separator: int | None) -> Iterator[tuple[Array, Array]]:
+    for string in text.texts:
+        encoding = tokenizer.encode(string)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        sizes = _added_bytes(string, np.array([end for _, end in encoding.offsets], dtype=np.int64))
+        if separator is not None and (len(ids) == 0 or ids[0] != separator):
+            ids, sizes = np.concatenate([[separator], ids]), np.concatenate([[0], sizes])
+        yield ids, sizes
+
+
+def _added_bytes(string: str, ends: Array) -> Array:
+    """Bytes that each token adds, from where it ends in `string`; tokens inside of one character add them once."""
+    points = np.frombuffer(string.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    reached = np.maximum.accumulate(total[ends]) if len(ends) else np.zeros(0, np.int64)
+    return np.diff(reached, prepend=0)

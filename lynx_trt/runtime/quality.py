@@ -1,0 +1,76 @@
+"""The dial: from the quality that a request asks for to the experts that each MoE layer may load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lynx_trt.artifact import Manifest
+from lynx_trt.errors import GenerationError
+from lynx_trt.selection import Selection
+
+QUALITIES = ("max", "balanced", "fast")
+LONGEST = 32  # characters of a quality that are looked at, and quoted in a message
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Budgets [N] of every quality of one artifact.
+
+    `max` is all experts; `balanced` the artifact's own budgets, calibrated ones where there are; `fast` half of
+    these; a fraction from 0 to 1 is that share of each layer's experts. An artifact built with the preset `off` has
+    no dial: everything is `max`.
+    """
+
+    experts: tuple[int, ...]
+    own: tuple[int, ...]
+    least: int  # budget below which tokens would lose their whole MoE block
+    fixed: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Dial:
+        """The dial of an artifact."""
+        layers, chosen = manifest.model.moe_layers, manifest.selection
+        selection = Selection(**chosen.parameters)  # type: ignore[arg-type]
+        guaranteed = min(selection.guaranteed(layer.experts_per_token) for layer in layers)
+        return cls(
+            experts=tuple(layer.experts for layer in layers),
+            own=tuple(chosen.budgets),
+            least=0 if guaranteed else 1,
+            fixed=chosen.preset == "off",
+        )
+
+    def budgets(self, quality: str) -> tuple[int, ...]:
+        """Budgets [N] for a quality as a request or an operator writes it.
+
+        Raises:
+            GenerationError: it is none of the names, and no fraction either.
+        """
+        name = quality.strip()
+        if name not in QUALITIES:
+            share = self._fraction(name)
+            return self.experts if self.fixed else self._at_least(share * count for count in self.experts)
+        if name == "max" or self.fixed:
+            return self.experts
+        return self.own if name == "balanced" else self._at_least(budget / 2 for budget in self.own)
+
+    def share(self, budgets: tuple[int, ...]) -> float:
+        """Budgets as a fraction of all experts, mean over the layers."""
+        return sum(budget / count for budget, count in zip(budgets, self.experts, strict=True)) / len(self.experts)
+
+    def _at_least(self, budgets: Iterable[float]) -> tuple[int, ...]:
+        return tuple(max(self.least, math.ceil(budget)) for budget in budgets)
+
+    @staticmethod
+    def _fraction(text: str) -> float:
+        try:
+            value = float(text) if len(text) <= LONGEST else math.nan
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1:  # NaN is not either
+            raise GenerationError(
+                f"the quality is {text[:LONGEST]!r}; it must be {', '.join(QUALITIES)} or a fraction of the experts "
+                "from 0 to 1, such as 0.5"
+            )
+        return value

@@ -1,0 +1,238 @@
+"""`python -m lynx_trt.serve`: an artifact becomes a repository of Triton Inference Server, and is served."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lynx_trt.console import Progress, new_app, note, print_json, run, size
+from lynx_trt.errors import ServingError, UsageError
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import Artifact
+    from lynx_trt.serving.repository import Repository
+    from lynx_trt.serving.settings import Settings
+
+app = new_app()
+
+
+@app.command()
+def main(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Repository folder [default: out/NAME-repository].")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in the server [default: the model's].")] = None,
+    slots: Annotated[int, typer.Option(help="Sequences that decode together, at most.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot; more are refused at once.")] = 64,
+    quality: Annotated[
+        str, typer.Option(help="Of requests that ask for none: max, balanced, fast, or a fraction of the experts.")
+    ] = "balanced",
+    max_tokens: Annotated[int, typer.Option(help="New tokens of requests that don't say.")] = 128,
+    deadline: Annotated[float, typer.Option(help="Seconds after which a request is ended, at most.")] = 300.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of ONNX Runtime; 0 is all cores but one.")] = 0,
+    stream_interval: Annotated[
+        float, typer.Option(help="Seconds between two pieces of a stream, at least; 0 sends every token by itself.")
+    ] = 0.05,
+    plugin: Annotated[
+        Path | None, typer.Option(help="The plugin library for NAME_engine, if one was compiled.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
+    start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,
+    docker: Annotated[bool, typer.Option("--docker", help="Print the command for the vendor's container.")] = False,
+    image: Annotated[str | None, typer.Option(help="The container of --docker.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="Port of HTTP.", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port of gRPC.", min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics.", min=1, max=65535)] = 8002,
+    drain: Annotated[int, typer.Option(help="Seconds that requests in flight have after SIGTERM.", min=0)] = 30,
+    set_quality: Annotated[
+        str | None,
+        typer.Option(help="Change the default quality of the repository --output, also while it is served; no more."),
+    ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Install the server for --start in the user's cache; no more.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Check the artifact's sums first.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
+) -> None:
+    """Turn an artifact into a model repository of Triton Inference Server, and serve it (--start)."""
+    from lynx_trt.serving.server import IMAGE, Address
+    from lynx_trt.serving.settings import Settings
+
+    if prepare:
+        _prepare(json_output)
+        return
+    if set_quality is not None:
+        _set_quality(output, set_quality)
+        return
+    if artifact is None:
+        raise UsageError("there is no artifact; name its folder, as python -m lynx_trt.build has written it")
+    settings = Settings(
+        slots=slots,
+        queue=queue,
+        quality=quality,
+        max_tokens=max_tokens,
+        deadline=deadline,
+        threads=threads,
+        stream_interval=stream_interval,
+    )
+    opened = _opened(artifact, settings, verify)
+    name = name or _name(opened)
+    output = output or Path("out") / f"{name}-repository"
+    address = Address(host, http_port, grpc_port, metrics_port)
+    repository = _write(opened, output, name, settings, plugin, overwrite)
+    models = [name, *_engine_to_load(opened, repository)]
+    command = _docker(repository, models, address, image or IMAGE, drain) if docker else None
+    _tell(opened, repository, settings, models, command, json_output)
+    if start:
+        _start(repository, models, address, drain, json_output)
+
+
+def _opened(folder: Path, settings: Settings, verify: bool) -> Artifact:
+    """The artifact, if it can be served at all: preflight first.
+
+    Raises:
+        LynxError: it doesn't fit this machine, or a setting doesn't fit it.
+    """
+    from lynx_trt.artifact import TOKENIZER, Artifact, read
+    from lynx_trt.preflight import preflight
+    from lynx_trt.runtime.quality import Dial
+
+    opened = read(folder)
+    # The engine has its own check: where it doesn't fit, ONNX Runtime serves all the same.
+    without_engine = Artifact(opened.folder, opened.manifest.model_copy(update={"engine": None}))
+    problems = preflight(without_engine, verify=verify).problems
+    if TOKENIZER not in opened.manifest.files:
+        problems.append(f"{folder} has no tokenizer, so it can't take text; build it with --tokenizer FOLDER")
+    if opened.manifest.model.precision == "bf16":
+        problems.append(f"{folder} is built in bf16, which ONNX Runtime can't compute on the CPU; build fp16 or fp32")
+    if problems:
+        more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
+        raise ServingError(problems[0] + more)
+    Dial.of(opened.manifest).budgets(settings.quality)
+    return opened
+
+
+def _name(artifact: Artifact) -> str:
+    """A name for the server out of the model's."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", artifact.manifest.model.name).strip("-._") or "lynx"
+
+
+def _write(
+    artifact: Artifact, output: Path, name: str, settings: Settings, plugin: Path | None, overwrite: bool
+) -> Repository:
+    from lynx_trt.serving.repository import write_repository
+
+    if plugin is not None and not plugin.is_file():
+        raise UsageError(f"there is no plugin library {plugin}")
+    return write_repository(artifact, output, name=name, settings=settings, plugin=plugin, overwrite=overwrite)
+
+
+def _engine_to_load(artifact: Artifact, repository: Repository) -> list[str]:
+    """The engine's model, if this machine can run it; else a note says why not."""
+    from lynx_trt.preflight import preflight
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    engine = artifact.manifest.engine
+    if engine is None or repository.engine is None:
+        return []
+    problems = preflight(artifact, verify=False).problems
+    if not compute_capabilities():
+        reason = "there is no GPU here"
+    elif engine.flavor == "rtx":
+        reason = "TensorRT for RTX built it, and the server's backend is full TensorRT; build it with --tensorrt full"
+    elif engine.external:
+        reason = "its expert weights are outside, which this server can't bind; build it with --expert-weights engine"
+    elif repository.plugin is None:
+        reason = "its plugin library is not there; name it with --plugin"
+    elif problems:
+        reason = problems[0]
+    else:
+        return [repository.engine]
+    note(f"{repository.engine} is in the repository but not loaded: {reason}")
+    return []
+
+
+def _docker(repository: Repository, models: list[str], address: Any, image: str, drain: int) -> str:
+    from lynx_trt.serving.server import docker_command
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    gpu = bool(compute_capabilities()) or len(models) > 1
+    return docker_command(repository, models, address, image=image, gpu=gpu, drain=drain)
+
+
+def _tell(
+    artifact: Artifact,
+    repository: Repository,
+    settings: Settings,
+    models: list[str],
+    docker: str | None,
+    json_output: bool,
+) -> None:
+    from lynx_trt.inspect import cache_bytes
+    from lynx_trt.serving.repository import PLUGIN
+    from lynx_trt.serving.server import backend_config
+
+    caches = cache_bytes(artifact.manifest) * settings.slots
+    library = repository.plugin and str(repository.plugin.absolute())
+    flag = backend_config(library or f"/path/to/{PLUGIN}") if repository.engine else None
+    if json_output:
+        print_json(
+            {
+                "repository": str(repository.folder),
+                "models": models,
+                "engine": repository.engine,
+                "backend_config": flag,
+                "cache_bytes": caches,
+                "docker": docker,
+            }
+        )
+        return
+    verb = "is as it should be" if repository.reused else "is written"
+    typer.echo(f"Repository: {repository.folder} {verb}; {settings.slots} slots with {size(caches)} of cache")
+    if flag:
+        typer.echo(f"Engine: {repository.engine}; a server that loads it needs {flag}")
+    if docker:
+        typer.echo(docker)
+
+
+def _start(repository: Repository, models: list[str], address: Any, drain: int, json_output: bool) -> None:
+    from lynx_trt.serving.server import local_command, start
+
+    with Progress(quiet=json_output) as progress:
+        command = local_command(repository, models, address, drain=drain, phase=progress.phase)
+    if not json_output:
+        url = f"http://{address.host}:{address.http}/v2/models/{repository.name}/generate"
+        typer.echo(f"Serving at {url}; when it is ready:")
+        typer.echo(f"""  curl {url} -d '{{"text_input": "def add(a, b):", "max_tokens": 32}}'""")
+    start(command)
+
+
+def _set_quality(output: Path | None, quality: str) -> None:
+    from lynx_trt.serving.repository import set_quality
+
+    if output is None:
+        raise UsageError("--set-quality changes a repository; name it with --output")
+    set_quality(output, quality)
+    typer.echo(f"The default quality of {output} is {quality}; a running server takes it within two seconds")
+
+
+def _prepare(json_output: bool) -> None:
+    from lynx_trt.serving.environment import prepare
+
+    with Progress(quiet=json_output) as progress:
+        made = prepare(server=True, phase=progress.phase)
+    if json_output:
+        print_json({"environment": str(made.folder), "server": str(made.server)})
+    else:
+        typer.echo(f"The server is ready: {made.server}")
+
+
+if __name__ == "__main__":
+    run(app)

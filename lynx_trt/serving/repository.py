@@ -1,0 +1,234 @@
+"""The model repository: two models, the artifact's files, and the copy of lynx_trt that serves them.
+
+    REPOSITORY/
+      dial.json               the default quality; an operator changes it while the server runs
+      lynx-repository.json    what the repository was made from, and how
+      NAME/config.pbtxt       text in, tokens streamed out (Python backend)
+      NAME/1/model.py         with lynx_trt/, and the artifact's files in artifact/
+      NAME_engine/            the TensorRT engine alone, for those who drive it (platform tensorrt_plan)
+
+Files of the artifact are hard links where the file system allows it, so they take no space twice, a container that
+mounts the repository alone finds them, and building the artifact anew leaves a running server's files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lynx_trt import __version__
+from lynx_trt.artifact import ENGINE, MANIFEST, TOKENIZER, Artifact, sha256
+from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.serving.config import LAYER_LABELS, TOKEN_LABELS, WARM_UP_TEXT, engine_config, text_config
+from lynx_trt.serving.settings import Settings
+
+MARKER = "lynx-repository.json"
+DIAL = "dial.json"
+PLUGIN = "liblynx_plugin.so"
+# What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
+MODULES = ("__init__.py", "artifact.py", "errors.py", "selection.py")
+PACKAGES = ("runtime", "serving")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A written repository. `plugin` is its plugin library's path, None without one."""
+
+    folder: Path
+    name: str
+    engine: str | None
+    plugin: Path | None
+    reused: bool = False
+
+
+def check_name(name: str) -> str:
+    """A model's name: it is a folder and part of a URL.
+
+    Raises:
+        UsageError: it has characters that either can't have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"the name {name!r} can't be a model's: use letters, digits, '_', '.' and '-'; see --name")
+    return name
+
+
+def write_repository(
+    artifact: Artifact,
+    target: Path,
+    *,
+    name: str,
+    settings: Settings,
+    plugin: Path | None = None,
+    overwrite: bool = False,
+) -> Repository:
+    """Write the repository, or find it as it should be.
+
+    Raises:
+        UsageError: `target` is something else, or a repository of something else and `overwrite` is not set.
+        ServingError: it can't be written.
+    """
+    check_name(name)
+    made_from = _made_from(artifact, name, settings, plugin)
+    engine = f"{name}_engine" if artifact.manifest.engine else None
+    library = target / PLUGIN if plugin else None
+    if _is_same(target, made_from):
+        return Repository(target, name, engine, library, reused=True)
+    with _writing(target, overwrite=overwrite) as folder:
+        _write_text_model(folder / name, artifact, name, settings)
+        if engine:
+            _write_engine_model(folder / engine, artifact, engine)
+        if plugin:
+            shutil.copyfile(plugin, folder / PLUGIN)
+        (folder / DIAL).write_text(_json({"quality": settings.quality}), encoding="utf-8")
+        (folder / MARKER).write_text(_json(made_from), encoding="utf-8")
+    return Repository(target, name, engine, library)
+
+
+def set_quality(folder: Path, quality: str) -> None:
+    """Change the default quality of a repository, also while it is served: the server looks every second.
+
+    Raises:
+        UsageError: `folder` is no repository of ours.
+        GenerationError: no such quality.
+    """
+    from lynx_trt.artifact import read
+    from lynx_trt.runtime.quality import Dial
+
+    if not (folder / MARKER).is_file():
+        raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
+    made_from = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).budgets(quality)
+    # In place and not renamed: a file mounted into a container keeps its inode.
+    (folder / DIAL).write_text(_json({"quality": quality}), encoding="utf-8")
+
+
+def _made_from(artifact: Artifact, name: str, settings: Settings, plugin: Path | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "lynx_trt": __version__,
+        "artifact": sha256(artifact.path(MANIFEST)),
+        "settings": settings.parameters(),
+        "plugin": sha256(plugin) if plugin else None,
+        "code": _code_digest(),
+    }
+
+
+def _is_same(target: Path, made_from: dict[str, Any]) -> bool:
+    try:
+        found = json.loads((target / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(found == made_from)
+
+
+@contextmanager
+def _writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends well."""
+    target = target.absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not (target / MARKER).is_file():
+            raise UsageError(f"{target} exists and is no model repository of ours; choose another --output")
+        if not overwrite:
+            raise UsageError(
+                f"{target} was made from another artifact or with other settings; choose another --output, or pass "
+                "--overwrite to replace it"
+            )
+    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except OSError as error:
+        raise ServingError(f"can't write {target}: {error.strerror or error}; choose another --output") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_text_model(folder: Path, artifact: Artifact, name: str, settings: Settings) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True)
+    manifest = artifact.manifest
+    (folder / "config.pbtxt").write_text(text_config(name, manifest, settings), encoding="utf-8")
+    (folder / LAYER_LABELS).write_text(_lines([layer.name for layer in manifest.model.moe_layers]), encoding="utf-8")
+    warm_up = folder / "warmup"
+    warm_up.mkdir()
+    text = WARM_UP_TEXT.encode()
+    (warm_up / "text").write_bytes(struct.pack("<I", len(text)) + text)
+    (warm_up / "max_tokens").write_bytes(struct.pack("<i", 4))
+    (version / "artifact").mkdir()
+    for file in [MANIFEST, *manifest.files]:
+        _link(artifact.path(file), version / "artifact" / file)
+    _copy_code(version)
+
+
+def _write_engine_model(folder: Path, artifact: Artifact, name: str) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(engine_config(name, artifact.manifest), encoding="utf-8")
+    layers = [layer.name for layer in artifact.manifest.model.moe_layers]
+    (folder / LAYER_LABELS).write_text(_lines(layers), encoding="utf-8")
+    (folder / TOKEN_LABELS).write_text(_lines(_tokens(artifact)), encoding="utf-8")
+    _link(artifact.path(ENGINE), folder / "1" / "model.plan")
+
+
+def _tokens(artifact: Artifact) -> list[str]:
+    """The vocabulary by token id; ids that the tokenizer doesn't have are empty lines."""
+    tokens = [""] * artifact.manifest.model.vocabulary
+    path = artifact.path(TOKENIZER)
+    if path.is_file():
+        from lynx_trt.runtime.text import Tokenizer
+
+        for token, index in Tokenizer(path).vocabulary().items():
+            if index < len(tokens):
+                tokens[index] = token
+    return tokens
+
+
+def _lines(labels: list[str]) -> str:
+    """One label a line; what would break a line is escaped."""
+    return "".join(json.dumps(label, ensure_ascii=False)[1:-1] + "\n" for label in labels)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _code() -> list[Path]:
+    """The files of lynx_trt that a serving process may import, relative to the package."""
+    package = Path(__file__).parent.parent
+    found = [path.relative_to(package) for name in PACKAGES for path in (package / name).glob("*.py")]
+    return sorted([*found, *map(Path, MODULES)])
+
+
+def _code_digest() -> str:
+    import hashlib
+
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in _code():
+        digest.update(str(path).encode() + b"\0" + (package / path).read_bytes())
+    return digest.hexdigest()
+
+
+def _copy_code(version: Path) -> None:
+    package = Path(__file__).parent.parent
+    for path in _code():
+        target = version / "lynx_trt" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package / path, target)
+    shutil.copyfile(package / "serving" / "model.py", version / "model.py")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,138 @@
+"""From a request's tensors to a sequence: everything a client can get wrong is said here, before anything is queued."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lynx_trt.errors import GenerationError
+from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.quality import Dial
+from lynx_trt.runtime.sampling import Sampling
+from lynx_trt.runtime.scheduler import check_prompt
+from lynx_trt.runtime.sequence import Generated, Limits, Request
+from lynx_trt.runtime.text import Tokenizer
+from lynx_trt.serving.schema import INPUTS
+from lynx_trt.serving.settings import Settings
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+# Parameters that the server and its clients set themselves.
+SERVER_PARAMETERS = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output"}
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Reads requests for one model."""
+
+    tokenizer: Tokenizer
+    limits: Limits
+    dial: Dial
+    settings: Settings
+
+    def read(self, values: Mapping[str, Array], parameters: str = "{}") -> tuple[Generated, bool]:
+        """(the sequence, whether its pieces are to be streamed).
+
+        Args:
+            values: the input tensors that the request has.
+            parameters: JSON of the request's parameters.
+
+        Raises:
+            GenerationError: the request can't be answered; the message says why.
+            UsageError: a sampling value is out of its range.
+        """
+        _refuse_parameters(parameters)
+        text = _text(values, "text_input")
+        if text is None:
+            raise GenerationError("text_input is missing: there is nothing to continue")
+        prompt = self._prompt(text)
+        sampling = Sampling(
+            temperature=float(_one(values, "temperature", 0.0)),
+            top_p=float(_one(values, "top_p", 1.0)),
+            seed=self._at_least(values, "seed", 0, 0),
+        )
+        quality = _text(values, "quality")
+        request = Request(
+            max_new_tokens=self._at_least(values, "max_tokens", self.settings.max_tokens, 1),
+            sampling=sampling,
+            stop=_stops(values),
+            budgets=None if quality is None else self.dial.budgets(quality),
+            deadline=time.monotonic() + self._seconds(values),
+        )
+        return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))
+
+    def _prompt(self, text: str) -> list[int]:
+        # A text that can't fit even in the longest of tokens isn't tokenized at all: that would take seconds.
+        most = self.limits.max_length * self.tokenizer.longest
+        if len(text) > most:
+            raise GenerationError(
+                f"the prompt has {len(text)} characters, and {self.limits.max_length} tokens, which is what the model "
+                f"takes, can't hold more than {most}: shorten it"
+            )
+        prompt = self.tokenizer.encode(text)
+        check_prompt(prompt, self.limits)
+        return prompt
+
+    @staticmethod
+    def _at_least(values: Mapping[str, Array], name: str, default: int, least: int) -> int:
+        value = int(_one(values, name, default))
+        if value < least:
+            raise GenerationError(f"{name} is {value}; it must be {least} or more")
+        return value
+
+    def _seconds(self, values: Mapping[str, Array]) -> float:
+        value = float(_one(values, "deadline", self.settings.deadline))
+        if not value > 0:  # NaN is not either
+            raise GenerationError(f"the deadline is {value}; it must be above 0 seconds")
+        return min(value, self.settings.deadline)
+
+
+def _refuse_parameters(parameters: str) -> None:
+    """A misspelt or misplaced setting must not be ignored in silence."""
+    given = json.loads(parameters or "{}")
+    unknown = [name for name in given if name not in SERVER_PARAMETERS and not name.startswith("triton_")]
+    if unknown:
+        inputs = ", ".join(tensor.name for tensor in INPUTS)
+        raise GenerationError(f"unknown parameter {unknown[0][:64]!r}; a request has these inputs: {inputs}")
+
+
+def _one(values: Mapping[str, Array], name: str, default: Any) -> Any:
+    array = values.get(name)
+    if array is None:
+        return default
+    if array.size != 1:
+        raise GenerationError(f"{name} has {array.size} values; it must have one")
+    return array.reshape(-1)[0]
+
+
+def _text(values: Mapping[str, Array], name: str) -> str | None:
+    value = _one(values, name, None)
+    return None if value is None else _decoded(value, name)
+
+
+def _decoded(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError:
+        raise GenerationError(f"{name} is no valid UTF-8") from None
+
+
+def _stops(values: Mapping[str, Array]) -> tuple[str, ...]:
+    array = values.get("stop")
+    if array is None:
+        return ()
+    stops = tuple(_decoded(value, "stop") for value in array.reshape(-1))
+    if len(stops) > MAX_STOPS:
+        raise GenerationError(f"stop has {len(stops)} texts; it may have {MAX_STOPS}")
+    for stop in stops:
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise GenerationError(
+                f"a stop text has {len(stop)} characters; it must have 1 to {MAX_STOP_CHARACTERS} (an empty one would "
+                "end every answer at once)"
+            )
+    return stops

@@ -1,0 +1,41 @@
+"""Inputs and outputs of the text model, once for its configuration, its request parser and its documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the model: its type in the server's configuration, its shape, and what it means."""
+
+    name: str
+    type: str
+    dims: tuple[int, ...]
+    optional: bool
+    meaning: str
+
+
+INPUTS = (
+    Tensor("text_input", "TYPE_STRING", (1,), False, "text to continue"),
+    Tensor("max_tokens", "TYPE_INT32", (1,), True, "new tokens to write, at most"),
+    Tensor("temperature", "TYPE_FP32", (1,), True, "0 is greedy, higher is more random"),
+    Tensor("top_p", "TYPE_FP32", (1,), True, "draw from the likeliest tokens that reach this probability"),
+    Tensor("seed", "TYPE_INT64", (1,), True, "seed of the draws; the same seed gives the same draws"),
+    Tensor("stop", "TYPE_STRING", (-1,), True, "texts that end the answer before them"),
+    Tensor("quality", "TYPE_STRING", (1,), True, "max, balanced, fast, or a fraction of the experts such as 0.5"),
+    Tensor("stream", "TYPE_BOOL", (1,), True, "pieces as they come (true), or one answer at the end (false, default)"),
+    Tensor("deadline", "TYPE_FP32", (1,), True, "seconds from arrival after which the answer ends where it is"),
+)
+
+# Every response has the first; the last one of a request has them all.
+OUTPUTS = (
+    Tensor("text_output", "TYPE_STRING", (1,), False, "the new text since the response before"),
+    Tensor("finish_reason", "TYPE_STRING", (1,), True, "end, stop, length or deadline"),
+    Tensor("prompt_tokens", "TYPE_INT32", (1,), True, "tokens of the prompt"),
+    Tensor("output_tokens", "TYPE_INT32", (1,), True, "tokens written"),
+    Tensor("queue_seconds", "TYPE_FP32", (1,), True, "time waited for a slot"),
+    Tensor("first_token_seconds", "TYPE_FP32", (1,), True, "time from arrival to the first token"),
+    Tensor("token_seconds", "TYPE_FP32", (1,), True, "mean time of each further token"),
+    Tensor("active_experts", "TYPE_FP32", (-1,), True, "active experts of each MoE layer, mean over the decode steps"),
+)

@@ -1,0 +1,170 @@
+"""Starting Triton Inference Server: which one, with which flags, on a laptop or in the vendor's container."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import shlex
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.serving.environment import Environment, libpython, prepare, requirements
+from lynx_trt.serving.repository import PLUGIN, Repository
+
+IMAGE = "nvcr.io/nvidia/tritonserver:25.09-py3"
+# HTTP bodies that say they are forms (curl's default) are parsed on the stack: 4 MB of them kill a server with the
+# usual 8 MB (triton-inference-server/server issue 5840). With 1 GB 300 MB were seen to pass. It is virtual memory.
+STACK_BYTES = 1 << 30
+# These can load models, open shared memory, or name files to write to. They answer only to a random key.
+RESTRICTED = "model-repository,shared-memory,trace,logging"
+SHM_PREFIX = "lynx_trt_"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass(frozen=True)
+class Command:
+    """A server's command line and its environment."""
+
+    arguments: list[str]
+    variables: dict[str, str]
+
+
+def flags(repository: str, models: list[str], address: Address, *, plugin: str | None, drain: int) -> list[str]:
+    """The server's flags.
+
+    Args:
+        repository: the repository's path as the server sees it.
+        models: those to load; others in the repository are left alone.
+        address: where to listen.
+        plugin: path of the plugin library as the server sees it, for an engine.
+        drain: seconds that requests in flight have after SIGTERM.
+    """
+    key = secrets.token_hex(16)
+    return [
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in models),
+        f"--http-address={address.host}",
+        f"--grpc-address={address.host}",
+        f"--metrics-address={address.host}",
+        f"--http-port={address.http}",
+        f"--grpc-port={address.grpc}",
+        f"--metrics-port={address.metrics}",
+        f"--http-restricted-api={RESTRICTED}:lynx-operator={key}",
+        f"--grpc-restricted-protocol={RESTRICTED}:lynx-operator={key}",
+        f"--exit-timeout-secs={drain}",
+        *([backend_config(plugin)] if plugin else []),
+    ]
+
+
+def backend_config(plugin: str) -> str:
+    """The flag with which the server's TensorRT backend loads the plugin library."""
+    return f"--backend-config=tensorrt,plugins={plugin}"
+
+
+def local_command(
+    repository: Repository,
+    models: list[str],
+    address: Address,
+    *,
+    drain: int,
+    phase: Callable[[str], Callable[[float], None]],
+) -> Command:
+    """The command for a server on this machine: `tritonserver` on the PATH, else the wheel's, installed if need be.
+
+    Raises:
+        ServingError: there is none and none can be made, or a port is taken.
+    """
+    _check_ports(address)
+    found = shutil.which("tritonserver")
+    made = prepare(server=found is None, phase=phase)
+    plugin = str(repository.plugin.absolute()) if repository.plugin else None
+    arguments = [found or str(made.server)]
+    arguments += flags(str(repository.folder.absolute()), models, address, plugin=plugin, drain=drain)
+    _remove_stale_memory()
+    arguments.append(f"--backend-config=python,shm-region-prefix-name={SHM_PREFIX}{os.getpid()}_")
+    if found is None:
+        arguments.append(f"--backend-directory={made.backends}")
+    return Command(arguments, _variables(made, wheel=found is None))
+
+
+def _variables(made: Environment, *, wheel: bool) -> dict[str, str]:
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    # The Python backend starts the first python3 of the PATH.
+    variables["PATH"] = f"{made.programs}{os.pathsep}{variables.get('PATH', os.defpath)}"
+    variables["TOKENIZERS_PARALLELISM"] = "false"
+    if wheel:
+        folders = [str(made.libraries), str(libpython() or ""), variables.get("LD_LIBRARY_PATH", "")]
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    return variables
+
+
+def start(command: Command) -> None:
+    """Become the server; signals to this process are then the server's own. Doesn't return."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
+    os.execve(command.arguments[0], command.arguments, command.variables)  # noqa: S606
+
+
+def docker_command(
+    repository: Repository, models: list[str], address: Address, *, image: str, gpu: bool, drain: int
+) -> str:
+    """The command for the vendor's container, to be printed."""
+    plugin = f"/models/{PLUGIN}" if repository.plugin else None
+    inside = Address("0.0.0.0", 8000, 8001, 8002)  # noqa: S104  (inside the container; published below on `host`)
+    needs = " ".join(shlex.quote(name) for name in requirements())
+    server = shlex.join(["tritonserver", *flags("/models", models, inside, plugin=plugin, drain=drain)])
+    ports = zip((address.http, address.grpc, address.metrics), (8000, 8001, 8002), strict=True)
+    parts = [
+        "docker run --rm --init",
+        *(["--gpus all"] if gpu else []),
+        f"--shm-size=1g --ulimit memlock=-1 --ulimit stack={STACK_BYTES}",
+        " ".join(f"-p {address.host}:{outside}:{port}" for outside, port in ports),
+        f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
+        image,
+        f"bash -c {shlex.quote(f'pip install --quiet {needs} && exec {server}')}",
+    ]
+    return " \\\n  ".join(parts)
+
+
+def _check_ports(address: Address) -> None:
+    ports = (address.http, address.grpc, address.metrics)
+    if len(set(ports)) < len(ports):
+        raise UsageError(f"the ports {', '.join(map(str, ports))} are not three; choose others")
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    for port in ports:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address.host, port))
+            except OSError as error:
+                raise ServingError(
+                    f"can't listen on {address.host}:{port}: {error.strerror}; choose other ports (--http-port, "
+                    "--grpc-port, --metrics-port) or end what listens there"
+                ) from None
+
+
+def _remove_stale_memory() -> None:
+    """Shared memory of servers that were killed; the process id in its name says whose it was."""
+    for region in Path("/dev/shm").glob(f"{SHM_PREFIX}*"):  # noqa: S108  (where the Python backend keeps it)
+        pid = region.name.removeprefix(SHM_PREFIX).split("_")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(OSError):
+                region.unlink()

@@ -1,0 +1,59 @@
+"""What an operator decides about a served model; it travels in the parameters of the model's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from lynx_trt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one served model.
+
+    Attributes:
+        slots: sequences that decode together, at most.
+        queue: requests that may wait for a slot.
+        quality: of requests that ask for none, until the dial file says otherwise.
+        max_tokens: new tokens of requests that don't say.
+        deadline: seconds after which a request is ended, at most.
+        threads: CPU threads of ONNX Runtime; 0 is all cores but one.
+        chunk: tokens of one prompt in one prefill step.
+        prefill_tokens: tokens of one prefill step, padding included.
+        stream_interval: seconds between two pieces of one stream, at least; tokens in between come as one piece.
+
+    Raises UsageError if a value is out of its range.
+    """
+
+    slots: int = 16
+    queue: int = 64
+    quality: str = "balanced"
+    max_tokens: int = 128
+    deadline: float = 300.0
+    threads: int = 0
+    chunk: int = 128
+    prefill_tokens: int = 256
+    stream_interval: float = 0.05
+
+    def __post_init__(self) -> None:
+        least = {"threads": 0, "stream_interval": 0.0, "deadline": 0.001}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
+            if not math.isfinite(value) or value < least.get(field.name, 1):
+                name = field.name.replace("_", "-")
+                raise UsageError(f"{name} is {value}; it must be {least.get(field.name, 1)} or more")
+
+    def parameters(self) -> dict[str, str]:
+        """As the model's configuration holds them."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, str]) -> Settings:
+        """From the model's configuration; names that are not ours are left alone."""
+        kinds = {"int": int, "float": float, "str": str}
+        given = {f.name: kinds[str(f.type)](parameters[f.name]) for f in fields(cls) if f.name in parameters}
+        return cls(**given)

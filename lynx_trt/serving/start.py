@@ -1,0 +1,53 @@
+"""From an artifact's folder and the model's parameters to a running service."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lynx_trt.artifact import TOKENIZER, read
+from lynx_trt.runtime.open import limits_of, open_backend
+from lynx_trt.runtime.quality import Dial
+from lynx_trt.runtime.text import Tokenizer
+from lynx_trt.serving.metrics import Metrics, ServerSink
+from lynx_trt.serving.requests import Parser
+from lynx_trt.serving.service import Service
+from lynx_trt.serving.settings import Settings
+
+SWITCH_SECONDS = 0.0005
+
+
+def start_service(
+    artifact: Path, parameters: Mapping[str, str], dial_file: Path, utils: Any, labels: Mapping[str, str]
+) -> Service:
+    """Open the artifact and serve it.
+
+    Args:
+        artifact: its folder.
+        parameters: of the model's configuration.
+        dial_file: where an operator changes the default quality.
+        utils: the module of the server's Python backend.
+        labels: put on every metric.
+
+    Raises:
+        LynxError: the artifact can't be served here.
+    """
+    # Between two steps the engine's thread wants the interpreter at once, not after the usual 5 ms of another thread.
+    sys.setswitchinterval(SWITCH_SECONDS)
+    opened = read(artifact)
+    settings = Settings.of(parameters)
+    backend = open_backend(opened, settings.slots, threads=settings.threads or _threads())
+    dial = Dial.of(opened.manifest)
+    layers = [layer.name for layer in opened.manifest.model.moe_layers]
+    parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings)
+    return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)
+
+
+def _threads() -> int:
+    """All cores but one, which the server and its streams need: threads that wait for each other at every operator
+    lose far more to a busy core than they win with it.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)

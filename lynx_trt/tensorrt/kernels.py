@@ -1,0 +1,50 @@
+"""Which kernels an engine needs: its plugin layers as TensorRT sees them, and the numbers of tokens of its profiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lynx_trt.errors import TensorRTError, UsageError
+from lynx_trt.plugins.contract import CONTRACTS
+from lynx_trt.plugins.launcher import spec_of
+from lynx_trt.plugins.specs import Op
+from lynx_trt.tensorrt.profiles import Profile
+
+# The inputs with an entry for each token: their names in lynx graphs and in those of other exporters.
+TOKEN_INPUTS = ("input_ids", "token_ids", "decoder_input_ids", "tokens", "ids")
+
+
+def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> list[Op]:
+    """The ops to compile for: of each layer as `worker.py` describes it, once if several are equal.
+
+    Raises TensorRTError (a size that the graph leaves open) and UsageError (a size that no kernel is made for).
+    """
+    ranges = tuple(dict.fromkeys(_tokens(profile) for profile in profiles))
+    specs = {}
+    for layer in layers:
+        contract = CONTRACTS[layer["op"]]
+        shapes = layer["shapes"]
+        for tensor, shape in zip(contract.inputs, shapes, strict=False):
+            for symbol, size in zip(tensor.shape, shape, strict=True):
+                if symbol != "T" and size < 0:
+                    raise TensorRTError(
+                        f"{symbol} of {tensor.name} of node {layer['name']} is not known before the engine runs, and "
+                        "kernels are compiled for one size: export the graph with fixed sizes"
+                    )
+        spec = spec_of(layer["op"], contract.parse_fields(layer["attributes"]), shapes, layer["type"])
+        specs[spec.key] = spec
+    return [Op(spec, ranges) for spec in specs.values()]
+
+
+def _tokens(profile: Profile) -> tuple[int, int]:
+    """The least and the most tokens in a step of a profile."""
+    for name in TOKEN_INPUTS:
+        if name in profile.shapes:
+            smallest, _, largest = profile.shapes[name]
+            return math.prod(smallest), math.prod(largest)
+    raise UsageError(
+        f"profile {profile.name} has none of the inputs {', '.join(TOKEN_INPUTS)}, so its number of tokens, which "
+        "kernels are compiled for, is unknown"
+    )

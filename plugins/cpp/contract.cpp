@@ -1,0 +1,144 @@
+#include "contract.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+namespace lynx {
+
+using namespace nvinfer1;
+
+namespace {
+
+Field text(char const* name, bool required, char const* value, std::vector<std::string> choices) {
+    return {name, PluginFieldType::kCHAR, required, {value, 0}, std::move(choices)};
+}
+
+Field flag(char const* name, bool required, int32_t value) {
+    return {name, PluginFieldType::kINT32, required, {"", double(value)}, {"0", "1"}};
+}
+
+Field whole(char const* name, bool required, int32_t value) {
+    return {name, PluginFieldType::kINT32, required, {"", double(value)}, {}};
+}
+
+Field real(char const* name, bool required, float value) {
+    return {name, PluginFieldType::kFLOAT32, required, {"", double(value)}, {}};
+}
+
+Tensor precise(char const* name, char const* shape) {
+    return {name, true, DataType::kFLOAT, shape};
+}
+
+Tensor typed(char const* name, DataType type, char const* shape) {
+    return {name, false, type, shape};
+}
+
+}  // namespace
+
+Contract const& selectContract() {
+    static auto* const contract = new Contract{"LynxSelect",
+        {
+            text("vote", true, "", {"count", "weight", "affinity", "score"}),
+            whole("guarantee", true, 0),
+            real("sensitivity", true, 0),
+            flag("remap", true, 0),
+            real("power", false, 1),
+            real("alpha", false, 1),
+            whole("beta", false, 4),
+            flag("renormalize", true, 0),
+            real("scale", false, 1),
+        },
+        {
+            typed("choice", DataType::kFLOAT, "TE"),
+            typed("combine", DataType::kFLOAT, "TE"),
+            typed("topk_index", DataType::kINT64, "TK"),
+            typed("topk_weight", DataType::kFLOAT, "TK"),
+            typed("budget", DataType::kINT32, ""),
+            typed("token_mask", DataType::kBOOL, "T"),
+        },
+        {
+            typed("index", DataType::kINT64, "TK"),
+            typed("weight", DataType::kFLOAT, "TK"),
+            typed("active", DataType::kINT32, ""),
+        },
+        0};
+    return *contract;
+}
+
+Contract const& expertsContract() {
+    static auto* const contract = new Contract{"LynxExperts",
+        {
+            text("activation", false, "silu", {"silu", "gelu", "gelu_tanh", "relu", "relu2"}),
+            flag("gated", false, 1),
+            flag("transposed", false, 0),
+            flag("interleaved", false, 0),
+            real("alpha", false, 1),
+            real("limit", false, 0),
+            real("up_offset", false, 0),
+        },
+        {
+            precise("hidden", "TH"),
+            typed("index", DataType::kINT64, "TK"),
+            typed("weight", DataType::kFLOAT, "TK"),
+            precise("gate_up", "ERH"),  // EHR with transposed = 1
+            precise("down", "EHI"),     // EIH with transposed = 1
+            precise("gate_up_bias", "ER"),
+            precise("down_bias", "EH"),
+        },
+        {precise("output", "TH")}, 2};
+    return *contract;
+}
+
+char const* typeName(DataType type) {
+    switch (type) {
+    case DataType::kFLOAT: return "float32";
+    case DataType::kHALF: return "float16";
+    case DataType::kBF16: return "bfloat16";
+    case DataType::kINT32: return "int32";
+    case DataType::kINT64: return "int64";
+    case DataType::kBOOL: return "bool";
+    default: return "another type";
+    }
+}
+
+bool isFloatType(DataType type) {
+    return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+}
+
+std::string shown(Field const& field, Value const& value) {
+    return field.type == PluginFieldType::kCHAR ? value.text : std::to_string(static_cast<int64_t>(value.number));
+}
+
+std::vector<Value> parseFields(Contract const& contract, PluginFieldCollection const& given) {
+    std::vector<Value> values;
+    for (Field const& field : contract.fields) {
+        PluginField const* const end = given.fields + given.nbFields;
+        PluginField const* const found = std::find_if(
+            given.fields, end, [&](PluginField const& each) { return std::strcmp(each.name, field.name) == 0; });
+        Value value = field.value;
+        if (found == end) {
+            if (field.required) {
+                throw std::runtime_error(std::string("it needs the attribute ") + field.name + ", and the node has none");
+            }
+        } else if (found->type != field.type || found->data == nullptr) {
+            throw std::runtime_error(std::string("the attribute ") + field.name + " has another type than it must");
+        } else if (field.type == PluginFieldType::kCHAR) {
+            value.text.assign(static_cast<char const*>(found->data), static_cast<std::size_t>(found->length));
+            value.text.erase(std::find(value.text.begin(), value.text.end(), '\0'), value.text.end());
+        } else if (field.type == PluginFieldType::kINT32) {
+            value.number = *static_cast<int32_t const*>(found->data);
+        } else {
+            value.number = *static_cast<float const*>(found->data);
+        }
+        auto const& choices = field.choices;
+        if (!choices.empty() && std::find(choices.begin(), choices.end(), shown(field, value)) == choices.end()) {
+            throw std::runtime_error(std::string(field.name) + " is '" + shown(field, value) + "', which is not allowed");
+        }
+        values.push_back(std::move(value));
+    }
+    return values;
+}
+
+}  // namespace lynx

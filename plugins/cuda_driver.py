@@ -1,0 +1,88 @@
+"""The CUDA driver API through `cuda-python`, as far as a launcher needs it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lynx_trt.errors import TensorRTError
+from lynx_trt.plugins.blob import Cubin
+from lynx_trt.plugins.launcher import Device, Launch
+
+INSTALL = 'pip install "cuda-python>=12.8"'
+
+# A function may use this much dynamic shared memory without being allowed more.
+_SHARED_BY_DEFAULT = 48 * 1024
+
+
+class CudaDriver:
+    """Launches on the current context, which is TensorRT's.
+
+    Raises TensorRTError: `cuda-python` is not installed, or CUDA says no; the message has CUDA's name for the error.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise TensorRTError(
+                f"the Python plugin launches its kernels through cuda-python, which is not installed: {INSTALL}, or "
+                "use the C++ plugin"
+            ) from error
+        self._cuda: Any = driver
+        # By context and cubin. A module lives as long as its context: it is never unloaded.
+        self._functions: dict[tuple[int, int], tuple[Cubin, Any]] = {}
+
+    def device(self) -> Device:
+        """The GPU of the current context."""
+        cuda = self._cuda
+        context = self._call("cuCtxGetCurrent")
+        ordinal = self._call("cuCtxGetDevice")
+        kinds = cuda.CUdevice_attribute
+        major, minor, count = (
+            self._call("cuDeviceGetAttribute", kind, ordinal)
+            for kind in (
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        return Device(10 * major + minor, count, int(self._call("cuCtxGetId", context)))
+
+    def load(self, cubin: Cubin, device: Device) -> int:
+        """The handle of a cubin's function in the current context; loaded once in each."""
+        key = (device.context, id(cubin))  # the entry keeps the cubin, so its id stays its own
+        if key not in self._functions:
+            module = self._call("cuModuleLoadData", cubin.image)
+            function = self._call("cuModuleGetFunction", module, cubin.entry.encode())
+            if cubin.shared > _SHARED_BY_DEFAULT:
+                kind = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._call("cuFuncSetAttribute", function, kind, cubin.shared)
+            self._functions[key] = cubin, function
+        return int(self._functions[key][1])
+
+    def launch(self, launch: Launch, stream: int) -> None:
+        """Launch on a stream, without waiting."""
+        self._call(
+            "cuLaunchKernel",
+            launch.function,
+            *(launch.programs, 1, 1),
+            *(launch.threads, 1, 1),
+            launch.shared,
+            stream,
+            launch.parameters,
+            0,
+        )
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The result of a function of the driver."""
+        error, *results = getattr(self._cuda, name)(*arguments)
+        if error != self._cuda.CUresult.CUDA_SUCCESS:
+            raise TensorRTError(f"{name} failed: {error.name} ({int(error)})")
+        return results[0] if results else None
+
+
+@functools.cache
+def cuda_driver() -> CudaDriver:
+    """The one driver of the process, so that a cubin is loaded once for all nodes."""
+    return CudaDriver()

@@ -1,0 +1,207 @@
+"""What a TensorRT plugin does at run time, with no TensorRT and no GPU in it: from kernels and a plan to launches.
+
+A node's fields and shapes give its spec, whose key finds its plans among the engine's kernels. `Launcher.prepare`
+resolves a plan for T tokens: functions, grids, and where each argument comes from. `Prepared.run` then only fills
+in pointers and launches. The C++ plugin (`cpp/`) does the same in the same order.
+
+Kernels are shared in a process: the one node of an engine that carries them (`contract.KERNELS`) publishes them under
+their id, whenever it is made; every node looks its own up when it first needs them, so no order matters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lynx_trt.errors import ArtifactError
+from lynx_trt.export.ops import SELECT
+from lynx_trt.plugins.blob import Cubin, Kernels, lookup
+from lynx_trt.plugins.contract import Contract
+from lynx_trt.plugins.plan import Plan, Step, find_plan
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec, Spec, Value
+
+# Pointers are multiples of this: the kernels are compiled for it, and would fault on others.
+POINTER_ALIGNMENT = 16
+
+_LOCK = threading.Lock()
+_BLOBS: dict[str, bytes] = {}
+_PARSED: dict[str, Kernels] = {}
+
+
+def publish(kernels_id: str, blob: bytes) -> None:
+    """Make an engine's kernels known to the nodes of this process, for its lifetime; twice is once."""
+    with _LOCK:
+        _BLOBS.setdefault(kernels_id, blob)
+
+
+def published(kernels_id: str) -> Kernels:
+    """The kernels of an id, read at the first call. Raises ArtifactError: no node has brought them, or damaged."""
+    with _LOCK:
+        if kernels_id not in _PARSED:
+            if kernels_id not in _BLOBS:
+                raise ArtifactError(
+                    f"the GPU kernels {kernels_id[:12]} are in none of the engines loaded here: the engine is not "
+                    "whole, or another program made it; build it again"
+                )
+            _PARSED[kernels_id] = Kernels.from_bytes(_BLOBS[kernels_id])
+        return _PARSED[kernels_id]
+
+
+def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]], float_type: str) -> Spec:
+    """A node's spec from its fields and its inputs' shapes (T may be anything); `float_type` is that of `hidden`."""
+    if op == SELECT:
+        return SelectSpec.from_attributes(values, experts=shapes[0][1], experts_per_token=shapes[2][1])
+    down = shapes[4]
+    return ExpertsSpec.from_attributes(
+        values,
+        experts=down[0],
+        experts_per_token=shapes[1][1],
+        hidden=shapes[0][1],
+        inner=down[1] if values["transposed"] else down[2],
+        dtype=float_type,
+        bias=len(shapes) > 5,
+    )
+
+
+def workspace_bytes(kernels: Kernels, key: str, max_tokens: int) -> int:
+    """The workspace of an op for up to `max_tokens` tokens, on any SM that there are kernels for.
+
+    Raises ArtifactError: there are no kernels for that op.
+    """
+    if key not in kernels.ops:
+        raise ArtifactError(f"this engine has no kernels for {key}: build it again")
+    return max(
+        (
+            plan.workspace_bytes(min(plan.max_tokens, max_tokens))
+            for options in kernels.ops[key].values()
+            for plan in options
+        ),
+        default=0,
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU of the current CUDA context, and the context's id, which no other context of the process gets."""
+
+    sm: int
+    multiprocessors: int
+    context: int
+
+
+class Launch:
+    """A kernel launch: function handle, programs, threads of each, dynamic shared memory in bytes, arguments.
+
+    Each argument lies in a word of 8 bytes: pointers, null pointers, and T, an int32 in the lower half.
+    """
+
+    def __init__(self, function: int, programs: int, threads: int, shared: int, arguments: Sequence[int]) -> None:
+        self.function, self.programs, self.threads, self.shared = function, programs, threads, shared
+        self.words = (ctypes.c_uint64 * len(arguments))(*arguments)
+        start = ctypes.addressof(self.words)
+        self._addresses = (ctypes.c_void_p * len(arguments))(*(start + 8 * n for n in range(len(arguments))))
+        # What cuLaunchKernel takes: the address of an array of the arguments' addresses.
+        self.parameters = ctypes.addressof(self._addresses)
+
+
+class Driver(Protocol):
+    """The few things wanted from CUDA; `cuda_driver.CudaDriver`, or a stand-in of the tests."""
+
+    def device(self) -> Device:
+        """The GPU of the current context."""
+
+    def load(self, cubin: Cubin, device: Device) -> int:
+        """The handle of a cubin's function in the current context; loaded once in each."""
+
+    def launch(self, launch: Launch, stream: int) -> None:
+        """Launch on a stream, without waiting."""
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """A word to fill in: of an input or output by number, or workspace plus offset."""
+
+    launch: Launch
+    word: int
+    source: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The launches for one number of tokens."""
+
+    tokens: int
+    launches: tuple[Launch, ...]
+    pointers: tuple[_Pointer, ...]
+
+    def run(self, driver: Driver, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
+        """Launch everything on a stream: no allocation, no waiting. Raises ArtifactError: a misaligned pointer."""
+        for pointer in self.pointers:
+            if pointer.source == "workspace":
+                value = workspace + pointer.number
+            else:
+                value = (inputs if pointer.source == "input" else outputs)[pointer.number]
+            if value % POINTER_ALIGNMENT:
+                raise ArtifactError(
+                    f"{pointer.source} {pointer.number} lies at {value:#x}; the kernels want multiples of "
+                    f"{POINTER_ALIGNMENT}: bind buffers as CUDA allocates them"
+                )
+            pointer.launch.words[pointer.word] = value
+        for launch in self.launches:
+            driver.launch(launch, stream)
+
+
+class Launcher:
+    """One node's launches on one driver."""
+
+    def __init__(self, contract: Contract, kernels: Kernels, key: str, n_inputs: int, driver: Driver) -> None:
+        self._kernels, self._key, self._driver = kernels, key, driver
+        self._places = {
+            **{tensor.name: ("input", number) for number, tensor in enumerate(contract.inputs[:n_inputs])},
+            **{tensor.name: ("output", number) for number, tensor in enumerate(contract.outputs)},
+        }
+
+    def prepare(self, tokens: int) -> Prepared:
+        """Resolve the plan for T tokens on the current context's GPU, loading what is not loaded there yet.
+
+        Raises ArtifactError: no kernels for this GPU (the message names both SMs), this op or this many tokens.
+        """
+        device = self._driver.device()
+        options = lookup(self._kernels, device.sm, self._key)
+        try:
+            plan = find_plan(options, tokens)
+        except ValueError as error:
+            raise ArtifactError(f"{error}: build the engine again with larger profiles") from None
+        launches: list[Launch] = []
+        pointers: list[_Pointer] = []
+        for step in plan.steps:
+            programs = step.grid.programs(tokens, device.multiprocessors)
+            if programs:
+                self._add(step, programs, plan, tokens, device, launches, pointers)
+        return Prepared(tokens, tuple(launches), tuple(pointers))
+
+    def _add(
+        self,
+        step: Step[Cubin],
+        programs: int,
+        plan: Plan[Cubin],
+        tokens: int,
+        device: Device,
+        launches: list[Launch],
+        pointers: list[_Pointer],
+    ) -> None:
+        cubin = step.kernel
+        names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
+        words = [tokens if name == "T" else 0 for name in names]
+        launch = Launch(self._driver.load(cubin, device), programs, cubin.threads, cubin.shared, words)
+        launches.append(launch)
+        offsets = plan.offsets(tokens)
+        for word, name in enumerate(names):
+            if name in ("T", "null"):
+                continue
+            source, number = ("workspace", offsets[name]) if name in offsets else self._places[name]
+            pointers.append(_Pointer(launch, word, source, number))

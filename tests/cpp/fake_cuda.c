@@ -1,0 +1,54 @@
+/* A libcuda.so.1 that launches nothing: it prints what it is told to. Images are those of tests/fake_kernels.py. */
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static int number(char const* name, int otherwise) {
+    char const* text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+
+int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuCtxGetId(void* context, unsigned long long* id) { *id = (unsigned long long)(uintptr_t)context; return 0; }
+
+int cuDeviceGetAttribute(int* value, int kind, int device) {
+    int sm = number("FAKE_SM", 90);
+    (void)device;
+    *value = kind == 75 ? sm / 10 : kind == 76 ? sm % 10 : number("FAKE_MULTIPROCESSORS", 132);
+    return 0;
+}
+
+int cuModuleLoadData(void** module, void const* image) { *module = (void*)image; return number("FAKE_ERROR", 0); }
+
+int cuModuleGetFunction(void** function, void* module, char const* name) {
+    printf("load %s\n", name);
+    *function = module;
+    return 0;
+}
+
+int cuFuncSetAttribute(void* function, int kind, int value) {
+    printf("attribute %d %d %d\n", atoi(function), kind, value);
+    return 0;
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+    int image, count;
+    if (sscanf(function, "%d %d", &image, &count) != 2 || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return 1;
+    printf("launch %d %u %u %u %llu", image, gx, bx, shared, (unsigned long long)(uintptr_t)stream);
+    for (int i = 0; i < count; ++i) printf(" %llu", (unsigned long long)*(uint64_t*)parameters[i]);
+    printf("\n");
+    return 0;
+}
+
+int cuGetErrorName(int error, char const** name) { (void)error; *name = "CUDA_ERROR_FAKE"; return 0; }
+
+/* How cuda-python finds the functions; one that is not here is only missed if it is called. */
+int cuGetProcAddress_v2(char const* symbol, void** function, int version, uint64_t flags, int* status) {
+    (void)version, (void)flags;
+    *function = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), symbol);
+    if (status) *status = *function ? 0 : 1;
+    return 0;
+}

@@ -1,0 +1,260 @@
+// Does with the plugin library what TensorRT would, and prints what it answers. Commands come on standard input:
+//   op NAME | field NAME char|int32|float32 VALUE | kernels ID FILE | noblob ID | create
+//   input TYPE SIZE...  (a size may be T) | outputs | formats | workspace T | run T
+#include <NvInferRuntime.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <vector>
+
+using namespace nvinfer1;
+
+namespace {
+
+std::vector<std::pair<std::string, DataType>> const kTypes{{"float32", DataType::kFLOAT},
+    {"float16", DataType::kHALF}, {"bfloat16", DataType::kBF16}, {"int32", DataType::kINT32},
+    {"int64", DataType::kINT64}, {"bool", DataType::kBOOL}, {"int8", DataType::kINT8}};
+
+DataType typeOf(std::string const& name) {
+    for (auto const& [known, type] : kTypes) {
+        if (known == name) return type;
+    }
+    std::cerr << "unknown type " << name << "\n";
+    std::exit(2);
+}
+
+std::string nameOf(DataType type) {
+    for (auto const& [name, known] : kTypes) {
+        if (known == type) return name;
+    }
+    return "?";
+}
+
+struct Input {
+    DataType type;
+    std::vector<std::string> sizes;
+};
+
+struct Probe {
+    IPluginCreatorV3One* creator{};
+    std::deque<std::string> bytes;  // keeps fields' names and values where they are
+    std::vector<PluginField> fields;
+    std::vector<Input> inputs;
+    IPluginV3* plugin{};
+
+    char const* keep(std::string const& text) {
+        bytes.push_back(text);
+        return bytes.back().data();
+    }
+
+    void field(std::string const& name, std::string const& type, std::string const& value) {
+        char const* const kept = keep(name);
+        if (type == "char") {  // with its end, as the ONNX parser passes it
+            fields.emplace_back(kept, keep(value), PluginFieldType::kCHAR, int32_t(value.size() + 1));
+            return;
+        }
+        std::string raw(4, '\0');
+        int32_t const whole = type == "int32" ? std::stoi(value) : 0;
+        float const real = type == "int32" ? 0 : std::stof(value);
+        std::memcpy(raw.data(), type == "int32" ? static_cast<void const*>(&whole) : &real, 4);
+        auto const kind = type == "int32" ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32;
+        fields.emplace_back(kept, keep(raw), kind, 1);
+    }
+
+    template <typename Interface>
+    Interface* as(PluginCapabilityType type) {
+        return static_cast<Interface*>(plugin->getCapabilityInterface(type));
+    }
+
+    std::vector<PluginTensorDesc> descriptions(int64_t tokens) {
+        std::vector<PluginTensorDesc> result;
+        for (Input const& input : inputs) {
+            PluginTensorDesc desc{};
+            desc.type = input.type;
+            desc.format = TensorFormat::kLINEAR;
+            desc.dims.nbDims = int32_t(input.sizes.size());
+            for (std::size_t i = 0; i < input.sizes.size(); ++i) {
+                desc.dims.d[i] = input.sizes[i] == "T" ? tokens : std::stoll(input.sizes[i]);
+            }
+            result.push_back(desc);
+        }
+        return result;
+    }
+
+    void create() {
+        PluginFieldCollection const given{int32_t(fields.size()), fields.data()};
+        plugin = creator->createPlugin("node", &given, TensorRTPhase::kBUILD);
+        if (plugin == nullptr) {
+            std::cout << "refused\n";
+            return;
+        }
+        // As an engine does: made again from what was stored, then cloned for a context.
+        auto const* const stored = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+        plugin = creator->createPlugin("node", stored, TensorRTPhase::kRUNTIME);
+        plugin = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
+        auto* const core = as<IPluginV3OneCore>(PluginCapabilityType::kCORE);
+        std::cout << "plugin " << core->getPluginName() << " " << core->getPluginVersion() << " "
+                  << core->getPluginNamespace() << "\n";
+        auto const* const again = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+        for (int32_t i = 0; i < again->nbFields; ++i) {
+            PluginField const& each = again->fields[i];
+            int const size = each.type == PluginFieldType::kCHAR || each.type == PluginFieldType::kINT8 ? 1 : 4;
+            std::printf("stored %s %d ", each.name, int(each.type));
+            for (int32_t n = 0; n < each.length * size; ++n) {
+                std::printf("%02x", static_cast<unsigned char const*>(each.data)[n]);
+            }
+            std::printf("\n");
+        }
+        std::fflush(stdout);
+    }
+
+    void outputs() {
+        auto* const build = as<IPluginV3OneBuild>(PluginCapabilityType::kBUILD);
+        int32_t const count = build->getNbOutputs();
+        std::vector<DataType> types(count), given;
+        std::vector<DimsExprs> shapes(inputs.size()), results(count);
+        for (std::size_t i = 0; i < inputs.size(); ++i) {
+            given.push_back(inputs[i].type);
+            shapes[i].nbDims = int32_t(inputs[i].sizes.size());
+            for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {  // no expression, but a name for one
+                shapes[i].d[axis] = reinterpret_cast<IDimensionExpr const*>(16 * (10 * (i + 1) + axis));
+            }
+        }
+        alignas(IExprBuilder) char unused[sizeof(IExprBuilder)] = {};
+        int const types_status = build->getOutputDataTypes(types.data(), count, given.data(), int32_t(given.size()));
+        int const shapes_status = build->getOutputShapes(shapes.data(), int32_t(shapes.size()), nullptr, 0,
+            results.data(), count, reinterpret_cast<IExprBuilder&>(unused));
+        if (types_status != 0 || shapes_status != 0) {
+            std::cout << "refused\n";
+            return;
+        }
+        for (int32_t i = 0; i < count; ++i) {
+            std::cout << "output " << nameOf(types[i]);
+            for (int32_t axis = 0; axis < results[i].nbDims; ++axis) {
+                auto const name = reinterpret_cast<std::uintptr_t>(results[i].d[axis]) / 16;
+                std::cout << " " << name / 10 - 1 << "." << name % 10;
+            }
+            std::cout << "\n";
+        }
+    }
+
+    // Every type and format at each position, the others being right.
+    void formats() {
+        auto* const build = as<IPluginV3OneBuild>(PluginCapabilityType::kBUILD);
+        int32_t const count = build->getNbOutputs();
+        std::vector<DataType> types(count), given;
+        for (Input const& input : inputs) given.push_back(input.type);
+        build->getOutputDataTypes(types.data(), count, given.data(), int32_t(given.size()));
+        given.insert(given.end(), types.begin(), types.end());
+        for (std::size_t position = 0; position < given.size(); ++position) {
+            std::cout << "formats " << position << " ";
+            for (TensorFormat format : {TensorFormat::kLINEAR, TensorFormat::kCHW32}) {
+                for (auto const& [name, type] : kTypes) {
+                    std::vector<DynamicPluginTensorDesc> tensors(given.size());
+                    for (std::size_t i = 0; i < given.size(); ++i) {
+                        tensors[i].desc.type = i == position ? type : given[i];
+                        tensors[i].desc.format = i == position ? format : TensorFormat::kLINEAR;
+                    }
+                    std::cout << build->supportsFormatCombination(
+                        int32_t(position), tensors.data(), int32_t(inputs.size()), count);
+                }
+            }
+            std::cout << "\n";
+        }
+    }
+
+    void workspace(int64_t tokens) {
+        std::vector<DynamicPluginTensorDesc> tensors;
+        for (PluginTensorDesc const& desc : descriptions(tokens)) {
+            tensors.push_back({desc, desc.dims, desc.dims, desc.dims});
+        }
+        auto* const build = as<IPluginV3OneBuild>(PluginCapabilityType::kBUILD);
+        std::cout << "workspace " << build->getWorkspaceSize(tensors.data(), int32_t(tensors.size()), nullptr, 0)
+                  << "\n";
+    }
+
+    void run(int64_t tokens) {
+        auto* const runtime = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME);
+        auto const desc = descriptions(tokens);
+        std::vector<void const*> from;
+        std::vector<void*> to;
+        for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(reinterpret_cast<void*>(0x1000 * (i + 1)));
+        for (std::size_t i = 0; i < 4; ++i) to.push_back(reinterpret_cast<void*>(0x100000 * (i + 1)));
+        int const changed = runtime->onShapeChange(desc.data(), int32_t(desc.size()), nullptr, 0);
+        int const status = runtime->enqueue(desc.data(), nullptr, from.data(), to.data(),
+            reinterpret_cast<void*>(0x7000000), reinterpret_cast<cudaStream_t>(77));
+        std::cout << "status " << changed << " " << status << std::endl;
+    }
+
+    void perform(std::istringstream& line, IPluginCreatorInterface* const* creators, int32_t count) {
+        std::string command, a, b;
+        line >> command;
+        if (command == "op") {
+            line >> a;
+            for (int32_t i = 0; i < count; ++i) {
+                auto* const each = static_cast<IPluginCreatorV3One*>(creators[i]);
+                if (a == each->getPluginName()) creator = each;
+            }
+            auto const* const names = creator->getFieldNames();
+            for (int32_t i = 0; i < names->nbFields; ++i) {
+                std::cout << "field " << names->fields[i].name << " " << int(names->fields[i].type) << "\n";
+            }
+        } else if (command == "field") {
+            line >> a >> b;
+            std::string value;
+            line >> value;
+            field(a, b, value);
+        } else if (command == "kernels" || command == "noblob") {
+            line >> a >> b;
+            field("kernels_id", "char", a);
+            if (command == "kernels") {
+                std::ifstream file(b, std::ios::binary);
+                std::string const blob{std::istreambuf_iterator<char>(file), {}};
+                fields.emplace_back("kernels", keep(blob), PluginFieldType::kINT8, int32_t(blob.size()));
+            }
+        } else if (command == "create") {
+            create();
+        } else if (command == "input") {
+            line >> a;
+            Input input{typeOf(a), {}};
+            while (line >> b) input.sizes.push_back(b);
+            inputs.push_back(input);
+        } else if (command == "outputs") {
+            outputs();
+        } else if (command == "formats") {
+            formats();
+        } else if (command == "workspace" || command == "run") {
+            int64_t tokens = 0;
+            line >> tokens;
+            command == "run" ? run(tokens) : workspace(tokens);
+        }
+    }
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+    void* const library = dlopen(arguments[1], RTLD_NOW);
+    if (library == nullptr) {
+        std::cerr << dlerror() << "\n";
+        return 2;
+    }
+    using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
+    int32_t count = 0;
+    auto const creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(count);
+    Probe probe;
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        probe.perform(words, creators, count);
+        std::fflush(stdout);
+        std::cout.flush();
+    }
+    return 0;
+}

@@ -1,0 +1,70 @@
+"""Kernels that were never compiled, and a GPU that only writes down what is launched, for tests of the launchers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lynx_trt.plugins.blob import Cubin, Kernels
+from lynx_trt.plugins.launcher import Device, Launch
+from lynx_trt.plugins.plan import Kernel, Plan, Step, plans
+from lynx_trt.plugins.specs import Spec
+
+
+def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> Kernels:
+    """Real plans, and for each kernel an image that says its number and how many parameters it has."""
+    cubins: dict[tuple[Kernel, int], Cubin] = {}
+
+    def cubin(kernel: Kernel, sm: int) -> Cubin:
+        if (kernel, sm) not in cubins:
+            number = len(cubins)
+            image = f"{number} {len(kernel.parameters) + 2}\0".encode()
+            # Shared memory below and above what needs a driver's leave; every third wants scratch memory if it may.
+            shared, scratch = (
+                (60_000 if number % 2 else 1_000),
+                (128 if dict(kernel.constants).get("DESCRIPTORS") else 0),
+            )
+            entry = f"{kernel.function}_{number}"
+            cubins[kernel, sm] = Cubin(sm, kernel.function, entry, 32 * kernel.warps, shared, scratch, 9, 0, image)
+        return cubins[kernel, sm]
+
+    def filled(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
+        steps = tuple(Step(cubin(step.kernel, sm), step.grid, step.arguments) for step in plan.steps)
+        return Plan(plan.max_tokens, steps, plan.regions)
+
+    ops = {spec.key: {sm: tuple(filled(p, sm) for p in plans(spec, sm, max_tokens)) for sm in sms} for spec in specs}
+    return Kernels(tuple(cubins.values()), ops, ("0.0", "0.0"))
+
+
+class FakeDriver:
+    """Notes every load and launch, the launches with their arguments as a kernel would find them."""
+
+    def __init__(self, sm: int = 90, multiprocessors: int = 132) -> None:
+        self.here = Device(sm, multiprocessors, context=1)
+        self.loaded: list[Cubin] = []
+        self.launched: list[dict[str, Any]] = []
+
+    def device(self) -> Device:
+        return self.here
+
+    def load(self, cubin: Cubin, device: Device) -> int:
+        assert device == self.here
+        self.loaded.append(cubin)
+        return len(self.loaded)
+
+    def launch(self, launch: Launch, stream: int) -> None:
+        cubin = self.loaded[launch.function - 1]
+        count = int(cubin.image.split()[1].rstrip(b"\0"))
+        addresses = ctypes.cast(launch.parameters, ctypes.POINTER(ctypes.c_void_p))
+        words = [ctypes.cast(addresses[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(count)]
+        self.launched.append(
+            {
+                "entry": cubin.entry,
+                "programs": launch.programs,
+                "threads": launch.threads,
+                "shared": launch.shared,
+                "stream": stream,
+                "words": words,
+            }
+        )

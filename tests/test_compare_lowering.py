@@ -1,0 +1,135 @@
+"""The lowered graph gives what the function bodies give, in every form, and leaves the artifact alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lynx_trt.artifact import Artifact, check_files
+from lynx_trt.errors import ArtifactError
+from lynx_trt.runtime.lowering import Form, lower, restricts_nothing
+from lynx_trt.runtime.ort import OrtBackend
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# softmax, renormalised | biases, clamped, interleaved, transposed, sinks | sigmoid with groups, a shared expert, a
+# dense first layer | a router that no rule describes, so experts are dropped and slots are empty
+NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe")
+
+
+def steps(artifact: Artifact, form: Form | None) -> list[tuple[Array, Array]]:
+    """Logits and active experts of a ragged prefill, a restricted step with an idle row, and a free one."""
+    backend = OrtBackend(artifact, 4, threads=1, form=form)
+    layers = artifact.manifest.model.moe_layers
+    generator = np.random.default_rng(3)
+    everything = np.array([layer.experts for layer in layers], np.int32)
+    past, lengths = np.zeros(4, np.int64), np.array([7, 1, 5, 7])
+    results = [backend.step(generator.integers(3, 256, (4, 7)), past, lengths, everything)]
+    past = lengths
+    for budgets, lengths in (
+        (np.full(len(layers), 3, np.int32), np.array([1, 1, 0, 1])),
+        (np.full(len(layers), 2, np.int32), np.ones(4, np.int64)),
+        (everything, np.ones(4, np.int64)),
+    ):
+        results.append(backend.step(generator.integers(3, 256, (4, 1)), past, lengths, budgets))
+        past = past + lengths
+    # A row without tokens has no last token, so its logits mean nothing.
+    return [
+        (result.logits[[0, 1, 3]] if number == 1 else result.logits, result.active)
+        for number, result in enumerate(results)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_function_bodies(name: str, artifact: Callable[..., Artifact]) -> None:
+    built = artifact(name, preset="lynx")
+    reference = steps(built, None)
+    forms: tuple[Form, ...] = ("grouped", "fused", "auto")
+    for form in forms:
+        for (expected, active), (got, got_active) in zip(reference, steps(built, form), strict=True):
+            assert got_active.tolist() == active.tolist()
+            # Sums in another order: some roundings of float32 at the scale of the logits, over the layers.
+            bound = 64 * np.finfo(np.float32).eps * np.abs(expected).max()
+            assert np.abs(got - expected).max() <= bound, form
+
+
+def test_the_baseline_is_the_model_without_selection(artifact: Callable[..., Artifact]) -> None:
+    built = artifact("qwen3_moe", preset="lynx")
+    plain, fused = steps(built, None), steps(built, "baseline")
+    # Behind the restricted steps the caches differ, so only the prefill compares.
+    assert np.abs(plain[0][0] - fused[0][0]).max() <= 1e-5 * np.abs(plain[0][0]).max()
+    assert all((active == -1).all() for _, active in fused)
+
+
+@pytest.mark.parametrize("form", ["baseline", "unrestricted"])
+def test_a_rule_that_is_no_softmax_has_no_baseline(form: Form, artifact: Callable[..., Artifact]) -> None:
+    with pytest.raises(ArtifactError, match="softmax and top-k only"):
+        lower(artifact("deepseek_v3", preset="lynx"), form=form)
+
+
+def test_a_row_of_values_that_are_no_numbers_stays_its_own(artifact: Callable[..., Artifact]) -> None:
+    """One sequence's cache is poisoned; the other rows' logits are those of a batch without it."""
+    built = artifact("qwen3_moe", preset="lynx")
+    for form in ("grouped", "fused"):
+        rows = []
+        for poison in (0.0, np.nan):
+            backend = OrtBackend(built, 2, threads=1, form=form)  # type: ignore[arg-type]
+            for cache in backend._caches.values():
+                cache[1, :, :3] = poison
+            everything = np.array([layer.experts for layer in built.manifest.model.moe_layers], np.int32)
+            step = backend.step(np.array([[5], [9]]), np.array([0, 3]), np.ones(2, np.int64), everything)
+            rows.append(step.logits[0])
+        assert np.isfinite(rows[1]).all()
+        assert np.abs(rows[0] - rows[1]).max() <= 1e-5 * np.abs(rows[0]).max()
+
+
+def test_small_and_large_experts_choose_their_form(artifact: Callable[..., Artifact], monkeypatch: Any) -> None:
+    built = artifact("qwen3_moe", preset="lynx")
+    assert set(lower(built).forms) == {"fused"}
+    monkeypatch.setattr("lynx_trt.runtime.lowering.SMALL_EXPERT", 0)
+    assert set(lower(built).forms) == {"grouped"}
+
+
+def test_what_restricts_nothing(artifact: Callable[..., Artifact]) -> None:
+    built = artifact("qwen3_moe", preset="lynx")  # K = 2 of E = 8
+    one = np.ones(2, np.int64)
+
+    def free(budget: int, lengths: Array = one, width: int = 1, artifact: Artifact = built) -> bool:
+        return restricts_nothing(artifact, lengths, width, np.full(2, budget, np.int32))
+
+    assert free(4)  # two tokens have four experts at most
+    assert not free(3)
+    assert not free(8, np.array([1, 0]))  # an idle row has to load nothing
+    assert free(1, one * 5, 5)  # a prefill is never restricted
+    score = built.manifest.selection.model_copy(update={"parameters": {"vote": "score"}})
+    scored = replace(built, manifest=built.manifest.model_copy(update={"selection": score}))
+    assert not free(4, artifact=scored)
+    assert free(8, artifact=scored)
+
+
+def test_the_artifact_stays_as_it_was_built(artifact: Callable[..., Artifact]) -> None:
+    built = artifact("qwen3_moe", preset="lynx")
+    before = sorted(path.name for path in built.folder.iterdir())
+    OrtBackend(built, 1, threads=1, form="auto")
+    assert check_files(built) == []
+    assert sorted(path.name for path in built.folder.iterdir()) == before
+
+
+def test_a_graph_that_is_none(tmp_path: Any, artifact: Callable[..., Artifact]) -> None:
+    built = artifact("qwen3_moe", preset="lynx")
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match="can't be read as ONNX"):
+        lower(Artifact(tmp_path, built.manifest))
+
+
+def test_half_precision_is_computed_in_float32(artifact: Callable[..., Artifact]) -> None:
+    """Both from the same fp16 weights: the lowered one is the function bodies' but for fp16's own rounding."""
+    built = artifact("qwen3_moe", precision="fp16", preset="lynx")
+    expected, _ = steps(built, None)[0]
+    got, _ = steps(built, "auto")[0]
+    scale = np.abs(expected).max()
+    assert np.median(np.abs(got - expected)) <= 8 * np.finfo(np.float16).eps * scale

@@ -1,0 +1,364 @@
+"""The C++ plugin against the contract and the Python plugin: fields, shapes, types, formats, workspace, launches.
+
+Compiled here, so it needs TensorRT's public headers (TENSORRT_INCLUDE_DIR or TENSORRT_ROOT), CMake and a C++ compiler.
+A program of the tests (cpp/probe.cpp) does with it what TensorRT would, on a CUDA driver that only prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_kernels import FakeDriver, fake_kernels
+
+from lynx_trt.experts import ExpertsForm
+from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
+from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract
+from lynx_trt.plugins.launcher import Launcher, spec_of, workspace_bytes
+from lynx_trt.selection import PRESETS
+
+ROOT = Path(__file__).parent.parent
+TYPES = ("float32", "float16", "bfloat16", "int32", "int64", "bool", "int8")
+FIELD_KINDS = {"float32": 1, "int8": 3, "int32": 5, "char": 6}  # nvinfer1::PluginFieldType
+MOST = 4096
+
+
+def tensorrt_headers() -> Path | None:
+    """Where the user says that they are; as CMakeLists.txt looks for them."""
+    root = os.environ.get("TENSORRT_ROOT", "/nowhere")
+    folders = [os.environ.get("TENSORRT_INCLUDE_DIR", "/nowhere"), f"{root}/include", "/usr/include/x86_64-linux-gnu"]
+    return next((Path(folder) for folder in folders if (Path(folder) / "NvInferRuntime.h").is_file()), None)
+
+
+def cuda_headers() -> Path | None:
+    """A toolkit's, or those that the Triton language brings along."""
+    spec = importlib.util.find_spec("triton")
+    wheel = Path(spec.origin).parent / "backends/nvidia/include" if spec and spec.origin else Path("/nowhere")
+    folders = [Path(os.environ.get("CUDA_INCLUDE_DIR", "/nowhere")), Path("/usr/local/cuda/include"), wheel]
+    return next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the plugin library, the probe and the driver that prints."""
+    headers, cuda = tensorrt_headers(), cuda_headers()
+    if headers is None:
+        pytest.skip("TensorRT's headers are not here: set TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h")
+    if cuda is None:
+        pytest.skip("cuda_runtime_api.h is not here: set CUDA_INCLUDE_DIR to its folder")
+    if not (shutil.which("cmake") and shutil.which("g++") and shutil.which("make")):
+        pytest.skip("no CMake, make or g++ here")
+    folder = tmp_path_factory.mktemp("plugin")
+    places = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DCUDA_INCLUDE_DIR={cuda}", "-DCMAKE_CXX_FLAGS=-Werror"]
+    run(["cmake", "-S", str(ROOT / "plugins/cpp"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Debug", *places])
+    run(["cmake", "--build", str(folder), "--parallel", "2"])
+    sources = Path(__file__).parent / "cpp"
+    run(["gcc", "-shared", "-fPIC", str(sources / "fake_cuda.c"), "-ldl", "-o", str(folder / "libcuda.so.1")])
+    includes = ["-isystem", str(headers), "-isystem", str(cuda)]
+    run(["g++", "-std=c++17", *includes, str(sources / "probe.cpp"), "-ldl", "-o", str(folder / "probe")])
+    return folder
+
+
+def run(command: list[str], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+class Case:
+    """One node: its op, attributes, and inputs' types and shapes, with T where the tokens are."""
+
+    def __init__(self, op: str, attributes: dict, inputs: list[tuple[str, tuple]]) -> None:
+        self.contract: Contract = CONTRACTS[op]
+        self.attributes = {name: value for name, value in attributes.items() if name not in PLUGIN}
+        self.inputs = inputs
+
+    @property
+    def values(self) -> dict:
+        return self.contract.parse_fields(self.attributes)
+
+    def shapes(self, tokens: int) -> list[tuple[int, ...]]:
+        return [tuple(tokens if size == "T" else size for size in shape) for _, shape in self.inputs]
+
+    @property
+    def spec(self):
+        return spec_of(self.contract.name, self.values, self.shapes(1), self.inputs[0][0])
+
+    def commands(self, *then: str, kernels: str = "") -> str:
+        lines = [f"op {self.contract.name}"]
+        for field in self.contract.fields:
+            if field.name in self.attributes:
+                lines.append(f"field {field.name} {field.type} {self.attributes[field.name]}")
+        lines += [kernels, "create"]
+        lines += [f"input {kind} {' '.join(map(str, shape))}" for kind, shape in self.inputs]
+        return "\n".join([*lines, *then, ""])
+
+
+def select_case(preset: str = "lynx", **changes) -> Case:
+    attributes = select_attributes(PRESETS[preset], experts_per_token=2, renormalize=True, scale=2.5)
+    kinds = [tensor.type for tensor in CONTRACTS["LynxSelect"].inputs]
+    shapes = [("T", 8), ("T", 8), ("T", 2), ("T", 2), (), ("T",)]
+    return Case("LynxSelect", {**attributes, **changes}, list(zip(kinds, shapes, strict=True)))
+
+
+def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias: bool = False, **changes) -> Case:
+    form = form or ExpertsForm()
+    e, k, h, i = 8, 2, 128, 48
+    r = 2 * i if form.gated else i
+    weights = [(e, h, r), (e, i, h)] if form.transposed else [(e, r, h), (e, h, i)]
+    inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *((kind, shape) for shape in weights)]
+    inputs += [(kind, (e, r)), (kind, (e, h))] if bias else []
+    return Case("LynxExperts", {**experts_attributes(form), **changes}, inputs)
+
+
+CASES = {
+    **{f"select-{preset}": select_case(preset) for preset in PRESETS},
+    "experts": experts_case(),
+    "experts-bias": experts_case(kind="bfloat16", bias=True),
+    "experts-gpt-oss": experts_case(
+        ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0), "bfloat16", bias=True
+    ),
+    "experts-ungated": experts_case(ExpertsForm("relu2", gated=False), "float32"),
+}
+
+
+def probe(built: Path, commands: str, **environment: str) -> list[str]:
+    # The fake driver's folder comes first for dlopen too.
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(built), **environment}
+    library = str(built / "liblynx_plugin.so")
+    return run([str(built / "probe"), library], input=commands, env=environment).splitlines()
+
+
+def lines_of(lines: list[str], *kinds: str) -> list[str]:
+    return [line for line in lines if line.split(" ", 1)[0] in kinds]
+
+
+def stored(name: str, kind: str, data: bytes) -> str:
+    return f"stored {name} {FIELD_KINDS[kind]} {data.hex()}"
+
+
+def stored_fields(case: Case, kernels_id: str, blob: bytes) -> list[str]:
+    """What the Python plugin stores."""
+    from lynx_trt.plugins import python_plugin
+
+    class Trt:
+        """The two names of TensorRT that a field is made with."""
+
+        PluginFieldType = type("PluginFieldType", (), {"INT32": 5, "FLOAT32": 1, "CHAR": 6, "INT8": 3})
+
+        @staticmethod
+        def PluginField(name, data, kind):
+            return f"stored {name} {kind} {(data if isinstance(data, bytes) else data.tobytes()).hex()}"
+
+    values = {**case.values, "kernels_id": kernels_id, "kernels": blob}
+    return [
+        python_plugin._plugin_field(Trt, field.name, field.type, values[field.name])
+        for field in case.contract.stored_fields
+        if values[field.name] not in ("", b"")
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract(built, tmp_path, name):
+    """One contract: everything that the probe asks the C++ plugin has the contract's answer."""
+    case = CASES[name]
+    contract = case.contract
+    blob = fake_kernels([case.spec], (80, 90), MOST).to_bytes()
+    (tmp_path / "kernels").write_bytes(blob)
+    kernels_id = hashlib.sha256(blob).hexdigest()
+    then = ("outputs", "formats", "workspace 1", f"workspace {MOST}")
+    lines = probe(built, case.commands(*then, kernels=f"kernels {kernels_id} {tmp_path / 'kernels'}"))
+    assert lines_of(lines, "plugin") == [f"plugin {contract.name} {contract.version} {contract.namespace}"]
+    assert lines_of(lines, "field") == [f"field {f.name} {FIELD_KINDS[f.type]}" for f in contract.stored_fields]
+    assert lines_of(lines, "stored") == stored_fields(case, kernels_id, blob)
+    types = contract.output_types([kind for kind, _ in case.inputs])
+    sources = [[f"{number}.{axis}" for number, axis in dims] for dims in contract.output_sources()]
+    assert lines_of(lines, "output") == [" ".join(["output", *each]) for each in zip_words(types, sources)]
+    kinds = [*(kind for kind, _ in case.inputs), *types]
+    assert len(lines_of(lines, "formats")) == len(kinds)
+    for position, line in enumerate(lines_of(lines, "formats")):
+        answers = [
+            contract.supports(
+                position, [*kinds[:position], kind, *kinds[position + 1 :]], len(case.inputs), linear=linear
+            )
+            for linear in (True, False)
+            for kind in TYPES
+        ]
+        assert line == f"formats {position} {''.join(str(int(answer)) for answer in answers)}"
+    kernels = fake_kernels([case.spec], (80, 90), MOST)
+    assert lines_of(lines, "workspace") == [
+        f"workspace {workspace_bytes(kernels, case.spec.key, tokens)}" for tokens in (1, MOST)
+    ]
+
+
+def zip_words(types: list[str], sources: list[list[str]]) -> list[list[str]]:
+    return [[kind, *words] for kind, words in zip(types, sources, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches(built, tmp_path, name):
+    """The same launches as the Python launcher's, for each number of tokens in turn, down to the arguments."""
+    case, tokens = CASES[name], (1, 17, 512, 513, MOST, 3)
+    kernels = fake_kernels([case.spec], (90,), MOST)
+    (tmp_path / "kernels").write_bytes(kernels.to_bytes())
+    lines = probe(
+        built, case.commands(*(f"run {each}" for each in tokens), kernels=f"kernels id {tmp_path / 'kernels'}")
+    )
+    driver = FakeDriver()
+    launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
+    inputs, outputs = [0x1000 * n for n in range(1, 8)], [0x100000 * n for n in range(1, 5)]
+    for each in tokens:
+        launcher.prepare(each).run(driver, inputs, outputs, 0x7000000, 77)
+    numbers = {cubin.entry: number for number, cubin in enumerate(kernels.cubins)}
+    assert lines_of(lines, "launch") == [
+        f"launch {numbers[it['entry']]} {it['programs']} {it['threads']} {it['shared']} 77 "
+        + " ".join(map(str, it["words"]))
+        for it in driver.launched
+    ]
+    assert len(driver.launched) >= len(tokens)
+    assert lines_of(lines, "status") == ["status 0 0"] * len(tokens)
+    once = dict.fromkeys(cubin.entry for cubin in driver.loaded)
+    assert lines_of(lines, "load") == [f"load {entry}" for entry in once]  # in the same order, each once
+    allowed = [numbers[cubin.entry] for cubin in dict.fromkeys(driver.loaded) if cubin.shared > 48 * 1024]
+    assert lines_of(lines, "attribute") == [f"attribute {number} 8 60000" for number in allowed]
+
+
+@pytest.mark.parametrize(
+    ("sm", "built_for", "runs"), [(86, 80, True), (80, 86, False), (120, 90, False), (91, 90, False)]
+)
+def test_other_gpus(built, tmp_path, sm, built_for, runs):
+    case = select_case()
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (built_for,), 8).to_bytes())
+    lines = probe(built, case.commands("run 4", kernels=f"kernels id {tmp_path / 'kernels'}"), FAKE_SM=str(sm))
+    assert lines_of(lines, "status") == [f"status {'0 0' if runs else '-1 -1'}"]
+    if not runs:
+        assert f"LynxSelect node: this engine's kernels are for SM {built_for}, and this GPU is SM {sm}" in "\n".join(
+            lines
+        )
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels", "message"),
+    [
+        (select_case(vote="majority"), "", "vote is 'majority', which is not allowed"),
+        (experts_case(gated=2), "", "gated is '2', which is not allowed"),
+        (select_case(), "", "it holds no GPU kernels, so this engine can't run"),
+        (select_case(), "noblob lost", "the GPU kernels lost are in none of the engines loaded here"),
+        (select_case(), "kernels id FILE", "can't be read"),
+    ],
+)
+def test_refusals(built, tmp_path, case, kernels, message):
+    (tmp_path / "file").write_bytes(b"lynx-kernels 1 9\nnonsense\n")
+    commands = case.commands(kernels=kernels.replace("FILE", str(tmp_path / "file")))
+    lines = probe(built, commands)
+    if "refused" not in lines:
+        lines = probe(built, commands + "run 4\n")
+        assert lines_of(lines, "status")[0].endswith("-1")
+    assert message in "\n".join(lines)
+
+
+def test_an_error_of_cuda_has_its_name(built, tmp_path):
+    case = select_case()
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
+    lines = probe(built, case.commands("run 4", kernels=f"kernels id {tmp_path / 'kernels'}"), FAKE_ERROR="209")
+    assert "LynxSelect node: cuModuleLoadData failed: CUDA_ERROR_FAKE (209)" in lines
+
+
+DRIVER_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_cpp_plugin import CASES, MOST, fake_kernels
+from lynx_trt.plugins.cuda_driver import CudaDriver
+from lynx_trt.plugins.launcher import Launcher
+case = CASES["experts-bias"]
+driver, kernels = CudaDriver(), fake_kernels([case.spec], (90,), MOST)
+launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
+inputs, outputs = [0x1000 * n for n in range(1, 8)], [0x100000]
+for tokens in (17, 513):
+    launcher.prepare(tokens).run(driver, inputs, outputs, 0x7000000, 77)
+"""
+
+
+def test_cuda_python_does_the_same(built, tmp_path):
+    """The Python plugin's driver, cuda-python, on the library that prints: the same loads and launches."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        pytest.skip('cuda-python is not installed: pip install "cuda-python>=12.8"')
+    case = CASES["experts-bias"]
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), MOST).to_bytes())
+    expected = probe(built, case.commands("run 17", "run 513", kernels=f"kernels id {tmp_path / 'kernels'}"))
+    script = DRIVER_SCRIPT.format(tests=str(Path(__file__).parent))
+    lines = run([sys.executable, "-c", script], env={**os.environ, "LD_LIBRARY_PATH": str(built)}).splitlines()
+    assert lines_of(lines, "launch")
+    assert lines_of(lines, "load", "attribute", "launch") == lines_of(expected, "load", "attribute", "launch")
+
+
+def test_only_two_symbols_are_exported(built):
+    if not shutil.which("nm"):
+        pytest.skip("no nm here")
+    symbols = run(["nm", "-D", "--defined-only", str(built / "liblynx_plugin.so")]).splitlines()
+    assert {line.split()[-1] for line in symbols if " T " in line} == {"getCreators", "setLoggerFinder"}
+    assert "nvinfer" not in run(["ldd", str(built / "liblynx_plugin.so")])
+
+
+def test_the_contract_has_no_type_that_cpp_lacks():
+    for contract in CONTRACTS.values():
+        assert {tensor.type for tensor in (*contract.inputs, *contract.outputs)} <= {"float", *TYPES}
+    assert set(FLOAT_TYPES) < set(TYPES)
+
+
+BUILD_SCRIPT = """
+import os, sys
+from dataclasses import asdict
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_tensorrt_build import profiles_of
+from lynx_trt.plugins import python_plugin
+from lynx_trt.tensorrt import loader, worker
+trt = loader.load("rtx").module
+if {library!r}:
+    assert trt.get_plugin_registry().load_library({library!r})
+path = Path({path!r})
+request = dict(onnx=str(path), partial={plan!r}, flavor="rtx", expert_weights="engine", workspace_bytes=None,
+               kernels={kernels!r}, profiles=[asdict(profile) for profile in profiles_of(path)])
+report = worker._build(request, worker._Channel(os.open(os.devnull, os.O_WRONLY)))
+print(report["plugin_layers"], len(python_plugin._PLUGINS))
+"""
+
+
+def test_engines(built, tmp_path):
+    """TensorRT for RTX loads the library and builds with it: the same fields in an engine of the same size."""
+    from trt_graphs import E, H, I, K, make_graph
+
+    for package in ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_bindings"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2)
+    attributes = select_attributes(PRESETS["lynx"], experts_per_token=K, renormalize=True, scale=1.0)
+    values = CONTRACTS["LynxSelect"].parse_fields(attributes)
+    shapes = [(1, E), (1, E), (1, K), (1, K), (), (1,)]
+    specs = [spec_of("LynxSelect", values, shapes, "float32")]
+    values = CONTRACTS["LynxExperts"].parse_fields(dict(experts_attributes(ExpertsForm())))
+    specs.append(spec_of("LynxExperts", values, [(1, H), (1, K), (1, K), (E, 2 * I, H), (E, H, I)], "float16"))
+    (tmp_path / "kernels").write_bytes(blob := fake_kernels(specs, (90,), 256).to_bytes())
+    plans = {}
+    for name, library in (("python", ""), ("cpp", str(built / "liblynx_plugin.so"))):
+        plan, kernels = str(tmp_path / name), str(tmp_path / "kernels")
+        tests = str(Path(__file__).parent)
+        script = BUILD_SCRIPT.format(tests=tests, library=library, path=str(path), plan=plan, kernels=kernels)
+        out = run([sys.executable, "-c", script])
+        assert "{'LynxSelect': 2, 'LynxExperts': 2}" in out
+        assert out.split()[-1] == "0" if library else out.split()[-1] != "0"  # the Python plugin stays out of it
+        plans[name] = Path(plan).read_bytes()
+    assert len(plans["python"]) == len(plans["cpp"])
+    for plan in plans.values():
+        assert 0 < plan.count(blob) <= 4  # of one node, for each of two profiles, twice at most
+    found = {name: re.findall(rb"vote\0.{8}weight.{200}", plan, re.DOTALL) for name, plan in plans.items()}
+    assert len(found["python"]) == 4  # two layers, two profiles
+    assert found["python"] == found["cpp"]

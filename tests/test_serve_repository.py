@@ -1,0 +1,405 @@
+"""The model repository and the commands around it: what the server reads, and what an operator can get wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lynx_trt import console, serve
+from lynx_trt.artifact import Artifact, EngineRecord
+from lynx_trt.errors import LynxError, ServingError, UsageError
+from lynx_trt.serving import environment, server
+from lynx_trt.serving.config import Name, engine_config, protobuf_text, text_config
+from lynx_trt.serving.repository import Repository, set_quality, write_repository
+from lynx_trt.serving.schema import INPUTS, OUTPUTS
+from lynx_trt.serving.settings import Settings
+
+needs_client = pytest.mark.skipif(
+    importlib.util.find_spec("tritonclient") is None, reason='needs the client: pip install "lynx-trt[serve]"'
+)
+
+
+def parsed(text: str) -> Any:
+    """As the server reads it: protobuf text of its own message; an unknown field or enum is an error."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def write(artifact: Artifact, folder: Path, **options: Any) -> Repository:
+    return write_repository(artifact, folder, **{"name": "tiny", "settings": Settings(), **options})
+
+
+@pytest.fixture
+def with_engine(text_artifact: Artifact, tmp_path: Path) -> Artifact:
+    """The artifact with an engine's record (the engine itself takes a builder; its bytes don't matter here)."""
+    import shutil
+
+    folder = Path(shutil.copytree(text_artifact.folder, tmp_path / "with-engine"))
+    (folder / "engine.plan").write_bytes(b"plan")
+    shapes = {"input_ids": [[1, 1], [8, 1], [64, 1]], "past_lengths": [[1], [8], [64]], "lengths": [[1], [8], [64]]}
+    cache = [[1, 2, 64, 16], [8, 2, 64, 16], [64, 2, 64, 16]]
+    shapes |= {f"past_key_values.{layer}.{part}": cache for layer in (0, 1) for part in ("key", "value")}
+    tensors: list[dict[str, Any]] = [
+        {"name": "input_ids", "mode": "input", "dtype": "int64", "shape": [-1, -1]},
+        {"name": "past_lengths", "mode": "input", "dtype": "int64", "shape": [-1]},
+        {"name": "lengths", "mode": "input", "dtype": "int64", "shape": [-1]},
+        {"name": "budgets", "mode": "input", "dtype": "int32", "shape": [2]},
+        {"name": "logits", "mode": "output", "dtype": "float32", "shape": [-1, 256]},
+        {"name": "active_experts", "mode": "output", "dtype": "int32", "shape": [2]},
+    ]
+    for mode, kind in (("input", "past"), ("output", "present")):
+        for layer in (0, 1):
+            for part in ("key", "value"):
+                name = f"{kind}_key_values.{layer}.{part}"
+                tensors.append({"name": name, "mode": mode, "dtype": "float16", "shape": [-1, 2, 64, 16]})
+    engine = EngineRecord(
+        flavor="full",
+        tensorrt="11.0.0",
+        expert_weights="engine",
+        compute_capabilities=[90],
+        seconds=1.0,
+        peak_bytes=1,
+        plan_bytes=4,
+        plugin_layers={"LynxSelect": 2, "LynxExperts": 2},
+        profiles=[{"name": "decode", "shapes": shapes}, {"name": "prefill", "shapes": shapes}],
+        tensors=tensors,
+        external=[],
+        warnings=[],
+    )
+    return Artifact(folder, text_artifact.manifest.model_copy(update={"engine": engine}))
+
+
+# --- Configurations.
+
+
+@needs_client
+def test_text_model_s_configuration(text_artifact: Artifact) -> None:
+    settings = Settings(slots=7, quality="fast")
+    config = parsed(text_config("tiny", text_artifact.manifest, settings))
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 0)
+    assert config.model_transaction_policy.decoupled
+    assert [tensor.name for tensor in config.input] == [tensor.name for tensor in INPUTS]
+    assert [tensor.optional for tensor in config.input] == [tensor.optional for tensor in INPUTS]
+    assert [tensor.name for tensor in config.output] == [tensor.name for tensor in OUTPUTS]
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert Settings.of(parameters) == settings
+    assert config.version_policy.latest.num_versions == 1
+    assert config.instance_group[0].count == 1
+    assert {name for warm_up in config.model_warmup for name in warm_up.inputs} == {"text_input", "max_tokens"}
+
+
+@needs_client
+def test_engine_s_configuration(with_engine: Artifact) -> None:
+    """Every tensor of the engine with its batch dimension; both profiles; a warm-up of each, caches and all."""
+    from tritonclient.grpc import model_config_pb2
+
+    config = parsed(engine_config("tiny_engine", with_engine.manifest))
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 0)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    inputs = {tensor.name: list(tensor.dims) for tensor in config.input}
+    assert inputs["input_ids"] == [-1, -1]
+    assert inputs["budgets"] == [2]
+    assert len(inputs) == 8
+    assert {tensor.name: tensor.label_filename for tensor in config.output if tensor.label_filename} == {
+        "logits": "tokens.txt",
+        "active_experts": "moe_layers.txt",
+    }
+    assert [warm_up.name for warm_up in config.model_warmup] == ["decode", "prefill"]
+    for warm_up in config.model_warmup:
+        assert set(warm_up.inputs) == set(inputs)
+        assert all(-1 not in tensor.dims for tensor in warm_up.inputs.values())
+
+
+@needs_client
+def test_text_format_takes_any_string() -> None:
+    """Quotes, line breaks, control characters and other scripts come back as they went in."""
+    for value in ['a "b" \\ c', "line\nbreak\ttab", "\x01\x1f", "żółw 龟", ""]:
+        config = parsed(protobuf_text({"name": value, "parameters": [{"key": "k", "value": {"string_value": value}}]}))
+        assert config.name == config.parameters["k"].string_value == value
+    assert protobuf_text({"kind": Name("KIND_CPU"), "on": True, "n": [1, 2]}) == "kind: KIND_CPU\non: true\nn: [1, 2]\n"
+
+
+@needs_client
+def test_weights_outside_the_engine_are_not_warmed_up(with_engine: Artifact) -> None:
+    engine = with_engine.manifest.engine
+    assert engine is not None
+    outside = engine.model_copy(update={"external": [{"name": "w"}]})
+    config = parsed(engine_config("x", with_engine.manifest.model_copy(update={"engine": outside})))
+    assert not config.model_warmup
+
+
+def test_unknown_tensor_type_is_said(with_engine: Artifact) -> None:
+    engine = with_engine.manifest.engine
+    assert engine is not None
+    tensors = [{**engine.tensors[0], "dtype": "complex64"}]
+    manifest = with_engine.manifest.model_copy(update={"engine": engine.model_copy(update={"tensors": tensors})})
+    with pytest.raises(ServingError, match="input_ids is complex64"):
+        engine_config("x", manifest)
+
+
+# --- The folder.
+
+
+def test_repository_is_whole(with_engine: Artifact, tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.so"
+    plugin.write_bytes(b"library")
+    written = write(with_engine, tmp_path / "repository", plugin=plugin)
+    folder = written.folder
+    assert written.engine == "tiny_engine"
+    assert written.plugin == folder / "liblynx_plugin.so"
+    assert written.plugin.read_bytes() == b"library"
+    assert (folder / "tiny_engine" / "1" / "model.plan").read_bytes() == b"plan"
+    assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced"}
+    layers = (folder / "tiny" / "moe_layers.txt").read_text().splitlines()
+    assert layers == [layer.name for layer in with_engine.manifest.model.moe_layers]
+    tokens = (folder / "tiny_engine" / "tokens.txt").read_text().splitlines()
+    assert len(tokens) == 256
+    # A hard link: the same file, once on the disk.
+    weights = folder / "tiny" / "1" / "artifact" / "weights.safetensors"
+    assert weights.samefile(with_engine.folder / "weights.safetensors")
+    assert str(tmp_path) not in (folder / "tiny" / "config.pbtxt").read_text()
+
+
+def test_code_in_the_repository_stands_alone(text_artifact: Artifact, tmp_path: Path) -> None:
+    """The copy of lynx_trt imports without this checkout, with the packages of a server's environment only."""
+    written = write(text_artifact, tmp_path / "repository")
+    version = written.folder / "tiny" / "1"
+    code = (
+        "import sys, types; sys.path[:] = [p for p in sys.path if 'lynx' not in p and p != '']\n"
+        "sys.meta_path[:] = [m for m in sys.meta_path if 'editable' not in repr(m)]\n"
+        f"sys.path.insert(0, {str(version)!r})\n"
+        "sys.modules['triton_python_backend_utils'] = types.ModuleType('utils')\n"
+        "for name in ('torch', 'transformers', 'typer', 'rich', 'psutil'): sys.modules[name] = None\n"
+        "import model, lynx_trt.runtime.ort, lynx_trt.runtime.lowering\n"
+        "print(lynx_trt.__file__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(version / "lynx_trt" / "__init__.py")
+
+
+def test_same_repository_is_reused(text_artifact: Artifact, tmp_path: Path) -> None:
+    """Starting again must not touch what a server may be reading; other settings need --overwrite."""
+    first = write(text_artifact, tmp_path / "repository")
+    before = (first.folder / "tiny" / "config.pbtxt").stat().st_ino
+    assert write(text_artifact, tmp_path / "repository").reused
+    assert (first.folder / "tiny" / "config.pbtxt").stat().st_ino == before
+    with pytest.raises(UsageError, match="--overwrite"):
+        write(text_artifact, tmp_path / "repository", settings=Settings(slots=2))
+    again = write(text_artifact, tmp_path / "repository", settings=Settings(slots=2), overwrite=True)
+    assert not again.reused
+    assert 'string_value: "2"' in (again.folder / "tiny" / "config.pbtxt").read_text()
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_foreign_folder_is_not_touched(text_artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UsageError, match="no model repository of ours"):
+        write(text_artifact, tmp_path, overwrite=True)
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "-x", "a b", "x" * 200, "${HOME}", "żółw"])
+def test_names_that_are_no_model_s(name: str, text_artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--name"):
+        write(text_artifact, tmp_path / "repository", name=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_set_quality(text_artifact: Artifact, tmp_path: Path) -> None:
+    """In place, so that a file mounted into a container follows; a wrong one changes nothing."""
+    written = write(text_artifact, tmp_path / "repository")
+    inode = (written.folder / "dial.json").stat().st_ino
+    set_quality(written.folder, "0.25")
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25"}
+    assert (written.folder / "dial.json").stat().st_ino == inode
+    with pytest.raises(LynxError, match="'best'"):
+        set_quality(written.folder, "best")
+    with pytest.raises(UsageError, match="no repository"):
+        set_quality(tmp_path, "max")
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25"}
+
+
+# --- Flags, ports, environment.
+
+
+def test_flags_keep_to_loopback_and_close_the_doors() -> None:
+    """Loopback on all three ports; what could load models or name files answers to a random key alone."""
+    found = server.flags("/r", ["m"], server.Address(), plugin="/p.so", drain=5)
+    assert found.count("--http-address=127.0.0.1") == 1
+    assert {"--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1", "--load-model=m"} <= set(found)
+    assert "--backend-config=tensorrt,plugins=/p.so" in found
+    restricted = [flag for flag in found if "restricted" in flag]
+    assert len(restricted) == 2
+    assert all("model-repository,shared-memory,trace,logging:lynx-operator=" in flag for flag in restricted)
+    again = server.flags("/r", ["m"], server.Address(), plugin=None, drain=5)
+    assert not set(restricted) & set(again)
+
+
+def test_docker_command_is_one_shell_command(text_artifact: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "it's a path"
+    repository = write(text_artifact, folder)
+    text = server.docker_command(repository, ["tiny"], server.Address(), image="image:1", gpu=True, drain=9)
+    words = shlex.split(text.replace("\\\n", " "))
+    assert words[:2] == ["docker", "run"]
+    assert f"{folder}:/models:ro" in words
+    assert {"127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002", "--gpus"} <= set(words)
+    inside = shlex.split(words[-1])
+    assert words[-3:-1] == ["bash", "-c"]
+    assert {"tritonserver", "--load-model=tiny", "--http-address=0.0.0.0", "numpy>=1.26,<2"} <= set(inside)
+
+
+def test_taken_port_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"can't listen on 127.0.0.1:{port}.*--http-port"):
+            server._check_ports(server.Address(http=port, grpc=1, metrics=2))
+    with pytest.raises(UsageError, match="not three"):
+        server._check_ports(server.Address(http=8000, grpc=8000))
+
+
+def test_stale_memory_goes_and_that_of_others_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions of a process that is gone are removed, of a living one (this) not."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    regions = [Path(f"/dev/shm/lynx_trt_{pid}_x") for pid in (ended.pid, os.getpid())]
+    for region in regions:
+        region.touch()
+    try:
+        server._remove_stale_memory()
+        assert [region.exists() for region in regions] == [False, True]
+    finally:
+        for region in regions:
+            region.unlink(missing_ok=True)
+
+
+def test_environment_that_can_t_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, say: one sentence with pip's own reason, and nothing is left behind."""
+    monkeypatch.setenv("LYNX_TRT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ServingError, match=r"can't be made: pip install .* failed: ") as failed:
+        environment.prepare(server=True, phase=lambda _: lambda _: None)
+    assert "\n" not in str(failed.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [("PYTHONS", ((3, 1), (3, 2)), "runs models with Python 3.1 to 3.2"), ("libpython", lambda: None, "libpython")],
+)
+def test_python_that_the_wheel_can_t_use(
+    attribute: str, value: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LYNX_TRT_CACHE", str(tmp_path))
+    monkeypatch.setattr(environment, attribute, value)
+    with pytest.raises(ServingError, match=words):
+        environment.prepare(server=True, phase=lambda _: lambda _: None)
+
+
+# --- As a user runs it.
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lynx_trt.serve", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_command_writes_and_tells(text_artifact: Artifact, tmp_path: Path) -> None:
+    arguments = [str(text_artifact.folder), "-o", str(tmp_path / "r"), "--name", "tiny", "--docker"]
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "16 slots with 524.3 kB of cache" in result.stdout
+    assert "docker run" in result.stdout
+    report = json.loads(command(*arguments, "--json").stdout)
+    assert report["models"] == ["tiny"]
+    changed = command("-o", str(tmp_path / "r"), "--set-quality", "fast")
+    assert changed.returncode == 0
+    assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast"}
+
+
+def test_command_says_why_the_engine_stays(with_engine: Artifact, tmp_path: Path) -> None:
+    """Here there is no GPU: the engine is in the repository, with the exact flag it needs, but not loaded."""
+    (with_engine.folder / "lynx.json").write_text(with_engine.manifest.model_dump_json())
+    result = command(str(with_engine.folder), "-o", str(tmp_path / "r"), "--name", "tiny")
+    assert result.returncode == 0, result.stderr
+    assert "tiny_engine is in the repository but not loaded: there is no GPU here" in result.stderr
+    assert "--backend-config=tensorrt,plugins=" in result.stdout
+
+
+def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
+    import shutil
+
+    shutil.copytree(artifact.folder, folder)
+    (folder / "tokenizer.json").unlink()
+    manifest = json.loads((folder / "lynx.json").read_text())
+    del manifest["files"]["tokenizer.json"]
+    (folder / "lynx.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "there is no artifact"),
+        (["nowhere"], 1, "no such artifact"),
+        (["ARTIFACT", "--quality", "best"], 1, "'best'"),
+        (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
+        (["ARTIFACT", "--name", "../x"], 2, "--name"),
+        (["ARTIFACT", "--plugin", "nowhere.so"], 2, "no plugin library nowhere.so"),
+        (["ARTIFACT", "--http-port", "70000"], 2, "--http-port"),
+        (["--set-quality", "max"], 2, "--output"),
+        (["BARE"], 1, "has no tokenizer"),
+        (["CHANGED"], 1, "was changed since it was built"),
+    ],
+)
+def test_command_mistakes(
+    arguments: list[str],
+    code: int,
+    words: str,
+    text_artifact: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import shutil
+
+    places = {"ARTIFACT": text_artifact.folder, "BARE": tmp_path / "bare", "CHANGED": tmp_path / "changed"}
+    without_tokenizer(text_artifact, places["BARE"])
+    shutil.copytree(text_artifact.folder, places["CHANGED"])
+    content = bytearray((places["CHANGED"] / "model.onnx").read_bytes())
+    content[-1] ^= 1
+    (places["CHANGED"] / "model.onnx").write_bytes(content)
+    output = [] if "--set-quality" in arguments else ["-o", str(tmp_path / "r")]
+    words_given = [str(places.get(argument, argument)) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["serve", *words_given, *output])
+    with pytest.raises(SystemExit) as ended:
+        console.run(serve.app)
+    assert ended.value.code == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_help_is_quick() -> None:
+    import time
+
+    fastest = 9.0
+    for _ in range(3):
+        started = time.monotonic()
+        assert command("--help").returncode == 0
+        fastest = min(fastest, time.monotonic() - started)
+    assert fastest < 0.7

@@ -1,0 +1,405 @@
+"""The served model without a server: requests in, responses out, and every mistake a client can make."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lynx_trt.artifact import TOKENIZER, Artifact
+from lynx_trt.errors import LynxError, UsageError
+from lynx_trt.generate import generate_text
+from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.open import limits_of, open_backend
+from lynx_trt.runtime.quality import Dial
+from lynx_trt.runtime.text import Tokenizer
+from lynx_trt.serving.metrics import SPECS, Metrics, ServerSink
+from lynx_trt.serving.requests import Parser
+from lynx_trt.serving.schema import OUTPUTS
+from lynx_trt.serving.service import Service
+from lynx_trt.serving.settings import Settings
+
+PROMPT = "def add(a, b):\n"
+
+
+class Reply:
+    """The way back to one client, kept."""
+
+    def __init__(self) -> None:
+        self.responses: list[dict[str, Array]] = []
+        self.error: tuple[str, str] | None = None
+        self.final = False
+        self.gone = False
+
+    def send(self, outputs: Mapping[str, Array], *, final: bool) -> None:
+        assert not self.final
+        self.responses.append(dict(outputs))
+        self.final = final
+
+    def fail(self, kind: str, message: str) -> None:
+        assert not self.final
+        self.error, self.final = (kind, message), True
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+    def wait(self) -> Reply:
+        end = time.monotonic() + 20
+        while not self.final:
+            assert time.monotonic() < end, "no answer"
+            time.sleep(0.005)
+        return self
+
+    @property
+    def text(self) -> str:
+        return b"".join(response["text_output"][0] for response in self.responses).decode()
+
+
+class Sink:
+    """Metrics, kept: (name, label) to value."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, str | None], float] = {}
+        self.observed: dict[str, list[float]] = {}
+
+    def add(self, name: str, label: str | None, amount: float) -> None:
+        assert amount >= 0
+        self.values[name, label] = self.values.get((name, label), 0) + amount
+
+    def set(self, name: str, label: str | None, value: float) -> None:
+        self.values[name, label] = value
+
+    def observe(self, name: str, value: float) -> None:
+        self.observed.setdefault(name, []).append(value)
+
+
+class Served:
+    """A service and what belongs to it."""
+
+    def __init__(self, artifact: Artifact, settings: Settings, dial_file: Path | None = None) -> None:
+        dial = Dial.of(artifact.manifest)
+        self.parser = Parser(Tokenizer(artifact.path(TOKENIZER)), limits_of(artifact.manifest), dial, settings)
+        self.sink = Sink()
+        layers = [layer.name for layer in artifact.manifest.model.moe_layers]
+        backend = open_backend(artifact, settings.slots, threads=1)
+        self.service = Service(backend, self.parser, Metrics(self.sink, layers, dial), dial_file)
+
+    def ask(self, parameters: str = "{}", **values: Any) -> Reply:
+        reply = Reply()
+        self.service.accept(tensors(**values), parameters, reply)
+        return reply
+
+
+def tensors(**values: Any) -> dict[str, Array]:
+    """As the server's Python backend hands them over."""
+    dtypes = {"max_tokens": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.int64}
+    dtypes |= {"stream": np.bool_, "deadline": np.float32}
+    made = {}
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        coded = [item.encode() if isinstance(item, str) else item for item in items]
+        made[name] = np.array(coded, dtype=dtypes.get(name, object))
+    return made
+
+
+@pytest.fixture(scope="module")
+def serve(text_artifact: Artifact) -> Iterator[Callable[..., Served]]:
+    made: list[Served] = []
+
+    def start(dial_file: Path | None = None, **settings: Any) -> Served:
+        made.append(Served(text_artifact, Settings(**{"slots": 4, "quality": "max", **settings}), dial_file))
+        return made[-1]
+
+    yield start
+    for served in made:
+        served.service.close()
+
+
+@pytest.fixture(scope="module")
+def served(serve: Callable[..., Served]) -> Served:
+    return serve()
+
+
+def test_equals_generate(served: Served, text_artifact: Artifact) -> None:
+    (alone,), _ = generate_text(text_artifact, [PROMPT], budget="8", max_new_tokens=20, threads=1)
+    reply = served.ask(text_input=PROMPT, max_tokens=20).wait()
+    assert reply.text == alone.text
+    assert len(reply.responses) == 1
+    final = reply.responses[0]
+    assert set(final) == {tensor.name for tensor in OUTPUTS}
+    assert final["finish_reason"][0] == b"length"
+    assert (final["prompt_tokens"][0], final["output_tokens"][0]) == (15, 20)
+    assert final["active_experts"].tolist() == [2.0, 2.0]
+    assert 0 <= final["queue_seconds"][0] <= final["first_token_seconds"][0]
+    assert final["token_seconds"][0] > 0
+
+
+def test_stream_is_the_same_text_in_pieces(served: Served, serve: Callable[..., Served]) -> None:
+    whole = served.ask(text_input=PROMPT, max_tokens=30).wait()
+    every = serve(stream_interval=0.0).ask(text_input=PROMPT, max_tokens=30, stream=True).wait()
+    some = served.ask(text_input=PROMPT, max_tokens=30, stream=True).wait()
+    assert whole.text == every.text == some.text
+    assert len(every.responses) > len(some.responses) >= 1
+    assert all(set(response) == {"text_output"} for response in every.responses[:-1])
+
+
+def test_stop_seed_and_sampling(served: Served) -> None:
+    full = served.ask(text_input=PROMPT, max_tokens=20).wait().text
+    stopped = served.ask(text_input=PROMPT, max_tokens=20, stop=["\x00never", full[5:8]]).wait()
+    assert stopped.text == full[: full.index(full[5:8])]
+    assert stopped.responses[-1]["finish_reason"][0] == b"stop"
+    warm = {"text_input": PROMPT, "max_tokens": 20, "temperature": 1.0, "top_p": 0.9}
+    texts = [served.ask(**warm, seed=seed).wait().text for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"text_input": ""}, "the prompt is empty"),
+    ({"max_tokens": 5}, "text_input is missing"),
+    ({"text_input": "x" * 64}, "64 tokens"),
+    ({"text_input": "x" * 10_000_000}, "10000000 characters"),
+    ({"text_input": b"\xff\xfe"}, "text_input is no valid UTF-8"),
+    ({"text_input": ["a", "b"]}, "text_input has 2 values"),
+    ({"text_input": "x", "max_tokens": 0}, "max_tokens is 0"),
+    ({"text_input": "x", "max_tokens": -1}, "max_tokens is -1"),
+    ({"text_input": "x", "temperature": float("nan")}, "temperature is nan"),
+    ({"text_input": "x", "temperature": -0.5}, "temperature is -0.5"),
+    ({"text_input": "x", "temperature": float("inf")}, "temperature is inf"),
+    ({"text_input": "x", "top_p": 0.0}, "top-p is 0"),
+    ({"text_input": "x", "top_p": 1.5}, "top-p is 1.5"),
+    ({"text_input": "x", "seed": -3}, "seed is -3"),
+    ({"text_input": "x", "quality": "best"}, "quality is 'best'; it must be max, balanced, fast"),
+    ({"text_input": "x", "quality": "1.5"}, "quality is '1.5'"),
+    ({"text_input": "x", "quality": "nan"}, "quality is 'nan'"),
+    ({"text_input": "x", "quality": "/etc/passwd"}, "quality is '/etc/passwd'"),
+    ({"text_input": "x", "quality": "9" * 100_000}, "quality is '9999"),
+    ({"text_input": "x", "stop": [""]}, "stop text has 0 characters"),
+    ({"text_input": "x", "stop": ["y" * 257]}, "stop text has 257 characters"),
+    ({"text_input": "x", "stop": ["y"] * 17}, "stop has 17 texts"),
+    ({"text_input": "x", "deadline": 0.0}, "deadline is 0.0"),
+    ({"text_input": "x", "deadline": float("nan")}, "deadline is nan"),
+    ({"text_input": "x", "parameters": '{"temprature": 0.3}'}, "unknown parameter 'temprature'; a request has these"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_mistakes_are_told_at_once(values: dict[str, Any], words: str, served: Served) -> None:
+    """One sentence with the value and what is allowed, in no time, and nothing is queued."""
+    values = dict(values)
+    parameters = values.pop("parameters", "{}")
+    started = time.monotonic()
+    reply = served.ask(parameters, **values)
+    assert time.monotonic() - started < 1.0
+    assert reply.error is not None
+    assert reply.error[0] == "invalid"
+    assert words in reply.error[1]
+    assert len(reply.error[1]) < 400
+
+
+def test_parameters_of_the_server_itself_pass(served: Served) -> None:
+    reply = served.ask('{"triton_enable_empty_final_response": true, "timeout": 1}', text_input="x", max_tokens=2)
+    assert reply.wait().error is None
+
+
+def test_full_queue_answers_at_once(serve: Callable[..., Served]) -> None:
+    served = serve(slots=1, queue=1)
+    replies = [served.ask(text_input="x", max_tokens=60) for _ in range(8)]
+    busy = [reply for reply in replies if reply.error]
+    assert len(busy) >= 5
+    assert all(reply.error and reply.error[0] == "busy" and "queue is full" in reply.error[1] for reply in busy)
+    assert all(reply.wait().text for reply in replies if not reply.error)
+
+
+def test_gone_client_frees_its_slot(serve: Callable[..., Served]) -> None:
+    served = serve(slots=1)
+    gone, waiting = served.ask(text_input="x", max_tokens=63, stream=True), served.ask(text_input="x", max_tokens=2)
+    gone.gone = True
+    assert waiting.wait().error is None
+    assert gone.wait().final
+
+
+def test_deadline(serve: Callable[..., Served]) -> None:
+    """Of the request, of the operator when that is shorter; one that waited too long is told it was busy."""
+    served = serve(slots=1, deadline=0.02)
+    running, waiting = (served.ask(text_input="x", max_tokens=63, deadline=100.0) for _ in range(2))
+    assert running.wait().responses[-1]["finish_reason"][0] in (b"deadline", b"length")
+    if waiting.wait().error:
+        assert waiting.error is not None
+        assert waiting.error[0] == "busy"
+
+
+def test_quality_of_a_request(served: Served) -> None:
+    """The budget of 2 holds for the batch: two sequences may load 4 experts a layer at max, 2 at the artifact's own."""
+
+    def active(quality: str) -> float:
+        replies = [served.ask(text_input=text, max_tokens=25, quality=quality) for text in (PROMPT, "import os")]
+        return max(float(reply.wait().responses[-1]["active_experts"].max()) for reply in replies)
+
+    assert active("max") > active("balanced")
+    assert active("0.25") <= 2.5
+
+
+def test_dial_file_changes_the_default(serve: Callable[..., Served], tmp_path: Path, capfd: Any) -> None:
+    """An operator's change is taken within two seconds; what can't be read changes nothing, and the log says so."""
+    dial = tmp_path / "dial.json"
+    dial.write_text('{"quality": "fast"}')
+    served = serve(dial_file=dial)
+    assert served.service._default == (1, 1)
+    for content, default in (('{"quality": "max"}', (8, 8)), ("{", (8, 8)), ('{"quality": "0.5"}', (4, 4))):
+        dial.write_text(content)
+        end = time.monotonic() + 5
+        while served.service._dial_text != content or served.service._default != default:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    log = capfd.readouterr().err
+    assert "the default quality is 0.5" in log
+    assert "can't be read" in log
+
+
+def test_close_tells_those_that_are_left(text_artifact: Artifact) -> None:
+    served = Served(text_artifact, Settings(slots=1, queue=5))
+    replies = [served.ask(text_input="x", max_tokens=63) for _ in range(4)]
+    served.service.close()
+    assert all(reply.final for reply in replies)
+    assert any(reply.error and "shutting down" in reply.error[1] for reply in replies)
+
+
+def test_failing_reply_harms_nobody_else(serve: Callable[..., Served]) -> None:
+    served = serve()
+
+    class Broken(Reply):
+        def send(self, outputs: Mapping[str, Array], *, final: bool) -> None:
+            raise RuntimeError("the pipe is broken")
+
+    served.service.accept(tensors(text_input="x", max_tokens=5, stream=True), "{}", Broken())
+    assert served.ask(text_input="x", max_tokens=5).wait().text
+
+
+def test_defect_is_told_to_one_client(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    served = serve()
+    with monkeypatch.context() as broken:
+        broken.setattr(Tokenizer, "encode", lambda *_: 1 / 0)
+        reply = served.ask(text_input="x", max_tokens=5)
+    assert reply.error == ("internal", "an internal error ended this request; see the server's log")
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert served.ask(text_input="x", max_tokens=5).wait().text
+
+
+def test_metrics(serve: Callable[..., Served]) -> None:
+    served = serve()
+    for number in range(3):
+        served.ask(text_input=PROMPT, max_tokens=10 + number).wait()
+    served.ask(text_input="").wait()
+    served.service._flush()
+    values, observed = served.sink.values, served.sink.observed
+    assert values["lynx_output_tokens_total", None] == 33
+    assert values["lynx_prompt_tokens_total", None] == 45
+    assert values["lynx_decode_steps_total", None] == 30
+    assert values["lynx_requests_total", "length"] == 3
+    assert values["lynx_requests_total", "invalid"] == 1
+    layers = {label for name, label in values if name == "lynx_active_experts_total"}
+    assert len(layers) == 2
+    assert all(values["lynx_active_experts_total", layer] == 60 for layer in layers)
+    assert values["lynx_quality_default", None] == 1.0
+    assert values["lynx_running", None] == 0
+    assert len(observed["lynx_first_token_seconds"]) == 3
+    assert {name for name, _ in values} | set(observed) == {spec.name for spec in SPECS}
+
+
+def test_metrics_of_the_server() -> None:
+    """One series a label, made when first used; a server without histograms keeps the rest."""
+    calls: list[Any] = []
+
+    class Metric:
+        def __init__(self, name: str, labels: dict[str, str]) -> None:
+            self.of = (name, tuple(sorted(labels.items())))
+
+        def increment(self, amount: float) -> None:
+            calls.append((*self.of, "+", amount))
+
+        def set(self, value: float) -> None:
+            calls.append((*self.of, "=", value))
+
+    class MetricFamily:
+        COUNTER, GAUGE = 1, 2
+
+        def __init__(self, name: str, description: str, kind: int) -> None:
+            self.name = name
+
+        def Metric(self, labels: dict[str, str]) -> Metric:
+            return Metric(self.name, labels)
+
+    class Utils:
+        pass
+
+    utils: Any = Utils()
+    utils.MetricFamily = MetricFamily
+    sink = ServerSink(utils, {"model": "m"})
+    sink.add("lynx_requests_total", "length", 2)
+    sink.set("lynx_running", None, 3)
+    sink.observe("lynx_queue_seconds", 0.1)
+    assert calls == [
+        ("lynx_requests_total", (("finish", "length"), ("model", "m")), "+", 2),
+        ("lynx_running", (("model", "m"),), "=", 3),
+    ]
+
+
+def test_settings_round_trip() -> None:
+    settings = Settings(slots=3, quality="0.5", stream_interval=0.0)
+    assert Settings.of({**settings.parameters(), "lynx_model": "x"}) == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"slots": 0}, "slots is 0; it must be 1 or more"),
+        ({"queue": 0}, "queue is 0"),
+        ({"threads": -1}, "threads is -1; it must be 0 or more"),
+        ({"deadline": float("nan")}, "deadline is nan"),
+        ({"stream_interval": -1.0}, "stream-interval is -1.0; it must be 0.0 or more"),
+    ],
+)
+def test_settings_out_of_range(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Settings(**values)
+
+
+def test_dial_of_an_artifact(text_artifact: Artifact) -> None:
+    dial = Dial.of(text_artifact.manifest)
+    found = {quality: dial.budgets(quality) for quality in ("max", "balanced", "fast", "0.5", "0", "1")}
+    assert found == {
+        "max": (8, 8),
+        "balanced": (2, 2),
+        "fast": (1, 1),
+        "0.5": (4, 4),
+        "0": (0, 0),  # the preset guarantees each token an expert
+        "1": (8, 8),
+    }
+    assert dial.share((4, 8)) == 0.75
+
+
+def test_dial_keeps_an_expert_and_obeys_off(text_artifact: Artifact) -> None:
+    """Where no expert is guaranteed a budget of 0 would empty the block; `off` has no dial at all."""
+    manifest = text_artifact.manifest
+    chosen = manifest.selection
+    bare = chosen.model_copy(update={"parameters": {**chosen.parameters, "guarantee": 0}})
+    assert Dial.of(manifest.model_copy(update={"selection": bare})).budgets("0") == (1, 1)
+    off = chosen.model_copy(update={"preset": "off", "budgets": [8, 8]})
+    dial = Dial.of(manifest.model_copy(update={"selection": off}))
+    assert {dial.budgets(quality) for quality in ("max", "fast", "0.1")} == {(8, 8)}
+    with pytest.raises(LynxError):
+        dial.budgets("bogus")
+
+
+def test_final_outputs_are_json_ready(served: Served) -> None:
+    """The server turns the outputs into JSON: no NaN, no infinity."""
+    final = served.ask(text_input="x", max_tokens=1).wait().responses[-1]
+    numbers = {name: value.tolist() for name, value in final.items() if value.dtype != object}
+    json.dumps(numbers, allow_nan=False)
