@@ -303,7 +303,8 @@ def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:
     if artifact.manifest.foreign is not None:
         raise ArtifactError(
             f"{folder} was built from {artifact.manifest.foreign.file}, an ONNX file with inputs of its own, "
-            f"which this command can't run; run its model.onnx or engine with what ran the original ({MANIFEST} names its inputs)"
+            "which this command can't run; run its model.onnx or engine with what ran the original "
+            f"({MANIFEST} names its inputs)"
         )
     return artifact
 
