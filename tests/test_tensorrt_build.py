@@ -37,6 +37,11 @@ except importlib.metadata.PackageNotFoundError as missing:
     pytest.skip(f"{missing.name} is not installed: {loader.INSTALL_CPU}", allow_module_level=True)
 
 
+def build_children() -> list[psutil.Process]:
+    """The build's processes: tests of other files may have left pools of their own."""
+    return [child for child in psutil.Process().children() if "lynx_trt.tensorrt.worker" in child.cmdline()]
+
+
 def profiles_of(path: Path) -> tuple[Profile, Profile]:
     return decode_and_prefill(
         input_dims(read(path)),
@@ -387,7 +392,7 @@ def test_callback_that_raises(tmp_path):
     with pytest.raises(ZeroDivisionError):
         build(make_graph(tmp_path / "model.onnx"), on_progress=stop)
     assert leftovers(tmp_path) == []
-    assert not psutil.Process().children()
+    assert not build_children()
 
 
 # ---- the child process
@@ -399,7 +404,7 @@ def test_callback_that_raises(tmp_path):
 def test_child_dies_in_the_middle(tmp_path, number, advice):
     def kill(progress):
         if progress.phase == "Loading TensorRT":
-            (child,) = psutil.Process().children()
+            (child,) = build_children()
             child.send_signal(number)
 
     path = make_graph(tmp_path / "model.onnx")
@@ -434,7 +439,7 @@ from pathlib import Path
 from test_tensorrt_build import build
 def act(progress):
     if progress.phase == "Loading TensorRT":
-        print(psutil.Process().children()[0].pid, flush=True)
+        print(build_children()[0].pid, flush=True)
         {act}
 try:
     build(Path({path!r}), on_progress=act)
@@ -485,7 +490,7 @@ def test_parent_dies(tmp_path, number):
 def test_interrupt_of_the_child_alone_changes_nothing(tmp_path):
     def interrupt(progress):
         if progress.phase == "Loading TensorRT":
-            psutil.Process().children()[0].send_signal(signal.SIGINT)
+            build_children()[0].send_signal(signal.SIGINT)
 
     assert build(make_graph(tmp_path / "model.onnx"), on_progress=interrupt).plan_bytes
 
