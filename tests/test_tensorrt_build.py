@@ -439,7 +439,7 @@ from pathlib import Path
 from test_tensorrt_build import build
 def act(progress):
     if progress.phase == "Loading TensorRT":
-        print(build_children()[0].pid, flush=True)
+        print(psutil.Process().children()[0].pid, flush=True)
         {act}
 try:
     build(Path({path!r}), on_progress=act)
