@@ -57,6 +57,7 @@ class Spec:
     transposed: bool = False  # stored [in,out]
     scale: float = 1.0
     mask: bool = True
+    fragment: int = 0  # rank of the one input of a graph that is a block and nothing else; 0: a whole model
     seed: int = 0
     vocabulary: int = 32
 
@@ -125,6 +126,8 @@ class Maker:
 def make_model(spec: Spec) -> onnx.ModelProto:
     """The model as a proto, weights inside."""
     maker = Maker(spec)
+    if spec.fragment:
+        return _fragment(maker)
     batch, length = spec.batch or "batch", spec.length or "sequence"
     table = maker.weight("embedding", maker.normal(spec.vocabulary, spec.hidden, scale=1.0))
     hidden = maker.op("Gather", table, "input_ids", axis=0)
@@ -145,6 +148,19 @@ def make_model(spec: Spec) -> onnx.ModelProto:
     if any(node.domain == "com.microsoft" for node in maker.nodes):
         maker.opsets.append(helper.make_opsetid("com.microsoft", 1))
     return helper.make_model(graph, opset_imports=maker.opsets, ir_version=10, producer_name="tests")
+
+
+def _fragment(maker: Maker) -> onnx.ModelProto:
+    """A block alone: hidden [B,S,H] or [T,H] in, the same out."""
+    spec = maker.spec
+    axes = ["batch", "sequence"][2 - (spec.fragment - 1) :]
+    maker.nodes.append(helper.make_node("Identity", [_block(maker, "hidden")], ["output"]))
+    inputs = [helper.make_tensor_value_info("hidden", maker.element, [*axes, spec.hidden])]
+    outputs = [helper.make_tensor_value_info("output", maker.element, [*axes, spec.hidden])]
+    graph = helper.make_graph(maker.nodes, "fragment", inputs, outputs, maker.weights)
+    if any(node.domain == "com.microsoft" for node in maker.nodes):
+        maker.opsets.append(helper.make_opsetid("com.microsoft", 1))
+    return helper.make_model(graph, opset_imports=maker.opsets, ir_version=10)
 
 
 def save_model(spec: Spec, folder: Path, *, external: bool = False, name: str = "model.onnx") -> Path:

@@ -8,6 +8,7 @@ run on made-up numbers (`probe.py`), and is a block if the output is the weighte
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from lynx_trt.export.regions.constants import Constants
 from lynx_trt.export.regions.fit import RuleFit
 from lynx_trt.export.regions.linears import MOVES, Linear, Linears, Roles, assign
 from lynx_trt.export.regions.operands import Tracer
+from lynx_trt.export.regions.probe import CantRunError
 from lynx_trt.export.regions.router import find_logits
 from lynx_trt.export.regions.study import Anchor, Study
 from lynx_trt.export.regions.topology import Topology, reads
@@ -73,13 +75,17 @@ class Finder:
             Refusal(label(anchor.node), str(refusal))
             for anchor, refusal in refused
             if not any(value in self.found for value in self._chain(anchor))
+            and not any(_feeds(anchor, other) for other, _ in refused if other is not anchor)
         ]
 
     def _anchors(self) -> Iterator[Anchor]:
         for node in self._topology.nodes:
             if node.domain != "" or not node.inputs or node.inputs[0] is None:
                 continue
-            scores, axis = node.inputs[0], node.attributes.get_int("axis", -1 if node.op_type == "TopK" else 0)
+            scores = node.inputs[0]
+            if scores.dtype is not None and not scores.dtype.is_floating_point():
+                continue  # a sort of indices
+            axis = node.attributes.get_int("axis", -1 if node.op_type == "TopK" else 0)
             rank = None if scores.shape is None else len(scores.shape)
             if axis != -1 and (rank is None or axis != rank - 1):
                 continue
@@ -100,7 +106,7 @@ class Finder:
         self._visit(logits)
         chain = self._chain(anchor)
         roles, hidden, emitted = None, None, None
-        best: tuple[list[ir.Node], set[ir.Value], list[ir.Value]] | None = None
+        regions: list[tuple[list[ir.Node], set[ir.Value], list[ir.Value]]] = []
         for at, output in enumerate(chain):
             if roles is None:
                 between = self._between(output)
@@ -115,13 +121,17 @@ class Finder:
             try:
                 nodes, shapes = closure(self._topology, chain[: at + 1], [hidden, logits])
             except RefusedError:
-                if best is None:
+                if not regions:
                     raise
                 break
-            best = (nodes, shapes, chain[: at + 1])
-        if best is None or roles is None or hidden is None or emitted is None:
+            regions.append((nodes, shapes, chain[: at + 1]))
+        if not regions or roles is None or hidden is None or emitted is None:
             return None
-        return self._understand(anchor, logits, hidden, emitted, roles, *best)
+        for region in regions[:0:-1]:
+            # What comes after the sum may need shapes that can't be guessed; the sum itself is what matters.
+            with contextlib.suppress(CantRunError):
+                return self._understand(anchor, logits, hidden, emitted, roles, *region)
+        return self._understand(anchor, logits, hidden, emitted, roles, *regions[0])
 
     def _chain(self, anchor: Anchor) -> list[ir.Value]:
         """Values that all paths from the anchor pass, in order."""
@@ -203,6 +213,20 @@ class Finder:
             source=None if understood.rule is None else names[understood.rule.source],
             data_depends=_depends(roles, anchor),
         )
+
+
+def _feeds(anchor: Anchor, other: Anchor) -> bool:
+    """Whether an anchor helps to make what another one ranks."""
+    seen: set[ir.Node] = set()
+    pending = [other.scores]
+    while pending and len(seen) < 400:
+        node = pending.pop().producer()
+        if node is anchor.node:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [value for value in node.inputs if value is not None]
+    return False
 
 
 def _casts(value: ir.Value) -> list[ir.Node]:

@@ -20,6 +20,7 @@ from lynx_trt.export.regions.probe import Array
 TOLERANCES = {"FLOAT": 1e-5, "DOUBLE": 1e-5, "FLOAT16": 5e-3, "BFLOAT16": 3e-2}
 # Forms that fit so well are told apart no further; the plainest is taken.
 _EXACT = 1e-9
+_NOTHING = 1e-10
 # Constants that appear in published activations, tried besides those found in the region.
 _ALPHAS = (1.0, 1.702)
 _OFFSETS = (0.0, 1.0)
@@ -183,6 +184,8 @@ def coefficients(
         error = np.abs(columns @ solution - output[token]).max() / max(np.abs(output[token]).max(), 1e-12)
         if (rank < count and not silent) or not error <= tolerance:
             return None
+        if not silent and (np.abs(solution) <= _NOTHING * np.abs(solution).max()).any():
+            return None  # an expert that gives nothing wasn't chosen, whatever the index says
         worst = max(worst, float(error))
         if not silent:
             found[token] = solution / scale

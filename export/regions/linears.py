@@ -229,16 +229,21 @@ def _per_expert(first: list[Linear], second: list[Linear], below: dict[ir.Node, 
     return Roles(tuple(tuple(part) for part in parts), tuple(second), together=True)
 
 
-def _readers(linear: Linear) -> tuple[str, ...]:
-    """What tells gate from up in the same way for every expert: the ops that read the product, moves left out."""
-    kinds, values = [], [linear.output]
-    while values:
-        for node, _ in values.pop().uses():
-            if node.op_type in MOVES:
-                values += node.outputs
-            else:
-                kinds.append(node.op_type)
-    return tuple(sorted(kinds))
+def _readers(linear: Linear) -> str:
+    """What tells gate from up in the same way for every expert: what becomes of the product, moves left out."""
+    return _fate(linear.output, 5)
+
+
+def _fate(value: ir.Value, depth: int) -> str:
+    if depth == 0:
+        return ""
+    fates = []
+    for node, at in value.uses():
+        after = "".join(_fate(output, depth - (node.op_type not in MOVES)) for output in node.outputs)
+        # The places of a product's or a sum's terms say nothing.
+        place = "" if node.op_type in ("Add", "Mul") else str(at)
+        fates.append(after if node.op_type in MOVES else f"{node.op_type}{place}({after})")
+    return ",".join(sorted(fates))
 
 
 def _ordered(linears: list[Linear]) -> list[Linear]:

@@ -60,11 +60,15 @@ class Sizes:
         return {} if self.experts in replaced or self.count in replaced else replaced
 
 
+class CantRunError(RefusedError):
+    """A region that stumbles over the numbers it is fed."""
+
+
 def evaluate(region: Region, feeds: dict[str, Array]) -> dict[str, Array]:
     """Every value of a region by name.
 
     Raises:
-        RefusedError: it can't be run; what it stumbled over is named.
+        CantRunError: it can't be run; what it stumbled over is named.
     """
     from onnx.reference import ReferenceEvaluator
 
@@ -74,7 +78,7 @@ def evaluate(region: Region, feeds: dict[str, Array]) -> dict[str, Array]:
             results = ReferenceEvaluator(region.model).run(None, feeds, intermediate=True)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RefusedError(f"what it computes can't be tried out: {first[:200]}") from None
+        raise CantRunError(f"what it computes can't be tried out: {first[:200]}") from None
     return {name: np.asarray(array) for name, array in results.items() if name}
 
 
@@ -197,7 +201,7 @@ class Prober:
         """A shape for a value of which nothing else is needed."""
         if value.shape is None:
             return (*self._lead, self._size(self._sizes.hidden))
-        guessed = self._lead if len(self._lead) > 1 or len(value.shape) < 2 else self._two_axes()
+        guessed = self._guess(value.shape)
         sizes = []
         for at, size in enumerate(value.shape):
             if isinstance(size, int):
@@ -206,6 +210,14 @@ class Prober:
             made = guessed[at] if at < len(guessed) else 1
             sizes.append(self._named.setdefault(str(size.value), made) if size.value else made)
         return tuple(sizes)
+
+    def _guess(self, shape: ir.Shape) -> tuple[int, ...]:
+        """The tokens' axes of a shape: those before H, if it ends with H, else sequences and tokens."""
+        ends_with_hidden = len(shape) > 1 and shape[-1] == self._sizes.hidden
+        axes = len(shape) - 1 if ends_with_hidden else len(shape)
+        if axes == 1:
+            return (self.tokens,)
+        return self._lead if len(self._lead) > 1 else self._two_axes()
 
     def all_experts(self) -> tuple[Array, Array]:
         """Tokens that between them use every expert as their first: hidden [N,H], logits [N,E]."""

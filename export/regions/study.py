@@ -121,7 +121,7 @@ class Study:
         """
         smaller = self._sizes.smaller()
         region = self._extract(smaller)
-        key = f"{region.digest} {self._hidden.shape} {self._logits.shape}"
+        key = self._key(region)
         if key in known:
             return region, known[key]
         try:
@@ -133,6 +133,12 @@ class Study:
             understood = self._probe(region, {})
         known[key] = understood
         return region, understood
+
+    def _key(self, region: Region) -> str:
+        """What makes two studies the same: the region, its router's place in it, and the shapes it is fed with."""
+        anchor = self._anchor
+        router = [region.names.get(value, "") for value in (anchor.scores, anchor.index)]
+        return f"{region.digest} {router} {anchor.count} {anchor.largest} {self._hidden.shape} {self._logits.shape}"
 
     def _extract(self, smaller: dict[int, int]) -> Region:
         views = [view for linears in (*self._roles.first, self._roles.second) for view in self._roles.matrices(linears)]
@@ -343,9 +349,7 @@ class _Probe:
                 break
             used[:, part.start : part.stop] = np.abs(output[:, : len(part)]) > 1e-9
         self._prober.weights.update(kept)
-        columns = {used[:, at].tobytes(): at for at in range(experts)}
-        order = [columns.get(chosen[:, at].tobytes(), -1) for at in range(experts)]
-        return tuple(order) if sorted(order) == list(range(experts)) else None
+        return _matching(chosen, used)
 
     def _output(self, observed: Observed, value: ir.Value) -> Array | None:
         return observed.get(self._region.names[value], self._width)
@@ -379,6 +383,21 @@ class _Probe:
             expected[told], used[told], rtol=10 * self._tolerance, atol=self._tolerance
         ):
             raise RefusedError("its router weighs otherwise where some experts have no token")
+
+
+def _matching(chosen: Array, used: Array) -> tuple[int, ...] | None:
+    """Which column of `used` is each column of `chosen` [N,E]; None if that is not told.
+
+    Weights are an expert's only if all tokens that they were used for chose it. Not the other way round: activations such
+    as relu may give nothing for a token.
+    """
+    wrong = (~chosen).astype(np.int64).T @ used
+    overlap = np.where(wrong == 0, chosen.astype(np.int64).T @ used, -1)
+    order = overlap.argmax(axis=1)
+    best = overlap.max(axis=1)
+    told = (overlap == best[:, None]).sum(axis=1) == 1
+    whole = sorted(order.tolist()) == list(range(len(order)))
+    return tuple(order.tolist()) if whole and told.all() and (best > 0).all() else None
 
 
 def _flat(observed: Observed, name: str) -> Array:
