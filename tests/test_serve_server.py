@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from lynx_trt.artifact import Artifact
@@ -98,6 +99,13 @@ class Server:
         if self.process.poll() is None:
             os.kill(self.pid, number)
         return self.process.wait(60)
+
+    def children(self) -> list[psutil.Process]:
+        """The model's process, and the watchdog's."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def model(self) -> psutil.Process:
+        return next(child for child in self.children() if child.name().startswith("triton"))
 
     def until(self, name: str, value: float) -> None:
         """Until a metric has a value; gauges follow within a second or two."""
@@ -373,8 +381,6 @@ def test_other_doors_are_closed(server: Server) -> None:
 
 
 def test_listens_on_loopback_alone(server: Server) -> None:
-    import psutil
-
     listening = [one.laddr for one in psutil.Process(server.pid).net_connections("tcp") if one.status == "LISTEN"]
     assert {address.port for address in listening} == set(server.ports)
     # gRPC's socket takes both families: the address is loopback's, mapped.
@@ -430,22 +436,35 @@ def test_a_minute_of_random_load(server: Server) -> None:
 # --- Ends.
 
 
-def test_full_queue_kill_and_drain(long_artifact: Artifact, tmp_path: Path) -> None:
-    """Three ends of a small server: a full queue refuses at once, kill -9 leaves nothing that hinders the next
-    start, and SIGTERM lets the requests in flight end."""
+def test_full_queue_and_three_ends(long_artifact: Artifact, tmp_path: Path) -> None:
+    """A small server: a full queue refuses at once; when its model's process dies it ends, instead of calling itself
+    ready; kill -9 leaves no process and nothing that hinders the next start; SIGTERM lets requests in flight end."""
     options = ("--slots", "1", "--queue", "2", "--drain", "20")
-    first = Server(long_artifact, tmp_path, *options).wait()
-    try:
-        _check_full_queue(first)
-    finally:
-        first.end(signal.SIGKILL)
-    time.sleep(0.5)
-    second = Server(long_artifact, tmp_path, *options).wait()
-    try:
-        _check_drain(second)
-    finally:
-        second.end(signal.SIGKILL)
-    assert not list(Path("/dev/shm").glob(f"lynx_trt_{first.pid}_*"))
+    for check in (_check_full_queue_and_dead_model, _check_kill, _check_drain):
+        server = Server(long_artifact, tmp_path, *options).wait()
+        try:
+            check(server)
+        finally:
+            server.end(signal.SIGKILL)
+    assert not list(Path("/dev/shm").glob(f"lynx_trt_{server.pid}_*"))
+
+
+def _check_full_queue_and_dead_model(server: Server) -> None:
+    _check_full_queue(server)
+    server.model().kill()
+    assert server.process.wait(30) == 0
+
+
+def _check_kill(server: Server) -> None:
+    """Also where the model's process hangs at that moment and can't notice by itself."""
+    children = server.children()
+    assert len(children) == 2
+    server.model().suspend()
+    server.end(signal.SIGKILL)
+    end = time.monotonic() + 15
+    while [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def _check_full_queue(server: Server) -> None:

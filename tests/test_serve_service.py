@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +22,7 @@ from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.open import limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
+from lynx_trt.serving import watchdog
 from lynx_trt.serving.metrics import SPECS, Metrics, ServerSink
 from lynx_trt.serving.requests import Parser
 from lynx_trt.serving.schema import OUTPUTS
@@ -403,3 +408,57 @@ def test_final_outputs_are_json_ready(served: Served) -> None:
     final = served.ask(text_input="x", max_tokens=1).wait().responses[-1]
     numbers = {name: value.tolist() for name, value in final.items() if value.dtype != object}
     json.dumps(numbers, allow_nan=False)
+
+
+# --- The watchdog: processes of our own take the parts of server and model.
+
+
+def watched(tmp_path: Path, *, end_server: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """(a server, the process id of its model, which has a watchdog)."""
+    code = (
+        "import subprocess, sys, time; from lynx_trt.serving import watchdog\n"
+        f"model = subprocess.Popen([sys.executable, '-c', {MODEL!r}, {str(tmp_path)!r}])\n"
+        "time.sleep(60)"
+    )
+    variables = {**os.environ, watchdog.VARIABLE: str(int(end_server))}
+    server = subprocess.Popen([sys.executable, "-c", code], env=variables)
+    end = time.monotonic() + 20
+    while not (tmp_path / "model").is_file() or not (tmp_path / "model").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return server, int((tmp_path / "model").read_text())
+
+
+MODEL = (
+    "import os, pathlib, sys, time; from lynx_trt.serving import watchdog\n"
+    "watchdog.start(); pathlib.Path(sys.argv[1], 'model').write_text(str(os.getpid())); time.sleep(60)"
+)
+
+
+def test_watchdog_ends_a_model_without_server(tmp_path: Path) -> None:
+    server, model = watched(tmp_path, end_server=False)
+    server.kill()
+    server.wait()
+    _until_gone(model)
+
+
+@pytest.mark.parametrize("end_server", [True, False])
+def test_watchdog_ends_a_server_without_model_if_it_shall(end_server: bool, tmp_path: Path) -> None:
+    server, model = watched(tmp_path, end_server=end_server)
+    os.kill(model, signal.SIGKILL)
+    if end_server:
+        assert server.wait(15) == -signal.SIGTERM
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.wait(6)
+        server.kill()
+        server.wait()
+
+
+def _until_gone(process: int) -> None:
+    import psutil
+
+    end = time.monotonic() + 15
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.1)

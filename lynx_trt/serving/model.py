@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import triton_python_backend_utils as utils
 
+from lynx_trt.serving import watchdog
 from lynx_trt.serving.schema import INPUTS
 from lynx_trt.serving.start import start_service
 
@@ -49,6 +51,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artifact beside this file and start to serve it."""
+        self._watchdog = watchdog.start()
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         labels = {"model": args["model_name"], "version": args["model_version"]}
@@ -67,3 +70,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Stop: the server has waited for the requests in flight, as long as it was told to."""
         self._service.close()
+        self._watchdog.terminate()
+        self._watchdog.wait()
+        # Metrics that outlive the connection to the server crash this process at its exit.
+        del self._service
+        gc.collect()

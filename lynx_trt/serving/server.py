@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.serving import watchdog
 from lynx_trt.serving.environment import Environment, libpython, prepare, requirements
 from lynx_trt.serving.repository import PLUGIN, Repository
 
@@ -108,6 +109,7 @@ def _variables(made: Environment, *, wheel: bool) -> dict[str, str]:
     # The Python backend starts the first python3 of the PATH.
     variables["PATH"] = f"{made.programs}{os.pathsep}{variables.get('PATH', os.defpath)}"
     variables["TOKENIZERS_PARALLELISM"] = "false"
+    variables[watchdog.VARIABLE] = "1"  # whoever supervises this server can start it again; it can't by itself
     if wheel:
         folders = [str(made.libraries), str(libpython() or ""), variables.get("LD_LIBRARY_PATH", "")]
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
@@ -135,7 +137,7 @@ def docker_command(
     parts = [
         "docker run --rm --init",
         *(["--gpus all"] if gpu else []),
-        f"--shm-size=1g --ulimit memlock=-1 --ulimit stack={STACK_BYTES}",
+        f"-e {watchdog.VARIABLE}=1 --shm-size=1g --ulimit memlock=-1 --ulimit stack={STACK_BYTES}",
         " ".join(f"-p {address.host}:{outside}:{port}" for outside, port in ports),
         f"-v {shlex.quote(str(repository.folder.absolute()))}:/models:ro",
         image,
