@@ -183,12 +183,18 @@ class _Worker:
         except (BrokenPipeError, ValueError):
             pass  # the process is gone, or was stopped
         if "entry" not in answer:
-            self._log.seek(0)
-            reason = answer.get("error") or f"the compiler's process ended: {self._log.read()[-2000:].strip()}"
+            reason = answer.get("error") or self._end()
             raise RuntimeError(f"{kernel.function} does not compile for SM {sm}: {reason}\n{kernel}")
         if answer["scratch"] > SCRATCH_BYTES:
             raise RuntimeError(f"{kernel.function} for SM {sm} wants {answer['scratch']} bytes of scratch a program")
         return Cubin(sm, kernel.function, **answer, image=self._image.read_bytes())
+
+    def _end(self) -> str:
+        """How the process ended, and its last words."""
+        code = self._process.wait()
+        self._log.seek(0)
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}; memory may have run out"
+        return f"the compiler's process ended ({how}) {self._log.read()[-2000:]}".strip()
 
     def stop(self) -> None:
         """End the process, whatever it does."""

@@ -190,7 +190,15 @@ def test_a_kernel_that_does_not_compile_is_named() -> None:
         list(aot._compile([(kernel, 90)], 1))
 
 
-def test_report(tmp_path: Path) -> None:
+def test_a_compiler_that_is_killed(tmp_path: Path) -> None:
+    worker = aot._Worker(tmp_path / "worker")
+    worker._process.kill()
+    with pytest.raises(RuntimeError, match=r"combine_kernel does not compile for SM 90: .* \(signal 9; memory may"):
+        worker.compile(plans(EXPERTS, 90, 8)[0].steps[2].kernel, 90)
+    worker.stop()
+
+
+def test_report() -> None:
     """The command, on the cache's kernels; `aot` alone says what it can do."""
     environment = {**os.environ, "COLUMNS": "120"}
     command = [sys.executable, "-m", "lynx_trt.plugins.aot"]
