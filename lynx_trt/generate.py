@@ -1,11 +1,11 @@
-"""`python -m lynx_trt.generate`: prompts in, text out, through ONNX Runtime; several prompts decode as one batch."""
+"""`python -m lynx_trt.generate`: prompts in, text out, by TensorRT or ONNX Runtime; all prompts decode as one batch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lynx_trt.artifact import Artifact, Manifest
     from lynx_trt.runtime.decode import Generated, Statistics
+    from lynx_trt.runtime.open import Name
     from lynx_trt.runtime.sampling import Sampling
     from lynx_trt.selection import Selection
 
@@ -53,9 +54,10 @@ def generate_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     threads: int | None = None,
+    backend: Name = "auto",
     on_text: Any = None,
 ) -> tuple[list[Generated], Statistics]:
-    """Continue `prompts` as one batch on ONNX Runtime.
+    """Continue `prompts` as one batch, on the engine or in ONNX Runtime (`runtime.open`).
 
     Raises:
         LynxError: the artifact, a prompt or a setting doesn't fit; the message says which.
@@ -71,7 +73,7 @@ def generate_text(
     if not prompts:
         raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
     return generate(
-        open_backend(artifact, len(prompts), threads=threads),
+        open_backend(artifact, len(prompts), threads=threads, name=backend),
         tokenizer,
         limits_of(artifact.manifest),
         prompts,
@@ -116,10 +118,14 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the draws; each prompt has its own generator.", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End a sequence before this text; repeatable.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
+    backend: Annotated[
+        Literal["auto", "onnxruntime", "tensorrt"],
+        typer.Option(help="What runs it: the engine on a GPU, or the graph in ONNX Runtime; auto: whichever fits."),
+    ] = "auto",
     verify: Annotated[bool, typer.Option(help="Check the artifact's sums first.")] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print texts and statistics as JSON.")] = False,
 ) -> None:
-    """Generate text from an artifact with ONNX Runtime on the CPU."""
+    """Generate text from an artifact: with its engine on a GPU, or with ONNX Runtime on the CPU."""
     from lynx_trt.artifact import open_artifact
     from lynx_trt.runtime.sampling import Sampling
 
@@ -137,6 +143,7 @@ def main(
             sampling=sampling,
             stop=stop or (),
             threads=threads,
+            backend=backend,
             on_text=screen.show,
         )
     if json_output:

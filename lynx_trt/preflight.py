@@ -65,17 +65,29 @@ def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]
 
 
 def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
     engine = artifact.manifest.engine
     if engine is None:
         notes.append(f"no engine: {artifact.manifest.engine_absent}")
-        return
+    elif not compute_capabilities():
+        notes.append("no GPU here, so the engine can't run; ONNX Runtime on the CPU can")
+    else:
+        problems += engine_problems(artifact)
+
+
+def engine_problems(artifact: Artifact) -> list[str]:
+    """Why this machine can't run the artifact's engine, a sentence each; empty if nothing is known to hinder it."""
     from lynx_trt.tensorrt.gpu import compute_capabilities
     from lynx_trt.tensorrt.loader import describe
 
-    capabilities = compute_capabilities()
+    engine = artifact.manifest.engine
+    if engine is None:
+        return [f"there is no engine: {artifact.manifest.engine_absent}"]
+    capabilities = sorted(set(compute_capabilities()))
     if not capabilities:
-        notes.append("no GPU here, so the engine can't run; ONNX Runtime on the CPU can")
-        return
+        return ["there is no GPU that the CUDA driver reports"]
+    problems = []
     product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
     here = describe()[engine.flavor]
     if here is None:
@@ -87,11 +99,12 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
     if not engine.compute_capabilities:
         problems.append(
             "the engine holds no GPU kernels, so it can't run; build it again with "
-            f"--sm {','.join(map(str, sorted(set(capabilities))))}"
+            f"--sm {','.join(map(str, capabilities))}"
         )
-    for capability in sorted(set(capabilities) - set(engine.compute_capabilities)):
-        if engine.compute_capabilities:
-            has = ", ".join(map(str, engine.compute_capabilities))
-            problems.append(
-                f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it"
-            )
+    has = ", ".join(map(str, engine.compute_capabilities))
+    problems += [
+        f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it"
+        for capability in sorted(set(capabilities) - set(engine.compute_capabilities))
+        if engine.compute_capabilities
+    ]
+    return problems

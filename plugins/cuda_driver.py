@@ -1,4 +1,4 @@
-"""The CUDA driver API through `cuda-python`, as far as a launcher needs it."""
+"""The CUDA driver API through `cuda-python`, as far as a launcher needs it; `call` is for others too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,41 @@ INSTALL = 'pip install "cuda-python>=12.8"'
 _SHARED_BY_DEFAULT = 48 * 1024
 
 
+class CudaError(TensorRTError):
+    """The driver refused a call; `name` is CUDA's name for the error."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+@functools.cache
+def bindings() -> Any:
+    """`cuda.bindings.driver`. Raises TensorRTError: `cuda-python` is not installed."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise TensorRTError(
+            f"lynx-trt reaches the GPU through cuda-python, which is not installed: {INSTALL}"
+        ) from error
+    return driver
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The result of a function of the driver, None if it has none.
+
+    Raises CudaError: CUDA says no. Raises TensorRTError: there is no driver, or no `cuda-python`.
+    """
+    cuda = bindings()
+    try:
+        error, *results = getattr(cuda, name)(*arguments)
+    except RuntimeError as missing:  # the bindings open libcuda at the first call
+        raise TensorRTError(f"the CUDA driver can't be used ({missing}): is an NVIDIA driver installed?") from missing
+    if error != cuda.CUresult.CUDA_SUCCESS:
+        raise CudaError(f"{name} failed: {error.name} ({int(error)})", error.name)
+    return results[0] if results else None
+
+
 class CudaDriver:
     """Launches on the current context, which is TensorRT's.
 
@@ -22,48 +57,41 @@ class CudaDriver:
     """
 
     def __init__(self) -> None:
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise TensorRTError(
-                f"the Python plugin launches its kernels through cuda-python, which is not installed: {INSTALL}, or "
-                "use the C++ plugin"
-            ) from error
-        self._cuda: Any = driver
+        self._cuda: Any = bindings()
         # By context and cubin. A module lives as long as its context: it is never unloaded.
         self._functions: dict[tuple[int, int], tuple[Cubin, Any]] = {}
 
     def device(self) -> Device:
         """The GPU of the current context."""
         cuda = self._cuda
-        context = self._call("cuCtxGetCurrent")
-        ordinal = self._call("cuCtxGetDevice")
+        context = call("cuCtxGetCurrent")
+        ordinal = call("cuCtxGetDevice")
         kinds = cuda.CUdevice_attribute
         major, minor, count = (
-            self._call("cuDeviceGetAttribute", kind, ordinal)
+            call("cuDeviceGetAttribute", kind, ordinal)
             for kind in (
                 kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
                 kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
             )
         )
-        return Device(10 * major + minor, count, int(self._call("cuCtxGetId", context)))
+        return Device(10 * major + minor, count, int(call("cuCtxGetId", context)))
 
     def load(self, cubin: Cubin, device: Device) -> int:
         """The handle of a cubin's function in the current context; loaded once in each."""
         key = (device.context, id(cubin))  # the entry keeps the cubin, so its id stays its own
         if key not in self._functions:
-            module = self._call("cuModuleLoadData", cubin.image)
-            function = self._call("cuModuleGetFunction", module, cubin.entry.encode())
+            module = call("cuModuleLoadData", cubin.image)
+            function = call("cuModuleGetFunction", module, cubin.entry.encode())
             if cubin.shared > _SHARED_BY_DEFAULT:
                 kind = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._call("cuFuncSetAttribute", function, kind, cubin.shared)
+                call("cuFuncSetAttribute", function, kind, cubin.shared)
             self._functions[key] = cubin, function
         return int(self._functions[key][1])
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Launch on a stream, without waiting."""
-        self._call(
+        call(
             "cuLaunchKernel",
             launch.function,
             *(launch.programs, 1, 1),
@@ -73,13 +101,6 @@ class CudaDriver:
             launch.parameters,
             0,
         )
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """The result of a function of the driver."""
-        error, *results = getattr(self._cuda, name)(*arguments)
-        if error != self._cuda.CUresult.CUDA_SUCCESS:
-            raise TensorRTError(f"{name} failed: {error.name} ({int(error)})")
-        return results[0] if results else None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.errors import BusyError, GenerationError
-from lynx_trt.runtime.backend import Array, StepResult
+from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 from lynx_trt.runtime.engine import Engine
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import Policy, Scheduler, StepReport
@@ -37,8 +37,8 @@ def next_of(tokens: list[int]) -> int:
 class FakeBackend:
     """Keeps token ids as its cache, padding included, and checks what a real one can't survive."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, sizes: StepSizes = StepSizes()) -> None:  # noqa: B008  (frozen)
+        self.slots, self.sizes = slots, sizes
         self.cache = np.full((slots, LENGTH), -1)
         self.steps: list[tuple[int, int, int]] = []  # (first, batch, width)
         self.budgets: list[list[int]] = []
@@ -253,6 +253,21 @@ def test_holes_are_closed() -> None:
     assert {step.rows for step in decode} == {step.batch for step in decode} >= {4, 3}
     assert all(step.rows == step.batch for step in decode)
     assert [one.tokens for one in sequences] == [expected(o.prompt, o.request.max_new_tokens) for o in sequences]
+
+
+def test_a_backend_that_is_prepared_for_some_sizes() -> None:
+    """An engine's profiles have limits: no prefill step is larger, and decode batches are filled up."""
+    backend = FakeBackend(6, StepSizes(decode_rows=(2, 6), prefill_rows=2, prefill_length=3))
+    scheduled = scheduler(backend, chunk=8, prefill_tokens=100)
+    sequences = [sequence([number + 1, 2, 3, 4, 5], 6) for number in range(3)]
+    for each in sequences:
+        scheduled.submit(each)
+    finish(scheduled)
+    assert [each.tokens for each in sequences] == [expected(each.prompt, 6) for each in sequences]
+    prefills = [(batch, width) for _, batch, width in backend.steps if width > 1]
+    assert max(width for _, width in prefills) == 3
+    assert max(batch for batch, _ in prefills) == 2
+    assert {batch for _, batch, width in backend.steps if width == 1} <= {2, 6}
 
 
 def test_buckets_are_padded_with_masked_rows() -> None:

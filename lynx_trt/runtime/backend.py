@@ -12,16 +12,36 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's outcome: logits [B,V] f32 of each row's last real token, active experts [N] i32 of each MoE layer."""
+    """One step's outcome: logits [B,V] f32 of each row's last real token, active experts [N] i32 of each MoE layer.
+
+    The arrays may be overwritten by the next step.
+    """
 
     logits: Array
     active: Array
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The steps that a backend can run.
+
+    Attributes:
+        decode_rows: batch sizes of decode steps that it is prepared for, rising; a batch is filled up to the next
+            one with idle rows. Empty: any.
+        prefill_rows: sequences of a prefill step, at most.
+        prefill_length: tokens of each in a prefill step, at most.
+    """
+
+    decode_rows: tuple[int, ...] = ()
+    prefill_rows: int = 1 << 30
+    prefill_length: int = 1 << 30
 
 
 class Backend(Protocol):
     """Runs the graph for a fixed number of sequence slots, each with its rows of the caches."""
 
     slots: int
+    sizes: StepSizes
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0

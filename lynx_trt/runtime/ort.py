@@ -8,7 +8,7 @@ import numpy as np
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.errors import ArtifactError, GenerationError
-from lynx_trt.runtime.backend import Array, StepResult
+from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ class OrtBackend:
                 f"{artifact.folder} is built in {model.precision}, which ONNX Runtime can't compute on the CPU; "
                 "build it with --precision fp16 or fp32 to run it here"
             )
-        self.slots = slots
+        self.slots, self.sizes = slots, StepSizes()
         self._artifact = artifact
         self._session, self._free = _sessions(artifact, threads, form, profile)
         element = ELEMENT[model.precision] if form is None else np.float32

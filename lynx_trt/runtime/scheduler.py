@@ -16,13 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from lynx_trt.errors import BusyError, GenerationError, LynxError
-from lynx_trt.runtime.backend import Array, Backend
+from lynx_trt.runtime.backend import Array, Backend, StepSizes
 from lynx_trt.runtime.sampling import next_token
 from lynx_trt.runtime.sequence import Generated, Limits
 
@@ -39,7 +39,7 @@ class Policy:
         prefill_first: no decode step before every admitted prompt is in the cache; a fixed batch then decodes
             together from its first token to its last.
         buckets: batch sizes of decode steps, rising; a batch is filled up to the next one with masked rows. Empty:
-            every size. For backends that prepare something for each size (a CUDA graph, say).
+            those that the backend is prepared for (it has a CUDA graph for each, say), else every size.
     """
 
     queue: int = 64
@@ -48,6 +48,15 @@ class Policy:
     prefill_rows: int = 64
     prefill_first: bool = False
     buckets: tuple[int, ...] = ()
+
+    def within(self, sizes: StepSizes) -> Policy:
+        """The policy as far as a backend can follow it."""
+        return replace(
+            self,
+            chunk=min(self.chunk, sizes.prefill_length),
+            prefill_rows=min(self.prefill_rows, sizes.prefill_rows),
+            buckets=self.buckets or sizes.decode_rows,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Scheduler:
         observer: Observer | None = None,
     ) -> None:
         """`budgets` [N] are those of sequences that ask for none; see also `set_budgets`."""
-        self.policy = policy or Policy()
+        self.policy = (policy or Policy()).within(backend.sizes)
         self._backend, self._limits, self._observer = backend, limits, observer
         self._everything = np.array(limits.experts, dtype=np.int32)
         self._budgets = tuple(budgets)

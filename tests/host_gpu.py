@@ -1,0 +1,238 @@
+"""A GPU made of host memory, and a TensorRT whose engine is the artifact's graph in ONNX Runtime.
+
+They stand in for the driver and the vendor's runtime where there is no GPU, and are strict where those are undefined:
+an address outside an allocation, a stream never waited for, a context without scratch memory, a shape outside the
+profile or a cache that is not bound in place is an error here. What runs is the real backend, on real numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from lynx_trt.artifact import Artifact
+from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.ort import ELEMENT
+
+STREAM = 7
+
+
+class HostGpu:
+    """`lynx_trt.runtime.cuda.Gpu` on host memory; work is queued and done at `synchronize`, in order."""
+
+    def __init__(self, *, captures: bool = True) -> None:
+        self.stream = STREAM
+        self.captures = captures
+        self.blocks: dict[int, Array] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.capturing: list[Callable[[], None]] | None = None
+        self.launches = 0
+        self.closed = False
+        self._kept: list[Array] = []
+
+    def use(self) -> None:
+        assert not self.closed
+
+    def allocate(self, size: int, what: str) -> int:
+        block = np.full(size + 256, 255, np.uint8)  # bytes of 255: floats that are no numbers
+        address = -(-block.ctypes.data // 256) * 256
+        self.blocks[address] = block[address - block.ctypes.data :][:size]
+        self._kept.append(block)
+        return address
+
+    def pinned(self, size: int) -> Array:
+        return np.full(size, 255, np.uint8)
+
+    def view(self, address: int, size: int) -> Array:
+        """Bytes of device memory, inside one allocation."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + block.size:
+                return block[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at {address:#x} are in no allocation")
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Queue work, or put it into the graph that is being captured."""
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def upload(self, target: int, source: Array) -> None:
+        def work() -> None:
+            self.view(target, source.nbytes)[:] = source.reshape(-1).view(np.uint8)
+
+        self.do(work)
+
+    def download(self, target: Array, source: int) -> None:
+        def work() -> None:
+            target.reshape(-1).view(np.uint8)[:] = self.view(source, target.nbytes)
+
+        self.do(work)
+
+    def copy_rows(self, target: int, source: int, width: int, pitch: int, rows: int) -> None:
+        def work() -> None:
+            for row in range(rows):
+                self.view(target + row * pitch, width)[:] = self.view(source + row * pitch, width)
+
+        self.do(work)
+
+    def zero(self, target: int, size: int) -> None:
+        def work() -> None:
+            self.view(target, size)[:] = 0
+
+        self.do(work)
+
+    def synchronize(self) -> None:
+        assert self.capturing is None, "waiting while capturing is an error of CUDA"
+        queue, self.queue = self.queue, []
+        for work in queue:
+            work()
+
+    def capture(self, work: Callable[[], None]) -> object:
+        from lynx_trt.plugins.cuda_driver import CudaError
+
+        if not self.captures:
+            raise CudaError("cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)", "901")
+        self.capturing = []
+        try:
+            work()
+            return self.capturing
+        finally:
+            self.capturing = None
+
+    def launch(self, graph: Any) -> None:
+        self.launches += 1
+        self.queue += graph
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def tensorrt_for(artifact: Artifact, gpu: HostGpu) -> Any:
+    """What the backend uses of TensorRT's module."""
+
+    class Logger:
+        Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+
+        def __init__(self) -> None: ...
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: Any) -> Any:
+            if bytes(plan[:4]) != b"plan":
+                self.logger.log(1, "the engine\n is of another version")
+                return None
+            return HostEngine(artifact, gpu, self.logger)
+
+    return SimpleNamespace(
+        ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2)
+    )
+
+
+class HostEngine:
+    """ICudaEngine, as far as it is used."""
+
+    device_memory_size_v2 = 4096
+
+    def __init__(self, artifact: Artifact, gpu: HostGpu, logger: Any) -> None:
+        import onnxruntime
+
+        self.artifact, self.gpu, self.logger = artifact, gpu, logger
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        path = str(artifact.path("model.onnx"))
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.inputs = {each.name: each for each in self.session.get_inputs()}
+        self.outputs = {each.name: each for each in self.session.get_outputs()}
+        self.names = [*self.inputs, *self.outputs]
+        assert artifact.manifest.engine is not None
+        self.profiles = [profile["shapes"] for profile in artifact.manifest.engine.profiles]
+        self.contexts: list[HostContext] = []
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_name(self, number: int) -> str:
+        return self.names[number]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.inputs[name].shape)
+
+    def create_execution_context(self, strategy: int) -> HostContext:
+        assert strategy == 2
+        self.contexts.append(HostContext(self))
+        return self.contexts[-1]
+
+
+class HostContext:
+    """IExecutionContext, as far as it is used."""
+
+    def __init__(self, engine: HostEngine) -> None:
+        self.engine = engine
+        self.profile: dict[str, Any] = {}
+        self.scratch = (0, 0)
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_optimization_profile_async(self, number: int, stream: int) -> bool:
+        assert stream == STREAM
+        self.profile = self.engine.profiles[number]
+        return True
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        self.scratch = (address, size)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert name in self.engine.names
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if name in self.profile:
+            least, _, most = self.profile[name]
+            inside = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+            if not inside:
+                self.engine.logger.log(1, f"{name} {shape} is not within [{least}, {most}]")
+                return False
+        self.shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == STREAM
+        self.engine.gpu.view(*self.scratch)
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.engine.gpu.do(lambda: self._execute(shapes, addresses))
+        return True
+
+    def _execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        engine = self.engine
+        layers = len(engine.artifact.manifest.model.moe_layers)
+        batch = shapes["input_ids"][0]
+        shapes = {
+            **shapes,
+            "budgets": (layers,),
+            "active_experts": (layers,),
+            "logits": (batch, engine.artifact.manifest.model.vocabulary),
+        }
+        binding = engine.session.io_binding()
+        for name in engine.names:
+            past = name.replace("present_", "past_")
+            if past != name:
+                assert addresses[name] == addresses[past], "a cache is to be updated in place"
+            shape = shapes[past]
+            dtype = self._dtype(name)
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            engine.gpu.view(addresses[name], size)  # it is all there
+            bind = binding.bind_input if name in engine.inputs else binding.bind_output
+            bind(name, "cpu", 0, dtype, list(shape), addresses[name])
+        engine.session.run_with_iobinding(binding)
+
+    def _dtype(self, name: str) -> Any:
+        if name.startswith(("past_key", "present_")):
+            return ELEMENT[self.engine.artifact.manifest.model.precision]
+        fixed = {"logits": np.float32, "active_experts": np.int32, "budgets": np.int32}
+        return fixed.get(name, np.int64)

@@ -1,0 +1,276 @@
+"""The TensorRT backend on a GPU of host memory (`host_gpu.py`): what is bound, copied, padded and captured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_gpu import HostGpu, tensorrt_for
+
+from lynx_trt.artifact import Artifact, EngineRecord
+from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
+from lynx_trt.runtime import open as opening
+from lynx_trt.runtime.open import limits_of, open_backend
+from lynx_trt.runtime.ort import OrtBackend
+from lynx_trt.runtime.sampling import Sampling
+from lynx_trt.runtime.trt import TensorRTBackend
+
+PROMPTS = ["def add(a, b):\n", "i", "class Point:\n    def", "x = ["]
+LIMITS = {"decode": ((1, 4), (1, 1)), "prefill": ((1, 2), (2, 8))}
+
+
+def profile(name: str, batch: tuple[int, int], length: tuple[int, int]) -> dict[str, Any]:
+    ends = [(batch[0], length[0]), (batch[0], length[0]), (batch[1], length[1])]
+    return {"name": name, "shapes": {"input_ids": ends, "lengths": [(b,) for b, _ in ends]}}
+
+
+def with_engine(artifact: Artifact, folder: Path, limits: dict[str, Any] | None = None, **changes: Any) -> Artifact:
+    """A copy of an artifact that says it has an engine."""
+    shutil.copytree(artifact.folder, folder)
+    (folder / "engine.plan").write_bytes(b"plan")
+    record = EngineRecord(
+        **{
+            "flavor": "rtx",
+            "tensorrt": "1.7.1",
+            "expert_weights": "engine",
+            "compute_capabilities": [90],
+            "seconds": 1.0,
+            "peak_bytes": 1,
+            "plan_bytes": 4,
+            "plugin_layers": {},
+            "profiles": [profile(name, *ranges) for name, ranges in {**LIMITS, **(limits or {})}.items()],
+            "tensors": [],
+            "external": [],
+            "warnings": [],
+            **changes,
+        }
+    )
+    return Artifact(folder, artifact.manifest.model_copy(update={"engine": record}))
+
+
+@pytest.fixture(scope="module")
+def engined(text_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return with_engine(text_artifact, tmp_path_factory.mktemp("engined") / "artifact")
+
+
+def backend_of(artifact: Artifact, slots: int, gpu: HostGpu | None = None, **options: Any) -> TensorRTBackend:
+    gpu = gpu or HostGpu()
+    return TensorRTBackend(artifact, slots, gpu=gpu, tensorrt=tensorrt_for(artifact, gpu), **options)
+
+
+def texts(artifact: Artifact, backend: Any, prompts: list[str], budget: int = 8, new: int = 20) -> list[str]:
+    from lynx_trt.artifact import TOKENIZER
+    from lynx_trt.runtime.decode import generate
+    from lynx_trt.runtime.text import Tokenizer
+
+    sequences, _ = generate(
+        backend,
+        Tokenizer(artifact.path(TOKENIZER)),
+        limits_of(artifact.manifest),
+        prompts,
+        budgets=[budget, budget],
+        max_new_tokens=new,
+        sampling=Sampling(),
+    )
+    return [one.text for one in sequences]
+
+
+@pytest.mark.parametrize("budget", [8, 3])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_same_text_as_onnx_runtime(engined: Artifact, budget: int, graphs: bool) -> None:
+    """Prompts longer than the prefill profile, more of them than it has rows, one of a single token; sizes of decode
+    steps that are captured; sequences that end at different times, so that slots are copied."""
+    gpu = HostGpu()
+    backend = backend_of(engined, len(PROMPTS), gpu, graphs=graphs)
+    reference = OrtBackend(engined, len(PROMPTS), threads=1)
+    assert texts(engined, backend, PROMPTS, budget) == texts(engined, reference, PROMPTS, budget)
+    assert (gpu.launches > 0) == graphs
+    assert backend.graphs_refused is None
+
+
+def test_each_size_is_captured_once_with_a_context_of_its_own(engined: Artifact) -> None:
+    gpu = HostGpu()
+    backend = backend_of(engined, 4, gpu)
+    assert backend.sizes.decode_rows == (1, 2, 4)
+    engine = backend._rt.engine
+    budgets = np.array([8, 8], np.int32)
+    for rows, runs in ((1, 5), (4, 4), (1, 2), (2, 1)):
+        for _ in range(runs):
+            backend.step(np.full((rows, 1), 65), np.zeros(rows, np.int64), np.ones(rows, np.int64), budgets)
+    # Two contexts from the start, and one for each of the sizes 1 and 4; size 2 came only once.
+    assert len(engine.contexts) == 4
+    assert gpu.launches == (5 - 3) + (4 - 3) + 2
+    # All share one block of scratch memory.
+    assert len({context.scratch for context in engine.contexts}) == 1
+    backend.drop_graphs()
+    backend.step(np.full((1, 1), 65), np.zeros(1, np.int64), np.ones(1, np.int64), budgets)
+    assert len(engine.contexts) == 5
+
+
+def test_capture_that_is_refused_goes_on_without(engined: Artifact) -> None:
+    gpu = HostGpu(captures=False)
+    backend = backend_of(engined, 2, gpu)
+    assert texts(engined, backend, PROMPTS[:2]) == texts(engined, OrtBackend(engined, 2, threads=1), PROMPTS[:2])
+    assert gpu.launches == 0
+    assert "CAPTURE_INVALIDATED" in str(backend.graphs_refused)
+
+
+def test_step_of_one_token_off_the_first_slot(engined: Artifact) -> None:
+    """The last piece of a prompt can be one token, at any slot: no captured size, no cache of others touched."""
+    gpu = HostGpu()
+    backend, reference = backend_of(engined, 3, gpu), OrtBackend(engined, 3, threads=1)
+    budgets = np.array([8, 8], np.int32)
+    for one in (backend, reference):
+        one.step(np.array([[65, 66, 67], [70, 71, 72]]), np.zeros(2, np.int64), np.array([3, 3]), budgets, first=1)
+    before = _slot(backend, gpu, 2)
+    results = [
+        one.step(np.array([[80]]), np.array([3]), np.array([1]), budgets, first=1) for one in (backend, reference)
+    ]
+    np.testing.assert_array_equal(_slot(backend, gpu, 2), before)
+    np.testing.assert_allclose(results[0].logits, results[1].logits, atol=1e-5)
+    np.testing.assert_array_equal(results[0].active, results[1].active)
+
+
+def _slot(backend: TensorRTBackend, gpu: HostGpu, slot: int) -> Any:
+    gpu.synchronize()
+    return np.concatenate([gpu.view(c.address + slot * c.slot, c.slot).copy() for c in backend._caches])
+
+
+def test_copy_and_clear_slot(engined: Artifact) -> None:
+    gpu = HostGpu()
+    backend = backend_of(engined, 3, gpu)
+    budgets = np.array([8, 8], np.int32)
+    backend.step(np.array([[65, 66, 67, 68]]), np.zeros(1, np.int64), np.array([4]), budgets, first=2)
+    backend.copy_slot(2, 0, 3)
+    gpu.synchronize()
+    rows = engined.manifest.model.cache_rows
+    for cache in backend._caches:
+        kept = [
+            gpu.view(cache.address + slot * cache.slot, cache.slot).reshape(cache.heads, rows, -1) for slot in range(3)
+        ]
+        np.testing.assert_array_equal(kept[0][:, :3], kept[2][:, :3])
+        assert not kept[0][:, 3:].any()
+        assert kept[2][:, 3].any()
+    backend.clear_slot(2)
+    assert not _slot(backend, gpu, 2).any()
+    assert _slot(backend, gpu, 0).any()
+
+
+def test_expert_weights_from_their_file(text_artifact: Artifact, tmp_path: Path, monkeypatch: Any) -> None:
+    """External weights reach the device byte for byte, in pieces, one copy whatever the number of contexts."""
+    monkeypatch.setattr("lynx_trt.runtime.trt.UPLOAD_BYTES", 1000)
+    file, data = "experts.safetensors", np.random.default_rng(0).bytes(8000)
+    items = [
+        {"name": name, "dtype": "float32", "shape": [1], "file": file, "offset": offset, "length": length}
+        for name, offset, length in (("layer.0", 512, 4096), ("layer.1", 5000, 2500))
+    ]
+    artifact = with_engine(text_artifact, tmp_path / "artifact", expert_weights="external", external=items)
+    artifact.path(file).write_bytes(data)
+    gpu = HostGpu()
+    backend = backend_of(artifact, 1, gpu)
+    for item in items:
+        there = gpu.view(backend._experts[str(item["name"])], int(str(item["length"])))
+        start = int(str(item["offset"]))
+        assert there.tobytes() == data[start : start + there.size]
+    artifact.path(file).write_bytes(data[:600])
+    with pytest.raises(ArtifactError, match=r"can't be read .*copy or build the artifact again"):
+        backend_of(artifact, 1)
+
+
+def test_profiles_that_do_not_fit(text_artifact: Artifact, engined: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"5 sequences at a time, .* decodes 4 at most: .*--decode-batch 1:8:5"):
+        backend_of(engined, 5)
+    two = with_engine(text_artifact, tmp_path / "two", {"prefill": ((2, 4), (2, 8))})
+    with pytest.raises(ArtifactError, match=r"no fewer than 2 sequences .*--prefill-batch 1:1:4"):
+        backend_of(two, 1)
+    none = with_engine(text_artifact, tmp_path / "none", profiles=[])
+    with pytest.raises(ArtifactError, match="no profile decode"):
+        backend_of(none, 1)
+
+
+def test_least_sizes_are_filled_up(text_artifact: Artifact, tmp_path: Path) -> None:
+    """An engine that decodes no fewer than 2 rows and prefills no fewer than 6 tokens."""
+    artifact = with_engine(
+        text_artifact, tmp_path / "artifact", {"decode": ((2, 4), (1, 1)), "prefill": ((1, 2), (6, 8))}
+    )
+    backend = backend_of(artifact, 1)
+    assert (backend.slots, backend.sizes.decode_rows) == (2, (2,))
+    reference = OrtBackend(artifact, 1, threads=1)
+    assert texts(artifact, backend, ["abc"]) == texts(artifact, reference, ["abc"])
+
+
+def test_steps_that_do_not_fit(engined: Artifact) -> None:
+    backend = backend_of(engined, 2)
+    budgets = np.array([8, 8], np.int32)
+    rows = engined.manifest.model.cache_rows
+    with pytest.raises(GenerationError, match=f"exceeds {rows} rows"):
+        backend.step(np.zeros((1, 3), np.int64), np.array([rows - 2]), np.array([3]), budgets)
+    with pytest.raises(GenerationError, match=r"1 sequences of 9 tokens is outside the engine's profiles: input_ids"):
+        backend.step(np.zeros((1, 9), np.int64), np.array([0]), np.array([9]), budgets)
+
+
+def test_engine_that_tensorrt_refuses(engined: Artifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(engined.folder, tmp_path / "artifact"))
+    broken = Artifact(folder, engined.manifest)
+    (folder / "engine.plan").write_bytes(b"another")
+    with pytest.raises(ArtifactError, match=r"can't load .*engine\.plan: the engine is of another version; .*inspect"):
+        backend_of(broken, 1)
+    (folder / "engine.plan").unlink()
+    with pytest.raises(ArtifactError, match=r"engine\.plan can't be read"):
+        backend_of(broken, 1)
+
+
+def test_close_gives_everything_back(engined: Artifact) -> None:
+    gpu = HostGpu()
+    backend = backend_of(engined, 1, gpu)
+    backend.close()
+    assert gpu.closed
+
+
+# --- Which backend.
+
+
+def test_auto_takes_the_engine_only_where_it_fits(engined: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("lynx_trt.runtime.trt.TensorRTBackend", lambda *_: made.append("tensorrt"))
+    monkeypatch.setattr("lynx_trt.runtime.ort.OrtBackend", lambda *_, **__: made.append("onnxruntime"))
+    problems: list[str] = []
+    monkeypatch.setattr("lynx_trt.preflight.engine_problems", lambda _: problems)
+    open_backend(engined, 1)
+    open_backend(engined, 1, name="onnxruntime")
+    problems.append("the engine has kernels for SM 80, and this GPU is SM 90")
+    open_backend(engined, 1)
+    assert made == ["tensorrt", "onnxruntime", "onnxruntime"]
+    with pytest.raises(ArtifactError, match=r"can't run here: the engine has kernels for SM 80"):
+        open_backend(engined, 1, name="tensorrt")
+
+
+def test_no_gpu_is_said(engined: Artifact) -> None:
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    if compute_capabilities():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ArtifactError, match="there is no GPU that the CUDA driver reports"):
+        open_backend(engined, 1, name="tensorrt")
+    assert not opening.backend_available("tensorrt")
+    assert opening.backend_available("onnxruntime")
+
+
+def test_cuda_without_a_driver() -> None:
+    """No `cuda-python`, or no driver: a sentence in either case."""
+    from lynx_trt.runtime.cuda import Cuda
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    if compute_capabilities():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(TensorRTError, match=r"cuda-python|driver"):
+        Cuda()
+
+
+def test_artifact_without_engine(text_artifact: Artifact, build_quietly: Callable[..., Artifact]) -> None:
+    with pytest.raises(ArtifactError, match="there is no engine: "):
+        open_backend(text_artifact, 1, name="tensorrt")
