@@ -86,15 +86,16 @@ def one_batch(choose: Measured, check: Measured, *, variants: bool) -> dict[str,
     mean = float(natural.mean())
     experts, width = meter.probed.experts, meter.probed.layers[0].experts_per_token
     uniform = {name: check.measure(uniform_settings(name, experts, width, mean)) for name in PRESETS if name != "off"}
-    plain = uniform_settings("lynx", experts, width, mean)
-    for name, selection in VARIANTS.items() if variants else ():
-        uniform[name] = check.measure([replace(setting, selection=selection) for setting in plain])
-    level = floors(experts)
-    uniform["floor"] = check.measure([level((n,) * len(experts)) for n in UNIFORM_LEVELS])
     own = choose.meter.natural(choose.batch)
-    alone, by_budget = search(choose, "budgets", own)
-    _, by_floor = search(choose, "floors", own)
-    points = {name: check.measure(settings) for name, settings in {**by_budget, **by_floor}.items()}
+    alone, by_layer = search(choose, "budgets", own)
+    if variants:
+        plain = uniform_settings("lynx", experts, width, mean)
+        for name, selection in VARIANTS.items():
+            uniform[name] = check.measure([replace(setting, selection=selection) for setting in plain])
+        level = floors(experts)
+        uniform["floor"] = check.measure([level((n,) * len(experts)) for n in UNIFORM_LEVELS])
+        by_layer |= search(choose, "floors", own)[1]
+    points = {name: check.measure(settings) for name, settings in by_layer.items()}
     return {
         "batch": check.batch,
         "sequences": meter.sequences,

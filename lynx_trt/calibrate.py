@@ -155,7 +155,8 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
 
     from lynx_trt.calibration.report import terminal_tables
 
-    console = Console(highlight=False, markup=False)
+    # A pipe has no width of its own, and rich's default of 80 would break the rows.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     for table in terminal_tables(result):
         console.print(table)
         console.print()

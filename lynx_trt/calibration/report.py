@@ -105,27 +105,27 @@ def most_sensitive(study: dict[str, Any]) -> str:
 
 def terminal_tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables of every batch size."""
-    from rich.table import Table
-
     for study in result["batches"]:
         batch = study["batch"]
-        table = Table(title=f"Batch of {batch}, held-out text", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        table.add_column("")
-        table.add_column("all experts")
-        if study["held_out"]:
-            table.add_column("chosen budgets")
-        for row in metric_rows(study):
-            table.add_row(*row)
-        yield table
+        columns = ["", "all experts", *(["chosen budgets"] if study["held_out"] else [])]
+        yield _terminal_table(f"Batch of {batch}, held-out text", columns, metric_rows(study))
+        if study["checks"]:
+            title = f"Batch of {batch}, the promise"
+            yield _terminal_table(title, ["", "limit", "held-out text", "kept"], promise_rows(study))
         if comparison_rows(study):
-            table = Table(
-                title=f"Batch of {batch}, at equal active experts", title_justify="left", box=None, padding=(0, 2, 0, 0)
-            )
-            for column in ("", "KL", "budgets by layer / this"):
-                table.add_column(column)
-            for row in comparison_rows(study):
-                table.add_row(*row)
-            yield table
+            title = f"Batch of {batch}, at equal active experts"
+            yield _terminal_table(title, ["", "KL", "budgets by layer / this"], comparison_rows(study))
+
+
+def _terminal_table(title: str, columns: list[str], rows: Rows) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 STYLE = """
