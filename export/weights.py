@@ -203,7 +203,7 @@ class _Large:
 def write_weights(
     model: ir.Model,
     folder: Path,
-    load: Callable[[ir.Value], Any],
+    load: Callable[[ir.Value], Any] | None,
     *,
     file_name: str = WEIGHTS_FILE,
     on_progress: Callable[[int, int], None] | None = None,
@@ -211,7 +211,8 @@ def write_weights(
     """Write every large initializer of `model` to one safetensors file and point the graph into it.
 
     `load(value)` gives an initializer's data as bytes-like; it is called once for each, in file order, and its result
-    is dropped before the next call. Returns the bytes of data written.
+    is dropped before the next call. None leaves the data a hole of the right size, which takes no room on disk.
+    Returns the bytes of data.
     """
     import onnx_ir as ir
 
@@ -220,12 +221,15 @@ def write_weights(
     header = _header(entries)
     with (folder / file_name).open("wb") as stream:
         stream.write(header)
-        written = 0
-        for entry in entries:
-            written += stream.write(load(entry.value))
-            assert written == entry.end, f"{entry.name}: {written} bytes written, {entry.end} planned"
-            if on_progress:
-                on_progress(written, total)
+        if load is None:
+            stream.truncate(len(header) + total)
+        else:
+            written = 0
+            for entry in entries:
+                written += stream.write(load(entry.value))
+                assert written == entry.end, f"{entry.name}: {written} bytes written, {entry.end} planned"
+                if on_progress:
+                    on_progress(written, total)
         stream.flush()
         os.fsync(stream.fileno())
     for entry in entries:

@@ -21,9 +21,13 @@ def write_onnx(
     exported: Exported,
     folder: Path,
     *,
+    data: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write `model.onnx` and `weights.safetensors` into `folder`; returns the bytes of weights.
+
+    Without `data` the weights file is a header and a hole: the graph of a model whose weights nobody has, to measure
+    its speed.
 
     Raises:
         CheckpointError: a parameter comes out of the conversion in another shape than the model's.
@@ -33,7 +37,8 @@ def write_onnx(
     _name_like_the_checkpoint(exported)
     weights = exported.source.weights
     _load_small(exported, weights)
-    nbytes = write_weights(graph, folder, lambda value: _bytes(value, weights), on_progress=on_progress)
+    load = (lambda value: _bytes(value, weights)) if data else None
+    nbytes = write_weights(graph, folder, load, on_progress=on_progress)
     proto = ir.to_proto(graph)
     functions.add_functions(proto)
     (folder / ONNX_FILE).write_bytes(proto.SerializeToString())

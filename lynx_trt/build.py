@@ -61,6 +61,8 @@ class BuildOptions:
     overwrite: bool = False
     trust_remote_code: bool = False
     allow_partial: bool = False
+    # Without, the weights file is a hole: the graph of a model whose weights nobody has, to measure its speed.
+    weight_data: bool = True
 
 
 def shipped_model() -> Path:
@@ -102,7 +104,9 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         source = read_source(checkpoint, options.precision)
         selection, budgets = _selection(options, source)
         update(1.0)
-        exported, weight_bytes = _export(source, checkpoint, max_length, selection, folder, progress, clock)
+        exported, weight_bytes = _export(
+            source, checkpoint, max_length, selection, folder, progress, clock, data=options.weight_data
+        )
         _copy_tokenizer(options, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
         update = progress.phase("Checksums")
@@ -115,7 +119,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             plugin={"namespace": "lynx", "version": "1"},
             versions=_versions(report),
             build={**build_record, "peak_bytes": resident_bytes("peak")},
-            files=artifacts.record_files(folder),
+            files=artifacts.record_files(folder) if options.weight_data else {},
         )
         (folder / artifacts.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         update(1.0)
@@ -171,6 +175,8 @@ def _export(
     folder: Path,
     progress: Progress,
     clock: _Clock,
+    *,
+    data: bool,
 ) -> tuple[Exported, int]:
     update = progress.phase("Export to ONNX")
     from lynx_trt.export.hf import trace
@@ -180,7 +186,9 @@ def _export(
     update(1.0)
     clock.lap("export")
     update = progress.phase(f"Weights ({size(checkpoint.nbytes)} in the checkpoint)")
-    weight_bytes = write_onnx(exported, folder, on_progress=lambda done, total: update(done / max(total, 1)))
+    weight_bytes = write_onnx(
+        exported, folder, data=data, on_progress=lambda done, total: update(done / max(total, 1))
+    )
     clock.lap("weights")
     return exported, weight_bytes
 

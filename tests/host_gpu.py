@@ -7,6 +7,7 @@ profile or a cache that is not bound in place is an error here. What runs is the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,12 @@ class HostGpu:
         for work in queue:
             work()
 
+    def timed(self, work: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - started
+
     def capture(self, work: Callable[[], None]) -> object:
         from lynx_trt.plugins.cuda_driver import CudaError
 
@@ -108,8 +115,9 @@ class HostGpu:
         self.closed = True
 
 
-def tensorrt_for(artifact: Artifact, gpu: HostGpu) -> Any:
-    """What the backend uses of TensorRT's module."""
+def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan") -> Any:
+    """What the backend uses of TensorRT's module; it takes plans that begin so."""
+    begin = plan
 
     class Logger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
@@ -121,7 +129,7 @@ def tensorrt_for(artifact: Artifact, gpu: HostGpu) -> Any:
             self.logger = logger
 
         def deserialize_cuda_engine(self, plan: Any) -> Any:
-            if bytes(plan[:4]) != b"plan":
+            if bytes(plan[: len(begin)]) != begin:
                 self.logger.log(1, "the engine\n is of another version")
                 return None
             return HostEngine(artifact, gpu, self.logger)

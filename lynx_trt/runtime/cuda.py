@@ -46,6 +46,9 @@ class Gpu(Protocol):
     def synchronize(self) -> None:
         """Wait for the stream."""
 
+    def timed(self, work: Callable[[], None]) -> float:
+        """Seconds that the stream takes for what `work` queues, which is done at the end."""
+
     def capture(self, work: Callable[[], None]) -> object:
         """What `work` queues, as a graph, not run yet."""
 
@@ -127,6 +130,19 @@ class Cuda:
     def synchronize(self) -> None:
         """See Gpu."""
         call("cuStreamSynchronize", self._stream)
+
+    def timed(self, work: Callable[[], None]) -> float:
+        """See Gpu."""
+        begin, end = (call("cuEventCreate", 0) for _ in range(2))
+        try:
+            call("cuEventRecord", begin, self._stream)
+            work()
+            call("cuEventRecord", end, self._stream)
+            self.synchronize()
+            return float(call("cuEventElapsedTime", begin, end)) / 1e3
+        finally:
+            call("cuEventDestroy", begin)
+            call("cuEventDestroy", end)
 
     def capture(self, work: Callable[[], None]) -> object:
         """See Gpu. Raises whatever `work` raises, and CudaError: what it queued can't be captured."""

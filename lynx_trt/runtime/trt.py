@@ -163,6 +163,21 @@ class TensorRTBackend:
             GenerationError: a row would run over the end of the cache, or the step is larger than the profile.
             TensorRTError: TensorRT or the GPU fails.
         """
+        batch, length = self._take(input_ids, past_lengths, lengths, budgets)
+        self._queue(batch, length, first)
+        result = self._io.read(batch)
+        self._gpu.synchronize()
+        return result
+
+    def device_seconds(
+        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+    ) -> float:
+        """Do a step and say how long the GPU took, the copies from and to the host aside; for benchmarks."""
+        batch, length = self._take(input_ids, past_lengths, lengths, budgets)
+        return self._gpu.timed(lambda: self._queue(batch, length, first))
+
+    def _take(self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array) -> tuple[int, int]:
+        """Queue the copy of a step's inputs; its batch and length."""
         batch, length = input_ids.shape
         if 1 < length < self._prefill_least:
             input_ids = np.pad(input_ids, ((0, 0), (0, self._prefill_least - length)))
@@ -174,15 +189,15 @@ class TensorRTBackend:
             )
         self._gpu.use()
         self._io.write(input_ids, past_lengths, lengths, budgets)
+        return batch, length
+
+    def _queue(self, batch: int, length: int, first: int) -> None:
         if length > 1:
             self._run(self._prefill, batch, length, first)
         elif first == 0 and batch in self.sizes.decode_rows:
             self._run_prepared(batch)
         else:
             self._run(self._decode, batch, 1, first)
-        result = self._io.read(batch)
-        self._gpu.synchronize()
-        return result
 
     def _run(self, context: _Context, batch: int, length: int, first: int) -> None:
         context.shape(self._io, batch, length)

@@ -1,0 +1,203 @@
+"""Engines on a real GPU: does TensorRT run them there, are they right, is the text ONNX Runtime's?
+
+    python benchmarks/gpu_engine.py --kit build/gpu-kit --output engine.json
+
+The kit is made by `gpu_kit.py` where there is no GPU. The first line answers whether this TensorRT runs on this SM at
+all. Each entry is checked by itself; one that fails is a row with its error, and the rest goes on. Exit code 1 if any
+check failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from gpu_models import PROMPTS, decode, forced_logits, greedy_tokens
+
+from lynx_trt.artifact import Artifact, read
+from lynx_trt.console import new_app, run
+from lynx_trt.errors import LynxError
+
+# TensorRT multiplies float32 matrices in TF32, which eager on a CPU doesn't: its rounding, relative to the logits.
+TF32_ROUNDING = 2.0**-11
+app = new_app()
+
+
+@dataclass
+class Row:
+    """What was seen of one entry; `error` is why it went no further."""
+
+    name: str
+    checks: dict[str, bool] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Every check, and no error."""
+        return self.error is None and bool(self.checks) and all(self.checks.values())
+
+
+Make = Callable[[Artifact, bool], Any]
+
+
+def tensorrt_backend(artifact: Artifact, graphs: bool) -> Any:
+    """The real thing."""
+    from lynx_trt.runtime.trt import TensorRTBackend
+
+    return TensorRTBackend(artifact, len(PROMPTS), graphs=graphs)
+
+
+def check(folder: Path, make: Make) -> Row:
+    """Everything about one entry of the kit."""
+    row = Row(folder.name)
+    try:
+        _check(row, folder, make)
+    except Exception as error:
+        known = isinstance(error, LynxError)
+        row.error = str(error) if known else f"{type(error).__name__}: {error}"
+    return row
+
+
+def _check(row: Row, folder: Path, make: Make) -> None:
+    artifact = read(folder)
+    with np.load(folder / "expected.npz") as file:
+        want = dict(file)
+    ends = np.cumsum(PROMPTS)
+    prompts = [part.tolist() for part in np.split(want["prompts"], ends[:-1])]
+    everything = [layer.experts for layer in artifact.manifest.model.moe_layers]
+    started = time.perf_counter()
+    backend = make(artifact, False)
+    row.figures["load_seconds"] = time.perf_counter() - started
+    _right(row, artifact, backend, prompts, want, everything)
+    again = forced_logits(backend, prompts, want["tokens_all"], everything)
+    once_more = forced_logits(backend, prompts, want["tokens_all"], everything)
+    row.checks["same bits twice"] = bool(np.array_equal(again, once_more))
+    backend.close()
+    _graphs(row, make(artifact, True), prompts, want, everything, again)
+
+
+def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, everything: Any) -> None:
+    """Logits of forced tokens against float64, then what it says by itself."""
+    logits = forced_logits(backend, prompts, want["tokens_all"], everything)
+    error = np.abs(logits - want["logits"])
+    rms, median = float(np.sqrt((error**2).mean())), float(np.median(error))
+    scale = float(np.abs(want["logits"]).max())
+    floor = TF32_ROUNDING * scale if artifact.manifest.model.precision == "fp32" else 0.0
+    step, place, token = np.unravel_index(error.argmax(), error.shape)
+    row.figures |= {
+        "rms_error": rms,
+        "rms_error_of_eager_in_this_precision": float(want["same_precision_rms"]),
+        "median_error": median,
+        "largest_error": float(error.max()),
+        "largest_error_at": {"step": int(step), "row": int(place), "token": int(token)},
+        "largest_logit": scale,
+    }
+    row.checks["logits"] = bool(
+        np.isfinite(logits).all()
+        and rms <= 2 * float(want["same_precision_rms"]) + floor
+        and median <= 2 * float(want["same_precision_median"]) + floor
+    )
+    for name, budgets in (("all", everything), ("half", want["half"].tolist())):
+        tokens, active = greedy_tokens(backend, prompts, budgets)
+        same = tokens == want[f"tokens_{name}"]
+        # After the first token that differs the texts are two different ones.
+        agreed = np.cumprod(same, axis=0).astype(bool)
+        row.figures[f"equal_greedy_tokens_{name}"] = float(agreed.mean())
+        compare = agreed.all(axis=1)
+        steps = np.flatnonzero(compare)
+        difference = np.abs(active[steps] - want[f"active_{name}"][steps])
+        row.figures[f"active_experts_{name}"] = float(active.mean())
+        row.figures[f"largest_difference_of_active_experts_{name}"] = int(difference.max(initial=0))
+        if artifact.manifest.model.precision == "fp32":
+            row.checks[f"text, {name} experts"] = bool(same.all())
+            row.checks[f"active experts, {name}"] = bool((difference == 0).all())
+        else:
+            # Half precision may take the other of two near-equals, after which everything differs.
+            row.checks[f"text, {name} experts"] = bool(agreed[0].mean() >= 0.75)
+
+
+def _graphs(row: Row, backend: Any, prompts: Any, want: Any, everything: Any, eager: Any) -> None:
+    """Captured steps give the bits of those that were not; and how long a step takes, both ways."""
+    logits = forced_logits(backend, prompts, want["tokens_all"], everything)
+    row.figures["graphs_refused"] = backend.graphs_refused
+    row.checks["CUDA graphs"] = backend.graphs_refused is None
+    row.checks["same bits in graphs"] = bool(np.array_equal(logits, eager))
+    past = np.array(PROMPTS, np.int64)
+    seconds = []
+    for _ in range(50):
+        started = time.perf_counter()
+        decode(backend, want["tokens_all"][0], past, everything)
+        seconds.append(time.perf_counter() - started)
+    row.figures["step_microseconds_median"] = float(np.median(seconds) * 1e6)
+    backend.close()
+
+
+def table(rows: list[Row]) -> str:
+    """A line an entry."""
+    lines = []
+    for row in rows:
+        failed = [name for name, passed in row.checks.items() if not passed]
+        said = row.error or (f"failed: {', '.join(failed)}" if failed else "passed")
+        ratio = row.figures.get("rms_error", 0) / max(row.figures.get("rms_error_of_eager_in_this_precision", 1), 1e-30)
+        lines.append(f"{row.name:<28} error / eager's {ratio:5.2f}   {said}")
+    return "\n".join(lines)
+
+
+def first_answer(rows: list[Row]) -> str:
+    """Does TensorRT run here?"""
+    ran = [row for row in rows if "rms_error" in row.figures]
+    if ran:
+        return f"TensorRT runs here: {len(ran)} of {len(rows)} engines gave numbers"
+    return f"TensorRT runs no engine here; the first one: {rows[0].error if rows else 'the kit is empty'}"
+
+
+def check_kit(kit: Path, make: Make, say: Callable[[str], None]) -> list[Row]:
+    """All entries, the plainest first."""
+    folders = sorted(
+        (each.parent for each in kit.glob("*/expected.npz")), key=lambda each: (each.name[:7] != "mixtral", each.name)
+    )
+    rows = []
+    for number, folder in enumerate(folders):
+        rows.append(check(folder, make))
+        if number == 0:
+            say(first_answer(rows))
+    return rows
+
+
+@app.command()
+def main(
+    kit: Annotated[Path, typer.Option(help="Folder that gpu_kit.py made.")] = Path("build/gpu-kit"),
+    output: Annotated[Path | None, typer.Option(help="Write what was seen to this JSON file.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="The C++ plugin's library, to be used instead of the Python plugin.")
+    ] = None,
+) -> None:
+    """Check every engine of the kit on GPU 0."""
+    if plugin:
+        from lynx_trt.tensorrt.loader import load
+
+        load("auto").module.get_plugin_registry().load_library(str(plugin))
+    rows = check_kit(kit, tensorrt_backend, typer.echo)
+    typer.echo(table(rows))
+    typer.echo(first_answer(rows))
+    if output:
+        report = {
+            "answer": first_answer(rows),
+            "plugin": "C++" if plugin else "Python",
+            "rows": [{**vars(row), "passed": row.passed} for row in rows],
+        }
+        output.write_text(json.dumps(report, indent=1) + "\n")
+    if not rows or not all(row.passed for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,126 @@
+"""The engine's part of `make gpu`, as far as it goes without a GPU: what the kit holds, and what is checked with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_gpu import HostGpu, tensorrt_for
+
+from lynx_trt.artifact import Artifact, open_artifact
+from lynx_trt.console import Progress
+from lynx_trt.errors import TensorRTError
+from lynx_trt.runtime.ort import OrtBackend
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu_end_to_end
+import gpu_engine
+import gpu_kit
+from gpu_models import PROMPTS
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kit")
+    with Progress(quiet=True) as progress:
+        gpu_kit.make(gpu_kit.Entry("mixtral", "fp32"), folder / "mixtral-fp32", "90", progress)
+    return folder
+
+
+class Stand(OrtBackend):
+    """ONNX Runtime in the engine's place."""
+
+    graphs_refused: str | None = None
+    shift = 0.0
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        result = super().step(*arguments, **options)
+        result.logits[:, 7] += self.shift
+        return result
+
+    def close(self) -> None:
+        pass
+
+
+def test_kit_holds_the_engine_and_no_more(kit: Path) -> None:
+    assert {path.name for path in kit.iterdir()} == {"mixtral-fp32"}
+    artifact = open_artifact(kit / "mixtral-fp32")  # its sums fit
+    assert artifact.manifest.engine
+    assert artifact.manifest.engine.compute_capabilities == [90]
+    assert {"engine.plan", "expected.npz"} <= set(artifact.manifest.files)
+    assert not {"model.onnx", "weights.safetensors"} & set(artifact.manifest.files)
+
+
+def test_right_numbers_pass(kit: Path, artifact: Callable[..., Artifact]) -> None:
+    reference, said = artifact("mixtral"), []
+    (row,) = gpu_engine.check_kit(kit, lambda *_: Stand(reference, len(PROMPTS), threads=1), said.append)
+    assert row.passed, (row.checks, row.error)
+    assert row.checks["text, half experts"]
+    assert row.figures["equal_greedy_tokens_half"] == 1
+    assert said == ["TensorRT runs here: 1 of 1 engines gave numbers"]
+    assert "passed" in gpu_engine.table([row])
+
+
+def test_wrong_numbers_are_named(kit: Path, artifact: Callable[..., Artifact]) -> None:
+    """A backend whose logits are off, and one without graphs."""
+    reference = artifact("mixtral")
+
+    def make(_: Artifact, graphs: bool) -> Stand:
+        backend = Stand(reference, len(PROMPTS), threads=1)
+        backend.shift = 0.5
+        backend.graphs_refused = "cuStreamEndCapture failed" if graphs else None
+        return backend
+
+    row = gpu_engine.check(kit / "mixtral-fp32", make)
+    assert not row.passed
+    assert not row.checks["logits"]
+    assert not row.checks["CUDA graphs"]
+    assert row.figures["largest_error_at"]["token"] == 7
+    assert "failed: logits" in gpu_engine.table([row])
+
+
+def test_an_engine_that_fails_is_a_row(kit: Path, artifact: Callable[..., Artifact]) -> None:
+    def refuse(*_: Any) -> Any:
+        raise TensorRTError("TensorRT can't load engine.plan: not for this SM")
+
+    rows = gpu_engine.check_kit(kit, refuse, print)
+    assert gpu_engine.first_answer(rows).endswith("the first one: TensorRT can't load engine.plan: not for this SM")
+    rows = gpu_engine.check_kit(kit, lambda *_: 1 / 0, print)
+    assert rows[0].error == "ZeroDivisionError: division by zero"
+    assert gpu_engine.first_answer([]) == "TensorRT runs no engine here; the first one: the kit is empty"
+
+
+def test_end_to_end_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph without weights, made-up ones, the engine built by TensorRT, and the measurement on host memory."""
+    import tiny_models
+
+    config = tiny_models.CONFIGS["qwen3_moe"]()
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    folder = tmp_path / gpu_end_to_end.LARGE
+    gpu_kit.make_large(folder, Progress(quiet=True), config, precision="fp32", max_length=64)
+    assert not (folder / "weights.safetensors").exists()
+    monkeypatch.setattr(gpu_end_to_end, "BATCHES", (1, 4))
+    monkeypatch.setattr(gpu_end_to_end, "CONTEXT", 8)
+    monkeypatch.setattr(gpu_end_to_end, "PREFILL", (1, 16, 32))
+    artifact = gpu_end_to_end.build(folder, 90, print)
+    assert artifact.manifest.engine
+    assert len(artifact.manifest.engine.external) == 4  # gate_up and down of two layers
+    stored = np.memmap(folder / "weights.safetensors", np.float32, "r", artifact.manifest.engine.external[0]["offset"])
+    assert not stored[:100].any()  # the experts stay a hole
+    gpu = HostGpu()
+    backend = gpu_end_to_end.backend_of(artifact, 4, gpu=gpu, tensorrt=tensorrt_for(artifact, gpu, plan=b""))
+    item = artifact.manifest.engine.external[0]
+    assert gpu.view(backend._experts[item["name"]], item["length"]).any()
+    rows = gpu_end_to_end.measure(backend, artifact, rounds=3)
+    assert [(row["batch"], row["share"]) for row in rows] == [(b, s) for b in (1, 4) for s in (1.0, 0.75, 0.5, 0.25)]
+    assert all(len(row["seconds"]) == 3 and np.isfinite(row["median_seconds"]) for row in rows)
+    assert rows[-1]["active_experts"] < rows[4]["active_experts"]
+    assert rows[-1]["weight_bytes_read"] < rows[4]["weight_bytes_read"]
+    assert len(gpu_end_to_end.table(rows, 1e12).splitlines()) == 9
+    json.dumps(rows)
