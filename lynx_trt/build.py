@@ -186,9 +186,7 @@ def _export(
     update(1.0)
     clock.lap("export")
     update = progress.phase(f"Weights ({size(checkpoint.nbytes)} in the checkpoint)")
-    weight_bytes = write_onnx(
-        exported, folder, data=data, on_progress=lambda done, total: update(done / max(total, 1))
-    )
+    weight_bytes = write_onnx(exported, folder, data=data, on_progress=lambda done, total: update(done / max(total, 1)))
     clock.lap("weights")
     return exported, weight_bytes
 
