@@ -151,7 +151,9 @@ class Cuda:
         try:
             work()
         except BaseException:
-            self._driver.cuStreamEndCapture(self._stream)  # whatever it answers, the capture has ended
+            _, graph = self._driver.cuStreamEndCapture(self._stream)  # whatever it answers, the capture has ended
+            if int(graph):
+                self._driver.cuGraphDestroy(graph)
             raise
         graph = call("cuStreamEndCapture", self._stream)
         try:
