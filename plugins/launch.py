@@ -109,6 +109,11 @@ def _select_table() -> dict[tuple[int, int, int, int], SelectLaunch]:
 PREFILL_BUCKET = 64
 
 
+# Up to this many tokens the experts' outputs are kept in float32 until they are summed. It costs under 5% of the
+# traffic of a decode batch; of a prefill it would be a third. No more tokens an expert than that come with it.
+FLOAT32_TOKENS = 512
+
+
 def experts_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
     """A launch by reasoning, for what no GPU has measured."""
     if dtype == "float32":
@@ -124,7 +129,9 @@ def _decode_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) 
     # A tile of 64 rows x 128 is 16 kB, 3 of them in flight are 48 kB a program and 2 or more programs a multiprocessor
     # are resident: HBM at 4.8 TB/s and 800 ns needs 29 kB in flight a multiprocessor. Larger tiles would leave a longer
     # tail: Qwen3-30B at batch 16 has 80 active experts x 24 tiles, 15 a multiprocessor.
-    launch = MatmulLaunch(block_t, 64, 128 if bucket <= 4 else 64, warps=4, stages=4)
+    # On SM 80 64 pairs at a depth of 128 spill 120 bytes (Qwen3-30B at 64 tokens); at 64 they take 198 registers.
+    deep = bucket <= 4 and not (sm == 80 and block_t == 64)
+    launch = MatmulLaunch(block_t, 64, 128 if deep else 64, warps=4, stages=4)
     gate_up = replace(launch, block_n=32, block_d=_depth(hidden, launch.block_d))
     down = replace(launch, block_d=_depth(inner, launch.block_d))
     reason = "decode: 64 rows of weights a program, 3 tiles of 16 kB in flight"
@@ -149,6 +156,10 @@ def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int)
     )
     gate_up = replace(launch, block_n=launch.block_n // 2, block_d=_depth(hidden, launch.block_d))
     down = replace(launch, block_d=_depth(inner, launch.block_d))
+    if sm == 100 and bucket <= FLOAT32_TOKENS:
+        # Here down may write float32, and a tile of 128 x 256 of it, 128 values a thread, spills 356 bytes (Mixtral at
+        # 512 tokens); 128 x 128 takes 170 registers. At 64 pairs 4 warps spill 4 bytes (gpt-oss), 8 take 109 registers.
+        down = replace(down, block_n=128, warps=8)
     if launch.descriptors:
         # The copy engine wants rows of whole 16 bytes.
         gate_up = replace(gate_up, descriptors=hidden % 8 == 0 and inner % 8 == 0)
@@ -210,10 +221,15 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     row = max(power_of_two(experts), 2)
     block_t = min(max(ROW_VALUES // row, 1), 256)
     if tokens <= 2 * block_t:
-        warps = min(max(block_t * row // 128, 4), 16)
-        return SelectLaunch(True, block_t, warps, block_t, "one program: fewer launches than blocks")
+        return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, "one program: fewer launches than blocks")
     block_t = min(block_t, 16)
     # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
     fewest = max(power_of_two(-(-experts // (4 * experts_per_token))), block_t)
     block = fewest if tokens <= 1024 else max(fewest, 64)
-    return SelectLaunch(False, block_t, 8, block, "blocks: tokens in parallel on many multiprocessors")
+    reason = "blocks: tokens in parallel on many multiprocessors"
+    return SelectLaunch(False, block_t, _row_warps(block_t, row), block, reason)
+
+
+def _row_warps(block_t: int, row: int) -> int:
+    """4 values a thread: with 8 the choice spills 24 bytes on SM 86 and 89 (E = 128), with 4 it takes 117 registers."""
+    return min(max(block_t * row // 128, 4), 16)

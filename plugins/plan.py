@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lynx_trt.plugins.launch import (
+    FLOAT32_TOKENS,
     MOST_PROGRAMS,
     SMS,
     ExpertsLaunch,
@@ -60,9 +61,6 @@ DISPATCH_SLOTS = 512
 BLOCKS_HERE = 64
 # Rows of a table that are added at a time.
 TABLE_ROWS = 8
-# Up to this many tokens the experts' outputs are kept in float32 until they are summed. It costs under 5% of the
-# traffic of a decode batch; of a prefill it would be a third.
-FLOAT32_TOKENS = 512
 
 
 @dataclass(frozen=True)

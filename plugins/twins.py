@@ -164,7 +164,7 @@ def gate_up_twin(
     experts, rows = gate_up.shape[0], gate_up.shape[2 if form.transposed else 1]
     inner = hidden.new_zeros(len(hidden) * experts_per_token, rows // 2 if form.gated else rows)
     for expert, each, pairs in _groups(dispatch, experts):
-        inner[each] = _activate(form, _linear(form, hidden[pairs // experts_per_token], gate_up, bias, expert))
+        inner[each] = activate_twin(form, _linear(form, hidden[pairs // experts_per_token], gate_up, bias, expert))
     return inner
 
 
@@ -207,8 +207,8 @@ def _linear(form: ExpertsForm, x: Tensor, weights: Tensor, bias: Tensor | None, 
     return y if bias is None else y + bias[expert]
 
 
-def _activate(form: ExpertsForm, gate_up: Tensor) -> Tensor:
-    """[., R] to [., I]."""
+def activate_twin(form: ExpertsForm, gate_up: Tensor) -> Tensor:
+    """From gate and up to inner values, [., R] to [., I]."""
     limit = form.limit or math.inf
     if not form.gated:
         return _activation(form, gate_up.clamp(-limit, limit))

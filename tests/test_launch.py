@@ -15,6 +15,7 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import experts_attributes, select_attributes
 from lynx_trt.plugins import launch_table, tune
 from lynx_trt.plugins.launch import (
+    FLOAT32_TOKENS,
     MOST_PROGRAMS,
     SHARED_MEMORY,
     SMS,
@@ -27,7 +28,6 @@ from lynx_trt.plugins.launch import (
 )
 from lynx_trt.plugins.plan import (
     ALIGNMENT,
-    FLOAT32_TOKENS,
     MODULES,
     Grid,
     Plan,
