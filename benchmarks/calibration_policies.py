@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +37,6 @@ VARIANTS = {
     "lynx, tau = 0.1": replace(LYNX, sensitivity=0.1),
     "lynx, drop": replace(LYNX, remap=False),
 }
-# Shares of the natural active experts at which budgets by layer are searched for.
-SHARES = (0.5, 0.7)
 # Level n of the floors' dial is TOP * RATIO ** n votes a voting token; level E is no floor.
 TOP, RATIO = 0.0375, 0.82
 UNIFORM_LEVELS = (6, 8, 10, 12, 14, 17, 20)
@@ -62,8 +60,10 @@ def budgets(_: tuple[int, ...]) -> Make:
     return lambda chosen: Setting(LYNX, chosen)
 
 
-def search(choose: Measured, dial: str, natural: Any) -> tuple[Sensitivity, dict[str, list[Setting]]]:
-    """Sensitivity, and the best settings by layer at `SHARES` of the natural bytes, measured alone and together."""
+def search(
+    choose: Measured, dial: str, natural: Any, shares: Sequence[float]
+) -> tuple[Sensitivity, dict[str, list[Setting]]]:
+    """Sensitivity, and the best settings by layer at `shares` of the natural bytes, measured alone and together."""
     meter, experts = choose.meter, choose.meter.probed.experts
     means, most = natural.mean((1, 2)), natural.max((1, 2))
     make = (budgets if dial == "budgets" else floors)(experts)
@@ -71,7 +71,7 @@ def search(choose: Measured, dial: str, natural: Any) -> tuple[Sensitivity, dict
     top = [int(value) for value in most] if dial == "budgets" else list(experts)
     sensitivity = measure_sensitivity(choose, make, experts, rungs, means)
     found: dict[str, list[Setting]] = {f"{dial} by layer, measured alone": [], f"{dial} by layer": []}
-    for share, (name, rounds) in itertools.product(SHARES, zip(found, (0, 2), strict=True)):
+    for share, (name, rounds) in itertools.product(shares, zip(found, (0, 2), strict=True)):
         limit = share * meter.cost.bytes_of_experts([float(v) for v in means]) / choose.batch
         model = curves(sensitivity, experts, top, meter.cost.expert_bytes)
         outcome = Search(choose, make, model, bytes_goal(limit), experts).run(rounds, polish=rounds > 0)
@@ -79,22 +79,24 @@ def search(choose: Measured, dial: str, natural: Any) -> tuple[Sensitivity, dict
     return sensitivity, found
 
 
-def one_batch(choose: Measured, check: Measured, *, variants: bool) -> dict[str, Any]:
+def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, variants: bool) -> dict[str, Any]:
     """Everything for one batch size."""
     meter = check.meter
     natural = check.meter.natural(check.batch)
     mean = float(natural.mean())
     experts, width = meter.probed.experts, meter.probed.layers[0].experts_per_token
     uniform = {name: check.measure(uniform_settings(name, experts, width, mean)) for name in PRESETS if name != "off"}
+    # Down to what is guaranteed alone, so that there is a number for every point that another policy reaches.
+    uniform["lynx"] += check.measure([Setting(LYNX, (0,) * len(experts))])
     own = choose.meter.natural(choose.batch)
-    alone, by_layer = search(choose, "budgets", own)
+    alone, by_layer = search(choose, "budgets", own, shares)
     if variants:
         plain = uniform_settings("lynx", experts, width, mean)
         for name, selection in VARIANTS.items():
             uniform[name] = check.measure([replace(setting, selection=selection) for setting in plain])
         level = floors(experts)
         uniform["floor"] = check.measure([level((n,) * len(experts)) for n in UNIFORM_LEVELS])
-        by_layer |= search(choose, "floors", own)[1]
+        by_layer |= search(choose, "floors", own, shares)[1]
     points = {name: check.measure(settings) for name, settings in by_layer.items()}
     return {
         "batch": check.batch,
@@ -107,7 +109,15 @@ def one_batch(choose: Measured, check: Measured, *, variants: bool) -> dict[str,
         "by_layer": {name: [brief(item) for item in items] for name, items in points.items()},
         "ratios": {name: comparison(items, uniform) for name, items in points.items()},
         "at_half": {name: kl_at(items, mean / 2) for name, items in uniform.items()},
-        "uses": {"unrestricted": meter.uses(check.batch, None)},
+        "at_their_points": {
+            name: comparison(uniform[name], {"lynx": uniform["lynx"]})
+            for name in PRESETS
+            if name not in ("off", "lynx")
+        },
+        "uses": {
+            "unrestricted": meter.uses(check.batch, None),
+            "chosen": meter.uses(check.batch, points["budgets by layer"][0].setting),
+        },
         "transfer": transfer(check),
     }
 
@@ -128,6 +138,7 @@ def transfer(check: Measured) -> dict[str, list[dict[str, Any]]]:
 
 def main(
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "4,16,64",
+    shares: Annotated[str, typer.Option(help="Shares of the natural bytes at which to search by layer.")] = "0.5,0.7",
     journal: Annotated[Path | None, typer.Option(help="Folder to go on in after an interruption.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which text is drawn.")] = 0,
 ) -> None:
@@ -141,7 +152,7 @@ def main(
         choose, check = (Measured(part, size, name, log) for part, name in zip(parts, ("choose", "check"), strict=True))
         with Progress() as progress:
             update = progress.phase(f"Batch {size}")
-            outcome = one_batch(choose, check, variants=size == 16)
+            outcome = one_batch(choose, check, [float(part) for part in shares.split(",")], variants=size == 16)
             update(1.0)
         typer.echo(f"{record(f'calibration_policies_{size}', outcome)}")
 

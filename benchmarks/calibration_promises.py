@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def one(parts: Parts, promise: Promise) -> dict[str, Any]:
     if study.chosen is None or study.held_out is None:
         return {"kept": False, "says": study.nearest(promise)}
     (check,) = study.checks
-    (chosen,) = promise.checks(study.chosen, parts.check.meter.sequences)
+    (chosen,) = promise.checks(study.chosen, parts.check.meter.sequences, study.company)
     return {
         "kept": study.kept,
         "budgets": study.held_out.budgets,
@@ -45,6 +46,7 @@ def one(parts: Parts, promise: Promise) -> dict[str, Any]:
         "chosen_on": chosen.value,
         "bound": chosen.bound,
         "held_out": check.value,
+        "company": asdict(study.company),
         "settings": len(study.search.steps),
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -81,6 +81,16 @@ def ratios(study: dict[str, Any]) -> Iterator[str]:
         yield from table((f"{name} / this", *(f"at {at:.2f}" for at in points)), cells)
 
 
+def their_points(study: dict[str, Any]) -> Iterator[str]:
+    """Each published policy where it is by itself, with uniform budgets, against the default preset there."""
+    rows = []
+    for name, found in study["at_their_points"].items():
+        for row in sorted(found, key=lambda row: float(row["active"])):
+            rows.append((f"`{name}`", f"{row['active']:.2f}", number(row["by_layer_kl"][0]), number(row["kl"][0])))
+            rows[-1] += (interval(row["ratio"]),)
+    yield from table(("policy", "active", "its KL", "KL of `lynx` there", "its KL / `lynx`'s"), rows)
+
+
 def details(study: dict[str, Any]) -> Iterator[str]:
     """Every metric of what was found by layer."""
     rows = []
@@ -154,7 +164,7 @@ def main() -> None:
         if not study:
             continue
         draw(study)
-        for part in (at_half, ratios, details, sensitivity):
+        for part in (at_half, their_points, ratios, details, sensitivity):
             for line in part(study):
                 typer.echo(line)
     found = read("calibration_promises")

@@ -214,7 +214,7 @@ def test_a_promise_that_held_out_text_breaks(options: CalibrateOptions, monkeypa
     """Without room for chance the held-out half decides; a break is said, and nothing is written."""
     from lynx_trt.calibration import promise
 
-    monkeypatch.setattr(promise.Promise, "strain", lambda self, item, _: item.kl.mean / (20 * self.max_kl))
+    monkeypatch.setattr(promise.Promise, "strain", lambda self, item, *_: item.kl.mean / (20 * self.max_kl))
     before = artifacts.read(options.artifact).manifest
     with pytest.raises(CalibrationError, match=r"but on held-out text the KL is .* above 0\.01"):
         run_quietly(replace(options, max_kl=0.01))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lynx_trt.calibration.company import ALONE
 from lynx_trt.calibration.cost import BANDWIDTH, EFFICIENCY, cost_model
 from lynx_trt.calibration.intervals import Bootstrap, Interval, bound_for_new_text, student_t
 from lynx_trt.calibration.measure import Measurement
@@ -121,7 +122,7 @@ def test_search_is_near_the_best_there_is(name: str, total: int) -> None:
 def test_search_keeps_a_promise_cheaply(name: str, limit: float) -> None:
     """The bound holds with room for chance, and no uniform budget does better."""
     model, promise = MODELS[name], Promise(max_kl=limit)
-    best = search(model, promise_goal(promise, 16))
+    best = search(model, promise_goal(promise, 16, ALONE))
     assert best is not None
     assert promise.will_be_kept(best, 16)
     uniform = [model.measure([Setting(LYNX, (b,) * 4)])[0] for b in range(EXPERTS + 1)]
@@ -132,7 +133,7 @@ def test_search_keeps_a_promise_cheaply(name: str, limit: float) -> None:
 def test_search_asks_little() -> None:
     """Three rounds of four layers: far fewer settings than the 17**4 there are."""
     model = MadeUp([3.0, 0.3, 1.0, 0.1], [3.0, 2.0, 2.5, 1.5])
-    search(model, promise_goal(Promise(max_kl=0.03), 16))
+    search(model, promise_goal(Promise(max_kl=0.03), 16, ALONE))
     assert len(model.asked) < 120
 
 

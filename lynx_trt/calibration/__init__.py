@@ -1,7 +1,7 @@
 """Calibration: what the selection costs in quality and saves in expert loads, measured on a user's own text.
 
 Read in this order: `groups` (the selection over many decode steps at once), `model` (a Hugging Face model that runs
-under it), `text` (sequences from files), `measure` (metrics of one setting), `intervals` (their confidence), `cost`
+under it), `text` (sequences from files), `measure` (metrics of one setting), `intervals` (their confidence), `company` (what batches have in common), `cost`
 (bytes to time), `search` (budgets that keep a promise), `journal` (resuming), `study` (the whole run), `plots` and
 `report` (what a person reads).
 

@@ -70,17 +70,21 @@ def _interval(mean: float, drawn: Array) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
-def bound_for_new_text(values: Array, new: int, confidence: float) -> float:
+def bound_for_new_text(
+    values: Array, new: int, confidence: float, *, factor: float = 1.0, freedom: int | None = None
+) -> float:
     """What the mean over `new` more sequences stays below with probability `confidence`, given `values` [n] of n.
 
     The one-sided prediction bound for the mean of a future sample: mean + t s sqrt(1/n + 1/new) (Hahn & Meeker 1991,
-    section 4.7). Infinite for fewer than three sequences, which say nothing about their spread.
+    section 4.7), s times `factor`, which rests on `freedom` degrees (see `company`). Infinite for fewer than three
+    sequences, which say nothing about their spread.
     """
     count = len(values)
     if count < 3:
         return math.inf
-    spread = float(np.std(values, ddof=1))
-    return float(np.mean(values)) + student_t(confidence, count - 1) * spread * math.sqrt(1 / count + 1 / new)
+    spread = factor * float(np.std(values, ddof=1))
+    t = student_t(confidence, min(count - 1, freedom or count))
+    return float(np.mean(values)) + t * spread * math.sqrt(1 / count + 1 / new)
 
 
 def student_t(confidence: float, freedom: int) -> float:

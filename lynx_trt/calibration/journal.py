@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.options import JOURNAL
 from lynx_trt.errors import UsageError
@@ -112,6 +114,13 @@ class Measured:
         self._part = part
         self._journal = journal
         self._memory: dict[str, Measurement] = {}
+
+    def regrouped(self, number: int, size: int) -> Measured:
+        """The same text in the `number`-th random grouping into batches of `size`."""
+        order = np.random.default_rng([number, self.meter.sequences]).permutation(self.meter.sequences)
+        other = Measured(self.meter.regrouped(order), size, f"{self._part}, grouping {number}", self._journal)
+        other.count, other.on_progress = self.count + number, self.on_progress
+        return other
 
     def measure(self, settings: Sequence[Setting]) -> list[Measurement]:
         """One measurement for each setting."""

@@ -8,6 +8,7 @@ not with the settings.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -192,6 +193,15 @@ class Meter:
         if self._reference is None:
             self._reference = self._run_reference()
         return self._reference
+
+    def regrouped(self, order: Array) -> Meter:
+        """The same sequences in another order, so that others decode together; the unrestricted run stays."""
+        reference, rows = self.reference(), torch.from_numpy(order)
+        other = copy.copy(self)
+        other._ids, other._nbytes = self._ids[rows], self._nbytes[order]
+        hidden = reference.hidden[rows.to(reference.hidden.device)]
+        other._reference = _Reference(hidden, [index[rows] for index in reference.index], reference.nats[order])
+        return other
 
     def natural(self, batch: int) -> Array:
         """Experts active in the unrestricted model, int16 [N, n/B, D]."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lynx_trt.calibration.company import ALONE, Company
 from lynx_trt.calibration.intervals import bound_for_new_text
 from lynx_trt.errors import UsageError
 
@@ -65,42 +66,43 @@ class Promise:
             parts.append(f"agreement at least {self.min_agreement:g}")
         return ", ".join(parts)
 
-    def checks(self, measurement: Measurement, new_sequences: int) -> list[Check]:
+    def checks(self, measurement: Measurement, new_sequences: int, company: Company = ALONE) -> list[Check]:
         """Each part of the promise against `measurement`, and against `new_sequences` that nobody has seen."""
-        return list(self._checks(measurement, new_sequences))
+        return list(self._checks(measurement, new_sequences, company))
 
-    def _checks(self, measurement: Measurement, new: int) -> Iterator[Check]:
-        def bound(values: list[float], sign: float = 1.0) -> float:
-            return bound_for_new_text(sign * np.array(values), new, CONFIDENCE)
+    def _checks(self, measurement: Measurement, new: int, company: Company) -> Iterator[Check]:
+        def bound(values: list[float], factor: float, sign: float = 1.0) -> float:
+            numbers = sign * np.array(values)
+            return bound_for_new_text(numbers, new, CONFIDENCE, factor=factor, freedom=company.freedom)
 
         if self.max_kl is not None:
-            yield Check("KL", measurement.kl.mean, bound(measurement.kl_by_sequence), self.max_kl)
+            yield Check("KL", measurement.kl.mean, bound(measurement.kl_by_sequence, company.kl), self.max_kl)
         if self.max_perplexity_increase is not None:
             yield Check(
                 "perplexity increase",
                 measurement.perplexity_increase.mean,
-                _expm1(bound(measurement.nats_added_by_sequence)),
+                _expm1(bound(measurement.nats_added_by_sequence, company.nats)),
                 self.max_perplexity_increase,
             )
         if self.min_agreement is not None:
             yield Check(
                 "disagreement",
                 1 - measurement.agreement.mean,
-                1 + bound(measurement.agreement_by_sequence, -1.0),
+                1 + bound(measurement.agreement_by_sequence, company.agreement, -1.0),
                 1 - self.min_agreement,
             )
 
     def is_kept(self, measurement: Measurement) -> bool:
         """Whether the measured means are within every limit."""
-        return all(check.value <= check.limit for check in self._checks(measurement, 1))
+        return all(check.value <= check.limit for check in self._checks(measurement, 1, ALONE))
 
-    def will_be_kept(self, measurement: Measurement, new_sequences: int) -> bool:
+    def will_be_kept(self, measurement: Measurement, new_sequences: int, company: Company = ALONE) -> bool:
         """Whether `new_sequences` of the same kind of text will keep it, as surely as `CONFIDENCE`."""
-        return all(check.bound <= check.limit for check in self._checks(measurement, new_sequences))
+        return all(check.bound <= check.limit for check in self._checks(measurement, new_sequences, company))
 
-    def strain(self, measurement: Measurement, new_sequences: int) -> float:
+    def strain(self, measurement: Measurement, new_sequences: int, company: Company = ALONE) -> float:
         """How much of the tightest limit is used up; above 1 the promise will not be kept."""
-        return max(check.bound / check.limit for check in self._checks(measurement, new_sequences))
+        return max(check.bound / check.limit for check in self._checks(measurement, new_sequences, company))
 
 
 def _expm1(value: float) -> float:

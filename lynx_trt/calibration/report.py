@@ -103,6 +103,18 @@ def most_sensitive(study: dict[str, Any]) -> str:
     )
 
 
+def between_batches(study: dict[str, Any]) -> str:
+    """One sentence: what the intervals leave out. Empty where nobody has looked, or there is nothing to say."""
+    factor = study.get("company", {}).get("kl", 1.0)
+    if factor <= 1:
+        return ""
+    return (
+        f"Sequences that decode together share their experts, so that a whole batch does well or badly: KL varies from "
+        f"batch to batch {factor:.1f} times as much as the spread of sequences has it. The budgets leave room for "
+        "that; the intervals don't show it."
+    )
+
+
 def terminal_tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables of every batch size."""
     for study in result["batches"]:
@@ -183,6 +195,8 @@ def _batch(study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
         parts.append(f"<p>Chosen budgets, layer by layer: <code>{escape(str(study['held_out']['budgets']))}</code></p>")
         parts.append(_table(["promise", "limit", "held-out text", "kept"], promise_rows(study)))
     parts.append(_table(columns, metric_rows(study)))
+    if between_batches(study):
+        parts.append(f"<p>{escape(between_batches(study))}</p>")
     captions = {
         f"quality-{batch}": "KL against active experts, for every preset with uniform budgets and for budgets by layer",
         f"sensitivity-{batch}": "KL of each layer restricted alone, by budget",

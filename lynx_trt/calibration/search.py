@@ -195,8 +195,7 @@ class Search:
         self._bisect("Prices, layers alone")
         for number in range(1, rounds + 1):
             before = self._best()
-            centre = before or min(self._seen, key=lambda budgets: self._goal.strain(self._seen[budgets]))
-            self._measure_together(centre, f"Layers together, round {number}")
+            self._measure_together(self.centre(), f"Layers together, round {number}")
             self._bisect(f"Prices, round {number}")
             after = self._best()
             if before and after and self._value_of(after) > 0.995 * self._value_of(before):
@@ -205,6 +204,10 @@ class Search:
             self._polish()
         best = self._best()
         return Found(self._seen[best] if best else None, self._steps, best)
+
+    def centre(self) -> tuple[int, ...]:
+        """The best allowed budgets so far, or those that are nearest to being allowed."""
+        return self._best() or min(self._seen, key=lambda budgets: self._goal.strain(self._seen[budgets]))
 
     def _best(self) -> tuple[int, ...] | None:
         allowed = [budgets for budgets, item in self._seen.items() if self._goal.strain(item) <= 1]

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from lynx_trt.calibration.company import ALONE, Company, grouping, measure_company
 from lynx_trt.calibration.intervals import Bootstrap, Interval
 from lynx_trt.calibration.journal import Measured
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting
 from lynx_trt.calibration.promise import Check, Promise
 from lynx_trt.calibration.search import (
+    BISECTIONS,
     Array,
     Curves,
     Found,
@@ -53,6 +55,7 @@ class Study:
     unrestricted: Measurement
     selection: Selection
     sensitivity: Sensitivity
+    company: Company  # how much more batches vary than sequences
     search: Found
     parameters: list[dict[str, Any]]  # what --search-parameters tried
     held_out: Measurement | None  # of the chosen budgets
@@ -93,6 +96,7 @@ class Study:
             "unrestricted": self.unrestricted.to_dict(),
             "selection": asdict(self.selection),
             "sensitivity": asdict(self.sensitivity),
+            "company": asdict(self.company),
             "search": {"best": plain(self.search.best), "steps": self.search.steps},
             "parameters": self.parameters,
             "held_out": plain(self.held_out),
@@ -138,7 +142,9 @@ def run_study(
     if search_parameters:
         selection, parameters = _search_parameters(parts, selection, means, phase, label)
     sensitivity, model = _sensitivity(choose, selection, experts, means, most, phase, label)
-    goal = promise_goal(promise, check.meter.sequences // check.batch * check.batch)
+    new = check.meter.sequences // check.batch * check.batch
+    company = _company(choose, selection, promise_goal(promise, new, ALONE), model, phase, label)
+    goal = promise_goal(promise, new, company)
     with _Bar(phase(f"Search, {label}"), choose, SEARCH_EXPECTED):
         found = Search(choose, partial(Setting, selection), model, goal, experts).run()
     if found.best and found.best.active.mean > (1 - LEAST_SAVED) * float(means.mean()):
@@ -156,6 +162,7 @@ def run_study(
         unrestricted=unrestricted,
         selection=selection,
         sensitivity=sensitivity,
+        company=company,
         search=found,
         parameters=parameters,
         held_out=held_out,
@@ -181,14 +188,26 @@ class _Bar:
         self._update(1.0)
 
 
-def promise_goal(promise: Promise, new_sequences: int) -> Goal:
+def _company(measured: Measured, selection: Selection, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
+    """How much batches differ at budgets near to those that `goal` will find."""
+    experts = measured.meter.probed.experts
+    rounds = grouping(measured.meter.sequences, measured.batch)[1]
+    with _Bar(phase(f"Other groupings, {label}"), measured, BISECTIONS + rounds):
+        scout = Search(measured, partial(Setting, selection), model, goal, experts)
+        scout.run(0, polish=False)
+        return measure_company(measured, Setting(selection, scout.centre()))
+
+
+def promise_goal(promise: Promise, new_sequences: int, company: Company) -> Goal:
     """The least predicted time under a promise that `new_sequences` of the same kind will keep.
 
     A step's time rises with the bytes of experts and with nothing else that budgets change, so bytes are compared:
     of a small model's time they are a part too small to see progress in.
     """
     return Goal(
-        lambda item: promise.strain(item, new_sequences), lambda item: item.expert_bytes_a_token.mean, saving=True
+        lambda item: promise.strain(item, new_sequences, company),
+        lambda item: item.expert_bytes_a_token.mean,
+        saving=True,
     )
 
 
