@@ -1,0 +1,310 @@
+"""One MoE layer for the GPU benchmarks: random weights and batches, our kernels on them, and the errors.
+
+Our kernels run as an engine runs them: compiled ahead of time, all at once on all cores, and launched through the CUDA
+driver. `--jit` lets the Triton language compile and launch them instead; a dry run on a CPU interprets them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from gpu_common import Options
+from gpu_timing import reason
+from torch import Tensor
+
+from lynx_trt.errors import LynxError
+from lynx_trt.plugins import aot, execute
+from lynx_trt.plugins.blob import Cubin, lookup
+from lynx_trt.plugins.cuda_driver import cuda_driver
+from lynx_trt.plugins.launch import SMS, power_of_two
+from lynx_trt.plugins.launcher import Driver, Launch
+from lynx_trt.plugins.plan import Plan, experts_plan, find_plan, select_plan
+from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
+from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
+from lynx_trt.plugins.twins import experts_twin, select_twin
+
+MODELS = tuple(SHAPES)
+
+# Different batches in one graph, so that no call finds its experts in L2 (50 MB on an H100): at one token, the least
+# of all, they share none.
+SETS = 4
+# Tokens whose results are compared with float64.
+CHECKED = 64
+
+Run = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A model's layer: what the two ops are made for, and its weights."""
+
+    name: str
+    experts: ExpertsSpec
+    select: SelectSpec
+    weights: Mapping[str, Tensor]
+
+    @property
+    def values(self) -> int:
+        """Weights of an expert."""
+        spec = self.experts
+        matrices = spec.hidden * spec.inner * (3 if spec.form.gated else 2)
+        return matrices + (spec.inner * (2 if spec.form.gated else 1) + spec.hidden if spec.bias else 0)
+
+    def bytes_read(self, active: float) -> float:
+        """What any implementation has to read of some active experts."""
+        return active * self.values * BYTES[self.experts.dtype]
+
+    def flops(self, pairs: int) -> float:
+        """Operations for some (token, expert) pairs."""
+        return 2.0 * pairs * self.values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch and its routing: the model's own, what the selection made of it, and the inputs of LynxSelect."""
+
+    hidden: Tensor
+    choice: Tensor
+    topk_index: Tensor
+    topk_weight: Tensor
+    index: Tensor
+    weight: Tensor
+    budget: Tensor
+    token_mask: Tensor
+
+    @property
+    def active(self) -> int:
+        """Distinct experts in use."""
+        return len(torch.unique(self.index[self.index >= 0]))
+
+
+def specs_of(name: str, dtype: str, *, dry: bool) -> tuple[ExpertsSpec, SelectSpec]:
+    """The ops of a model's layer as an engine has them: each makes its own metadata. Dry: the form, in tiny.
+
+    The selection guarantees nothing, so that it keeps as many experts as its budget says.
+    """
+    experts = experts_spec(name, dtype, dispatch_given=False)
+    select = replace(select_spec(name, dispatch_taken=False), guarantee=0)
+    if dry:
+        experts = replace(experts, experts=8, experts_per_token=2, hidden=48, inner=40)
+        select = replace(select, experts=8, experts_per_token=2)
+    return experts, select
+
+
+def make_layer(name: str, chosen: Options) -> Layer:
+    """Random weights of the size that keeps activations near 1."""
+    experts, select = specs_of(name, chosen.dtype, dry=chosen.dry)
+    generator = torch.Generator(chosen.device).manual_seed(0)
+    dtype = getattr(torch, chosen.dtype)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=chosen.device).normal_(0, scale, generator=generator)
+
+    rows = experts.inner * (2 if experts.form.gated else 1)
+    up, down = (rows, experts.hidden), (experts.hidden, experts.inner)
+    if experts.form.transposed:
+        up, down = up[::-1], down[::-1]
+    weights = {
+        "gate_up": normal(experts.experts, *up, scale=experts.hidden**-0.5),
+        "down": normal(experts.experts, *down, scale=experts.inner**-0.5),
+    }
+    if experts.bias:
+        weights["gate_up_bias"] = normal(experts.experts, rows, scale=0.1)
+        weights["down_bias"] = normal(experts.experts, experts.hidden, scale=0.1)
+    return Layer(name, experts, select, weights)
+
+
+def make_batch(layer: Layer, tokens: int, seed: int, device: torch.device) -> Batch:
+    """A batch whose tokens choose their experts evenly and independently, as a well balanced router's do."""
+    spec = layer.experts
+    generator = torch.Generator(device).manual_seed(1000 + seed)
+    logits = torch.randn((tokens, spec.experts), device=device, generator=generator)
+    if tokens == 1 and spec.experts >= SETS * spec.experts_per_token:
+        logits[:, torch.arange(spec.experts, device=device) % SETS != seed % SETS] -= 20.0
+    choice = logits.softmax(dim=1)
+    weight, index = choice.topk(spec.experts_per_token, dim=1)
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    hidden = torch.randn((tokens, spec.hidden), device=device, generator=generator).to(getattr(torch, spec.dtype))
+    budget = torch.tensor(spec.experts, dtype=torch.int32, device=device)
+    mask = torch.ones(tokens, dtype=torch.bool, device=device)
+    return Batch(hidden, choice, index, weight, index, weight, budget, mask)
+
+
+def restrict(layer: Layer, batch: Batch, budget: int) -> Batch:
+    """The same under a budget; the routing by the selection's twin."""
+    kept = select_twin(
+        layer.select, batch.choice, batch.choice, batch.topk_index, batch.topk_weight, budget, batch.token_mask
+    )
+    return replace(batch, index=kept.index, weight=kept.weight, budget=torch.full_like(batch.budget, budget))
+
+
+class Kernels:
+    """Our kernels for some ops, compiled all at once; `prepare` makes a launch of one op on tensors."""
+
+    def __init__(self, ops: Sequence[Op], chosen: Options) -> None:
+        self.how = "interpreted" if chosen.dry else "the Triton language" if chosen.jit else "cubins"
+        self._sm = 90 if chosen.dry else supported_sm()
+        self._kernels: aot.Kernels | None = None
+        if self.how == "cubins":
+            torch.zeros(1, device=chosen.device)  # makes PyTorch's context the current one
+            try:
+                self._kernels = aot.compile_for(ops, [self._sm], jobs=os.cpu_count())
+                self._driver: Driver = cuda_driver()
+            except (LynxError, RuntimeError) as error:  # better measured in the other way than not at all
+                self._kernels, self.how = None, f"the Triton language, since cubins failed: {reason(error)}"
+                print(self.how, flush=True)
+
+    def prepare(self, spec: Spec, tensors: Mapping[str, Tensor], tokens: int) -> Callable[[], None]:
+        """A function that launches an op, without an allocation."""
+        if self._kernels is None:
+            most = power_of_two(tokens)
+            make = select_plan if isinstance(spec, SelectSpec) else experts_plan
+            return execute.prepare(make(spec, self._sm, most), tensors, tokens)[0]
+        plan = find_plan(lookup(self._kernels, self._sm, spec.key), tokens)
+        return prepare_cubins(plan, tensors, tokens, self._driver)
+
+
+def supported_sm() -> int:
+    """The SM of this GPU. Exits: there are no kernels for it."""
+    major, minor = torch.cuda.get_device_capability()
+    if (sm := 10 * major + minor) not in SMS:
+        raise SystemExit(f"error: this GPU is SM {sm}: kernels are made for SM {', '.join(map(str, SMS))}")
+    return sm
+
+
+def prepare_cubins(plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver) -> Callable[[], None]:
+    """Launches of compiled kernels on tensors by name, on PyTorch's current stream."""
+    device = driver.device()
+    where = next(iter(tensors.values())).device
+    workspace = torch.full((plan.workspace_bytes(tokens),), 255, dtype=torch.uint8, device=where)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    addresses |= {name: workspace.data_ptr() + offset for name, offset in plan.offsets(tokens).items()}
+    addresses |= {"T": tokens, "null": 0}
+    launches = []
+    for step in plan.steps:
+        if programs := step.grid.programs(tokens, device.multiprocessors):
+            cubin = step.kernel
+            names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
+            words = [addresses[name] for name in names]
+            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
+    return functools.partial(_launch, driver, launches, (workspace, dict(tensors)))
+
+
+def _launch(driver: Driver, launches: Sequence[Launch], _alive: object) -> None:
+    """Launch on the current stream; `_alive` are the tensors, which have to live as long as their addresses."""
+    stream = torch.cuda.current_stream().cuda_stream
+    for each in launches:
+        driver.launch(each, stream)
+
+
+def ours(kernels: Kernels, layer: Layer, batches: Sequence[Batch], *, whole: bool, handed: bool = False) -> Run:
+    """Our layer on some batches in turn: LynxExperts, before it (`whole`) LynxSelect.
+
+    `handed`: the selection hands its metadata over, which two plugins of an engine can't.
+    """
+    select = replace(layer.select, dispatch_taken=handed)
+    experts = replace(layer.experts, dispatch_given=handed)
+    launches: list[Callable[[], None]] = []
+    outputs: list[Tensor] = []
+    for batch in batches:
+        tokens = len(batch.hidden)
+        index, weight = batch.index.contiguous(), batch.weight.contiguous()
+        given = {}
+        if whole:
+            made = selection_tensors(batch, select)
+            launches.append(kernels.prepare(select, made, tokens))
+            index, weight = made["index"], made["weight"]
+            given = {"dispatch": made["dispatch"]} if handed else {}
+        outputs.append(torch.empty_like(batch.hidden))
+        tensors = {"hidden": batch.hidden, "index": index, "weight": weight, "output": outputs[-1]}
+        launches.append(kernels.prepare(experts, {**tensors, **layer.weights, **given}, tokens))
+
+    def run() -> list[Tensor]:
+        for launch in launches:
+            launch()
+        return outputs
+
+    return run
+
+
+def selection_tensors(batch: Batch, spec: SelectSpec) -> dict[str, Tensor]:
+    """Inputs and outputs of LynxSelect, by name."""
+    tensors = {
+        "choice": batch.choice,
+        "combine": batch.choice,
+        "topk_index": batch.topk_index.contiguous(),
+        "topk_weight": batch.topk_weight.contiguous(),
+        "budget": batch.budget,
+        "token_mask": batch.token_mask,
+        "index": torch.empty_like(batch.topk_index),
+        "weight": torch.empty_like(batch.topk_weight),
+        "active": torch.zeros_like(batch.budget),
+    }
+    if spec.dispatch_taken:
+        size = 2 * spec.experts + 2 + batch.topk_index.numel()
+        tensors["dispatch"] = torch.zeros(size, dtype=torch.int32, device=batch.hidden.device)
+    return tensors
+
+
+def ops_for(layers: Sequence[tuple[ExpertsSpec, SelectSpec]], tokens: Sequence[int], *, handed: bool) -> list[Op]:
+    """What has to be compiled for some layers and numbers of tokens."""
+    ranges = tuple((each, each) for each in tokens)
+    ops = [Op(spec, ranges) for pair in layers for spec in pair]
+    if handed:
+        ops += [Op(replace(experts, dispatch_given=True), ranges) for experts, _ in layers]
+        ops += [Op(replace(select, dispatch_taken=True), ranges) for _, select in layers]
+    return ops
+
+
+def errors(layer: Layer, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Each result's relative error (by norm, and at the worst place) against float64, on some of the tokens.
+
+    "pytorch" is eager PyTorch in the same precision: ours may have twice its error.
+    """
+    tokens = len(batch.hidden)
+    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED), device=batch.hidden.device).round().long().unique()
+    some = replace(batch, hidden=batch.hidden[rows], index=batch.index[rows], weight=batch.weight[rows])
+    want = reference(layer, some)
+    form = layer.experts.form
+    usual = experts_twin(form, some.hidden, some.index, some.weight, **layer.weights)
+    results = {"pytorch": usual, **{name: output[rows] for name, output in outputs.items()}}
+    return {name: relative(got, want) for name, got in results.items()}
+
+
+def relative(got: Tensor, want: Tensor) -> dict[str, float]:
+    """Norm of the error over that of what is wanted, and the worst error over the largest value; NaN stays NaN."""
+    difference = got.double() - want
+    return {
+        "error": float(difference.norm() / want.norm()),
+        "worst": float(difference.abs().max() / want.abs().max()),
+    }
+
+
+def reference(layer: Layer, batch: Batch) -> Tensor:
+    """The layer in float64, an expert at a time: all of them at once would be four times the weights."""
+    want = torch.zeros(batch.hidden.shape, dtype=torch.float64, device=batch.hidden.device)
+    for expert in torch.unique(batch.index[batch.index >= 0]).tolist():
+        rows, slots = (batch.index == expert).nonzero(as_tuple=True)
+        alone = {name: each[expert : expert + 1].double() for name, each in layer.weights.items()}
+        part = experts_twin(
+            layer.experts.form,
+            batch.hidden[rows].double(),
+            torch.zeros((len(rows), 1), dtype=torch.int64, device=rows.device),
+            batch.weight[rows, slots, None].double(),
+            **alone,
+        )
+        want.index_add_(0, rows, part)
+    return want
+
+
+def error_columns(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The columns of a row: a result's error, PyTorch's, and whether it is at most twice that."""
+    if name not in found:
+        return {}
+    error, usual = found[name]["error"], found["pytorch"]["error"]
+    return {"error": error, "error_pytorch": usual, "right": bool(error <= 2 * usual)}

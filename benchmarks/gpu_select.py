@@ -1,0 +1,137 @@
+"""The selection alone: how long does one step of one layer take, with and without the dispatch metadata?
+
+Batches of 1 to 512 tokens on the routers of known models, at half of the natural number of active experts and with the
+selection off (a budget of all experts). Contenders:
+
+    lynx           LynxSelect as in an engine
+    lynx_metadata  LynxSelect with the complete metadata: the list of active experts, the tokens of each
+    sort           PyTorch's sort, histogram and running sum, as transformers' experts use them: metadata, no selection
+    vllm           vLLM's alignment of tokens to blocks, where it can be had: metadata, no selection
+
+    python benchmarks/gpu_select.py --output FILE.json [--model NAME] [--seconds N] [--dry-run]
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu_common import Clock, Options, Report, benchmark
+from gpu_layer import MODELS, Batch, Kernels, Layer, Run, make_batch, ops_for, restrict, selection_tensors, specs_of
+from gpu_timing import Ceilings, Timing, ceilings, measure, reason, sticky
+from torch import Tensor
+
+TOKENS = (16, 128, 1, 512, 32, 64, 8, 256, 2, 4)
+# Calls in a graph: a call is shorter than a graph's start.
+CALLS = 20
+
+
+def main() -> None:
+    """Batches, then models."""
+    with benchmark(__doc__, "select", 60, MODELS) as (chosen, report, clock):
+        tokens = (3,) if chosen.dry else TOKENS
+        limits = ceilings(chosen.device)
+        report.extra["ceilings"] = {"bandwidth": limits.bandwidth, "matmul": limits.matmul}
+        layers = [Layer(name, *specs_of(name, chosen.dtype, dry=chosen.dry), {}) for name in chosen.models]
+        ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=True)
+        kernels = Kernels([op for op in ops if type(op.spec) is type(layers[0].select)], chosen)
+        report.extra["kernels"] = kernels.how
+        report.write()
+        for count in tokens:
+            for layer in layers:
+                for fraction in (0.5, 1.0):
+                    point(layer, count, fraction, kernels, limits, chosen, report, clock)
+
+
+def point(
+    layer: Layer,
+    tokens: int,
+    fraction: float,
+    kernels: Kernels,
+    limits: Ceilings,
+    chosen: Options,
+    report: Report,
+    clock: Clock,
+) -> None:
+    """One batch on one router."""
+    label = f"{layer.name}, {tokens} tokens, {fraction:.0%}"
+    if clock.left() == 0:
+        report.left_out.append(label)
+        return
+    batch = make_batch(layer, tokens, 0, chosen.device)
+    natural = batch.active
+    if fraction < 1:
+        batch = restrict(layer, batch, max(round(natural * fraction), 1))
+    runs, right = contenders(layer, batch, kernels)
+    calls = 1 if chosen.dry else CALLS
+    timings = measure(
+        {name: repeated(run, calls) for name, run in runs.items()}, chosen.device, calls=calls, seconds=0.2
+    )
+    needed = 8 * batch.choice.numel() + 24 * batch.topk_index.numel()
+    row = {"model": layer.name, "tokens": tokens, "fraction": fraction, "natural": natural, "active": batch.active}
+    row |= {"bytes": needed, "floor_us": round(limits.floor(needed, 0), 4)}
+    for name, timing in timings.items():
+        report.add(row | columns(name, timing) | ({"right": right[name]} if name in right else {}))
+    print(f"{label}: {timings.get('lynx_metadata')}", flush=True)
+
+
+def columns(name: str, timing: Timing | str) -> dict[str, Any]:
+    """Times, or why there are none."""
+    if isinstance(timing, str):
+        return {"contender": name, "failed": timing}
+    times = timing.to_dict()
+    return {"contender": name, "us": times.pop("median"), **times}
+
+
+def repeated(run: Run, calls: int) -> Run:
+    """So many calls."""
+
+    def every() -> list[Tensor]:
+        for _ in range(calls):
+            result = run()
+        return result
+
+    return every
+
+
+def contenders(layer: Layer, batch: Batch, kernels: Kernels) -> tuple[dict[str, Run], dict[str, bool | str]]:
+    """What is timed, and whether ours give the twin's choice of experts (or why they don't run)."""
+    runs: dict[str, Run] = {"sort": lambda: sort_metadata(layer, batch)}
+    right: dict[str, bool | str] = {}
+    for name, taken in (("lynx", False), ("lynx_metadata", True)):
+        spec = replace(layer.select, dispatch_taken=taken)
+        tensors = selection_tensors(batch, spec)
+        try:
+            launch = kernels.prepare(spec, tensors, len(batch.hidden))
+            runs[name] = as_run(launch, tensors["index"])
+            launch()
+            right[name] = torch.equal(tensors["index"], batch.index) and int(tensors["active"]) == batch.active
+        except Exception as error:
+            right[name] = reason(error)
+            if sticky(error):
+                raise
+    return runs, right
+
+
+def as_run(launch: Any, output: Tensor) -> Run:
+    """A launch with its output."""
+
+    def run() -> list[Tensor]:
+        launch()
+        return [output]
+
+    return run
+
+
+def sort_metadata(layer: Layer, batch: Batch) -> list[Tensor]:
+    """The order of pairs by expert and where each expert's end."""
+    experts = batch.index.reshape(-1)
+    ordered, pairs = torch.sort(experts)
+    values = ordered.int() if experts.is_cuda else ordered.float()
+    counts = torch.histc(values, bins=layer.experts.experts, min=0, max=layer.experts.experts - 1)
+    return [pairs, torch.cumsum(counts, dim=0, dtype=torch.int32)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What is asked of the GPU's part of lynx-trt, beside what was measured: plain functions of a run's recorded results.
+
+A target is met, missed or not measured; nothing that was not measured counts as met.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+PEERS = ("grouped_mm", "dense", "vllm")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target: what is wanted and what was measured, in words; `passed` None: not measured."""
+
+    target: str
+    wanted: str
+    measured: str
+    passed: bool | None
+
+    @property
+    def word(self) -> str:
+        """Pass, FAIL or a dash."""
+        return "-" if self.passed is None else "pass" if self.passed else "FAIL"
+
+
+def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
+    """All targets; `parts` are the recorded results by part, those of one benchmark's models together."""
+    decode, prefill, select = (rows_of(parts, name) for name in ("decode", "prefill", "select"))
+    mixtral, qwen = shares(decode, "mixtral-8x7b", (1, 32)), shares(decode, "qwen3-30b-a3b", (16, 16))
+    return [
+        *engine(parts.get("engine", {})),
+        tests(parts.get("kernels", {})),
+        least("decode, Mixtral-8x7B, batch 1 to 32: share of the copy bandwidth", 0.85, mixtral),
+        least("decode, Qwen3-30B-A3B, batch 16: share of the copy bandwidth", 0.78, qwen),
+        most("selection with its metadata, T up to 512", 12.0, metadata_times(select, 512)),
+        most("selection with its metadata, T up to 128", 12.0, metadata_times(select, 128)),
+        most("fixed cost of a layer at batch 16", 20.0, fixed_costs(decode, 16)),
+        least("prefill, T from 4096: share of the matmul rate", 0.70, prefill_shares(prefill)),
+        slower("decode: never slower than the best peer", decode),
+        slower("prefill: never slower than the best peer", prefill),
+        least("layer at 50% of the active experts against the fastest unrestricted one", 1.6, gains(decode), "x"),
+        right("error against float64 at most twice that of same-dtype PyTorch", [*decode, *prefill]),
+        right("the selection's choice is its twin's", select),
+        *end_to_end(parts.get("end_to_end", {})),
+    ]
+
+
+def rows_of(parts: Mapping[str, Any], benchmark: str) -> list[Row]:
+    """The rows of a benchmark, of whichever parts (one a model) recorded them."""
+    names = [name for name in parts if name == benchmark or name.startswith(f"{benchmark}-")]
+    return [row for name in names for row in parts[name].get("result", {}).get("rows", [])]
+
+
+def engine(part: Row) -> list[Verdict]:
+    """What the engine's part answered."""
+    result = part.get("result", {})
+    verdicts = [Verdict("does TensorRT run on this SM?", "an answer", str(result.get("answer", "not measured")), None)]
+    if result.get("rows"):
+        passed = [bool(row.get("passed")) for row in result["rows"]]
+        failed = ", ".join(row["name"] for row in result["rows"] if not row.get("passed"))
+        words = f"{sum(passed)} of {len(passed)}" + (f"; not {failed}" if failed else "")
+        return [*verdicts, Verdict("engines: right, and text equal to ONNX Runtime's", "all", words, all(passed))]
+    return [*verdicts, Verdict("engines: right, and text equal to ONNX Runtime's", "all", "not measured", None)]
+
+
+def tests(part: Row) -> Verdict:
+    """The kernels' tests, as pytest's last line has them; a run that was cut off is no pass."""
+    summary = part.get("summary") or "not measured"
+    passed = None if part.get("status") in (None, "missing") else part["status"] == "ok"
+    return Verdict("kernels against their twins", "all pass", summary, passed)
+
+
+def least(target: str, wanted: float, values: Mapping[str, float], unit: str = "%") -> Verdict:
+    """Every value is at least `wanted`."""
+    return _bound(target, f"at least {_show(wanted, unit)}", values, unit, min, lambda value: value >= wanted)
+
+
+def most(target: str, wanted: float, values: Mapping[str, float], unit: str = "us") -> Verdict:
+    """Every value is below `wanted`."""
+    return _bound(target, f"under {_show(wanted, unit)}", values, unit, max, lambda value: value < wanted)
+
+
+def _bound(
+    target: str,
+    wanted: str,
+    values: Mapping[str, float],
+    unit: str,
+    worst: Callable[..., str],
+    met: Callable[[float], bool],
+) -> Verdict:
+    if not values:
+        return Verdict(target, wanted, "not measured", None)
+    place = worst(values, key=lambda name: values[name])
+    count = sum(map(met, values.values()))
+    middle = statistics.median(values.values())
+    words = f"worst {_show(values[place], unit)} ({place}), median {_show(middle, unit)}; {count} of {len(values)}"
+    return Verdict(target, wanted, words, count == len(values))
+
+
+def _show(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "%" else f"{value:.2f}{unit}" if unit == "x" else f"{value:.1f} {unit}"
+
+
+def of(rows: Iterable[Row], contender: str) -> list[Row]:
+    """A contender's timed rows."""
+    return [row for row in rows if row["contender"] == contender and "us" in row]
+
+
+def place(row: Row) -> str:
+    """A row's point in words."""
+    fraction = f", {row['fraction']:.0%}" if row.get("fraction", 1.0) != 1.0 else ""
+    return f"{row['model']}, T={row['tokens']}{fraction}"
+
+
+def shares(rows: Sequence[Row], model: str, tokens: tuple[int, int]) -> dict[str, float]:
+    """The share of the copy bandwidth that LynxExperts reads active experts with, at their natural number."""
+    return {
+        place(row): row["bandwidth_share"]
+        for row in of(rows, "lynx")
+        if row["model"] == model and tokens[0] <= row["tokens"] <= tokens[1] and row["fraction"] == 1.0
+    }
+
+
+def metadata_times(rows: Sequence[Row], tokens: int) -> dict[str, float]:
+    """Microseconds of the selection with the complete metadata."""
+    return {place(row): row["us"] for row in of(rows, "lynx_metadata") if row["tokens"] <= tokens}
+
+
+def prefill_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """The share of the matmul rate from 4096 tokens."""
+    return {place(row): row["matmul_share"] for row in of(rows, "lynx") if row["tokens"] >= 4096}
+
+
+def fixed_costs(rows: Sequence[Row], tokens: int) -> dict[str, float]:
+    """Where a line through time by active experts begins, selection included: microseconds, by model."""
+    costs = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = [
+            (r["active"], r["us"]) for r in of(rows, "lynx_layer") if (r["model"], r["tokens"]) == (model, tokens)
+        ]
+        if len({active for active, _ in points}) >= 3:
+            slope, start = statistics.linear_regression(*zip(*points, strict=True))
+            costs[f"{model}, {slope:.2f} us an expert"] = start
+    return costs
+
+
+def points(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Timed rows by point, then by contender."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if "us" in row:
+            found.setdefault((row["model"], row["tokens"], row.get("fraction", 1.0)), {})[row["contender"]] = row
+    return found
+
+
+def slower(target: str, rows: Sequence[Row]) -> Verdict:
+    """The best peer's time over that of LynxExperts on the same inputs, at least 1 everywhere.
+
+    Only peers that are right count: a wrong result is no time to beat.
+    """
+    ratios = {}
+    for by_name in points(rows).values():
+        peers = [by_name[name] for name in PEERS if name in by_name and by_name[name].get("right", True)]
+        if peers and "lynx" in by_name:
+            best = min(peers, key=lambda row: row["us"])
+            ratios[f"{place(best)}, {best['contender']}"] = best["us"] / by_name["lynx"]["us"]
+    return least(target, 1.0, ratios, "x")
+
+
+def gains(rows: Sequence[Row]) -> dict[str, float]:
+    """The fastest layer of anyone at the natural number of experts over ours, selection included, at half of it.
+
+    Where half was to be had: a token's own K experts can't be halved by a budget in a batch of one.
+    """
+    found = points(rows)
+    ratios = {}
+    for (model, tokens, fraction), by_name in found.items():
+        whole = found.get((model, tokens, 1.0))
+        if fraction != 0.5 or tokens == 1 or whole is None or "lynx_layer" not in by_name:
+            continue
+        times = [row["us"] for name, row in whole.items() if name in (*PEERS, "lynx")]
+        ratios[place(by_name["lynx_layer"])] = min(times, default=math.nan) / by_name["lynx_layer"]["us"]
+    return ratios
+
+
+def right(target: str, rows: Iterable[Row]) -> Verdict:
+    """Every result of ours that was checked is right; one that failed to run is not."""
+    found = [row for row in rows if row["contender"].startswith("lynx") and ("right" in row or "failed" in row)]
+    if not found:
+        return Verdict(target, "everywhere", "not measured", None)
+    wrong = [row for row in found if row.get("right") is not True]
+    words = f"{len(found) - len(wrong)} of {len(found)}"
+    if wrong:
+        words += (
+            f"; not {place(wrong[0])} ({wrong[0]['contender']}: {wrong[0].get('failed', wrong[0].get('error', ''))})"
+        )
+    return Verdict(target, "everywhere", words, not wrong)
+
+
+def end_to_end(part: Row) -> list[Verdict]:
+    """Decoding a whole model: no target, but the reader's question."""
+    rows = part.get("result", {}).get("rows", [])
+    by_batch: dict[int, dict[float, Row]] = {}
+    for row in rows:
+        by_batch.setdefault(row["batch"], {})[row["share"]] = row
+    words = [
+        f"batch {batch}: {each[1.0]['tokens_per_second']:.0f} tokens/s, "
+        f"{each[1.0]['median_seconds'] / each[0.5]['median_seconds']:.2f}x at half"
+        for batch, each in by_batch.items()
+        if {1.0, 0.5} <= set(each)
+    ]
+    return [Verdict("end to end decode", "recorded", "; ".join(words) or "not measured", None)]
+
+
+def table(found: Sequence[Verdict]) -> str:
+    """Markdown."""
+    lines = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {v.target} | {v.wanted} | {v.measured} | {v.word} |" for v in found)])

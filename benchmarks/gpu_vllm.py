@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from gpu_peers import AbsentError
+
+
+def fused_moe(layer, batches, folder):
+    raise AbsentError("vllm is not there")

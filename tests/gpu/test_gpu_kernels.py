@@ -1,0 +1,157 @@
+"""The kernels that ship, at the sizes of real models on a GPU: compiled ahead of time, launched by the CUDA driver."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_common import Options
+from gpu_layer import (
+    MODELS,
+    Kernels,
+    Layer,
+    errors,
+    make_batch,
+    make_layer,
+    ops_for,
+    ours,
+    restrict,
+    selection_tensors,
+    specs_of,
+)
+
+from lynx_trt.plugins.twins import dispatch_twin
+from lynx_trt.selection import PRESETS
+from lynx_trt.selection import select as select_ref
+
+# One token; a decode batch in one tile an expert; one in several; the first prefill; the largest tiles.
+TOKENS = (1, 16, 128, 1024, 4096)
+CUDA = torch.device("cuda")
+
+
+def options(dtype: str, *, jit: bool = False) -> Options:
+    return Options(Path(), 0.0, False, MODELS, dtype, jit, None)
+
+
+@functools.lru_cache(maxsize=1)
+def layer_of(name: str, dtype: str) -> Layer:
+    return make_layer(name, options(dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def kernels_for(name: str, dtype: str, tokens: int, jit: bool = False) -> Kernels:
+    ops = ops_for([specs_of(name, dtype, dry=False)], [tokens], handed=True)
+    kernels = Kernels(ops, options(dtype, jit=jit))
+    assert jit or kernels.how == "cubins", kernels.how
+    return kernels
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_error_is_at_most_twice_that_of_pytorch(model: str, dtype: str, tokens: int) -> None:
+    """The criterion that ships, by norm; all forms of the layer at once."""
+    layer = layer_of(model, dtype)
+    batch = make_batch(layer, tokens, 0, CUDA)
+    if tokens <= 128:
+        batch = restrict(layer, batch, max(batch.active // 2, 1))
+    kernels = kernels_for(model, dtype, tokens)
+    outputs = {
+        name: ours(kernels, layer, [batch], **form)()[0].clone()
+        for name, form in {
+            "experts": {"whole": False},
+            "layer": {"whole": True},
+            "handed": {"whole": True, "handed": True},
+        }.items()
+    }
+    found = errors(layer, batch, outputs)
+    for name in outputs:
+        assert found[name]["error"] <= 2 * found["pytorch"]["error"], (name, found)
+        assert torch.isfinite(outputs[name]).all()
+
+
+@pytest.mark.parametrize("tokens", [16, 1024])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_bits_twice_and_however_they_are_launched(model: str, tokens: int) -> None:
+    """Deterministic, and the compiler ahead of time makes what the compiler at run time makes."""
+    layer = layer_of(model, "bfloat16")
+    batch = make_batch(layer, tokens, 0, CUDA)
+    run = ours(kernels_for(model, "bfloat16", tokens), layer, [batch], whole=True)
+    first = run()[0].clone()
+    for _ in range(5):
+        assert torch.equal(run()[0], first)
+    other = ours(kernels_for(model, "bfloat16", tokens, True), layer, [batch], whole=True)()[0]
+    assert torch.equal(other, first)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_graph_takes_new_inputs(tokens: int) -> None:
+    """Captured once, replayed on another batch that was written over the first: nothing is decided on the host."""
+    layer = layer_of("qwen3-30b-a3b", "bfloat16")
+    kernels = kernels_for("qwen3-30b-a3b", "bfloat16", tokens)
+    held, other = (make_batch(layer, tokens, seed, CUDA) for seed in (0, 3))
+    other = replace(other, budget=torch.full_like(other.budget, 7))
+    want = ours(kernels, layer, [other], whole=True)()[0].clone()
+    run = ours(kernels, layer, [held], whole=True)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (output,) = run()
+    for name in ("hidden", "choice", "topk_index", "topk_weight", "budget", "token_mask"):
+        getattr(held, name).copy_(getattr(other, name))
+    graph.replay()
+    assert torch.equal(output, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 33, 128, 512])
+@pytest.mark.parametrize("model", MODELS)
+def test_selection_is_the_reference(model: str, tokens: int) -> None:
+    """Index by index, with a masked and a broken row, and the metadata of that choice."""
+    experts, select = specs_of(model, "bfloat16", dry=False)
+    layer = Layer(model, experts, select, {})
+    batch = make_batch(layer, tokens, 0, CUDA)
+    if tokens > 2:
+        batch.token_mask[-1] = False
+        batch.choice[-2, 3] = float("nan")
+    budget = max(experts.experts // 4, 2)
+    spec = replace(select, dispatch_taken=True)
+    batch = replace(batch, budget=torch.full_like(batch.budget, budget))
+    tensors = selection_tensors(batch, spec)
+    kernels_for(model, "bfloat16", tokens).prepare(spec, tensors, tokens)()
+    given = (batch.choice, batch.choice, batch.topk_index, batch.topk_weight)
+    want = select_ref(
+        replace(PRESETS["lynx"], guarantee=0),
+        *(each.cpu().numpy() for each in given),
+        budget=budget,
+        token_mask=batch.token_mask.cpu().numpy(),
+    )
+    np.testing.assert_array_equal(tensors["index"].cpu().numpy(), want.index)
+    np.testing.assert_allclose(tensors["weight"].cpu().numpy(), want.weight, rtol=2e-7)
+    assert int(tensors["active"]) == len(want.kept)
+    expected = dispatch_twin(torch.from_numpy(want.index), experts.experts)
+    active = int(expected[0])
+    pairs = int(expected[1 + active])
+    got = tensors["dispatch"].cpu()
+    begin = 2 + 2 * experts.experts
+    for first, last in ((0, 2 + active), (2 + experts.experts, 2 + experts.experts + active), (begin, begin + pairs)):
+        assert torch.equal(got[first:last], expected[first:last])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_inactive_experts_are_not_read(model: str) -> None:
+    """NaN in every expert that the selection left out."""
+    layer = layer_of(model, "bfloat16")
+    batch = restrict(layer, make_batch(layer, 16, 0, CUDA), 4)
+    kernels = kernels_for(model, "bfloat16", 16)
+    want = ours(kernels, layer, [batch], whole=True)()[0].clone()
+    unused = torch.ones(layer.experts.experts, dtype=torch.bool, device=CUDA)
+    unused[batch.index[batch.index >= 0]] = False
+    poisoned = replace(layer, weights={name: each.clone() for name, each in layer.weights.items()})
+    for each in poisoned.weights.values():
+        each[unused] = float("nan")
+    assert torch.equal(ours(kernels, poisoned, [batch], whole=True)()[0], want)
