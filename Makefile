@@ -6,13 +6,14 @@ BIN    := $(VENV)/bin
 # Files are spread over both cores by file, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint plugin clean help
+.PHONY: demo test test-all lint plugin gpu clean help
 
 help:
 	@echo "make demo      build the shipped model (checkpoint -> ONNX -> TensorRT engine) and generate text"
 	@echo "make test      run the tests"
 	@echo "make test-all  run the slow ones too (some minutes, 10 GB of disk)"
 	@echo "make lint      ruff and mypy"
+	@echo "make gpu       on a machine with a GPU: kernels, engines, benchmarks, a table; under 20 minutes, see docs/gpu.md"
 	@echo "make plugin    compile the C++ plugin; TENSORRT_INCLUDE_DIR is the folder of NvInferRuntime.h"
 
 # An environment with everything that runs without a GPU, at the versions the tests ran with.
@@ -41,6 +42,10 @@ plugin:
 	cmake -S plugins/cpp -B build/plugin
 	cmake --build build/plugin --parallel 2
 	@echo build/plugin/liblynx_plugin.so
+
+# With whichever python has PyTorch and the Triton language, and nothing installed: `make gpu PYTHON=python3`.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # mypy reads packages where they lie; three of ours lie outside of lynx_trt/, so it gets a tree of links.
 build/types: $(shell find lynx_trt -maxdepth 1)

@@ -33,6 +33,8 @@ from gpu_targets import Verdict, table, verdicts
 
 BENCHMARKS = Path(__file__).resolve().parent
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v2-lite")
+# Where parts run: `python -m` looks in the current folder first, and the repository's own lynx_trt/ is not all of it.
+WORK = ROOT / "build" / "gpu"
 # A part is told to begin nothing new so many seconds before it is ended.
 GRACE = 10.0
 
@@ -50,14 +52,14 @@ class Part:
     @property
     def script(self) -> Path | None:
         """The file that it needs."""
-        return next((Path(word) for word in self.command if word.endswith(".py")), None)
+        return Path(self.command[1]) if self.command[1].endswith(".py") else None
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
     """All parts in their order: one that crashes on one model has to leave the others'."""
     extra = ["--dry-run"] if options.dry_run else []
-    peers = ["--vllm", str(options.vllm)] if options.vllm else []
-    kit = ["--kit", str(options.kit)] if options.kit else []
+    peers = ["--vllm", str(options.vllm.resolve())] if options.vllm else []
+    kit = ["--kit", str(options.kit.resolve())]
 
     def script(name: str, weight: float, *arguments: str, part: str | None = None) -> Part:
         return Part(part or name, (sys.executable, str(BENCHMARKS / f"gpu_{name}.py"), *extra, *arguments), weight)
@@ -85,10 +87,12 @@ def parts(options: argparse.Namespace) -> list[Part]:
 
 def pytest_command() -> tuple[str, ...]:
     """The kernels' tests: those of the interpreter, which take a GPU where there is one, and those that need one."""
-    tests = ["tests/gpu", "tests/test_experts_kernels.py", "tests/test_select_kernel.py"]
+    names = ("gpu", "test_experts_kernels.py", "test_select_kernel.py")
+    tests = [str(ROOT / "tests" / name) for name in names]
     # Each process has a context and its own compilations; the fixtures of tests/conftest.py are not wanted. Left out:
     # the random selections, each of which is a kernel to compile.
-    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-n", "8", "--dist", "load", "--confcutdir=tests/gpu"]
+    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-n", "8", "--dist", "load"]
+    options += [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", f"--confcutdir={tests[0]}"]
     return (sys.executable, "-m", "pytest", *options, "-k", "not odd_batches", *tests)
 
 
@@ -123,8 +127,7 @@ class Runner:
         if part.timed:
             command += ["--seconds", str(round(max(seconds - GRACE, seconds / 2), 1))]
         self.say(f"{part.name}: at most {seconds:.0f} s")
-        self.log.flush()
-        start, began = self.log.tell(), time.monotonic()
+        start, began = (self.folder / "log.txt").stat().st_size, time.monotonic()
         code = self.watch(command, part, record, seconds)
         status = "ok" if code == 0 else "timed out" if code is None else "failed"
         said = (self.folder / "log.txt").read_bytes()[start:].decode(errors="replace")
@@ -139,7 +142,7 @@ class Runner:
         """Start it in a session of its own, all of which ends when its time is over. None: it was ended."""
         child = subprocess.Popen(  # noqa: S603 -- our own commands
             command,
-            cwd=ROOT,
+            cwd=WORK,
             env=child_environment(),
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -176,7 +179,7 @@ class Runner:
     def say(self, message: str) -> None:
         """A line for whoever waits, and in the log."""
         print(message, flush=True)
-        self.log.write(f"==== {message}\n")
+        self.log.write(f"\n==== {message}\n")
         self.log.flush()
 
 
@@ -225,9 +228,9 @@ def last_line(text: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def links() -> Path:
-    """A folder from which `lynx_trt` and its packages of the top level can be imported, made anew."""
-    folder = ROOT / "build" / "gpu" / "lynx_trt"
+def links() -> None:
+    """Make WORK a folder from which `lynx_trt` and its packages of the top level can be imported, made anew."""
+    folder = WORK / "lynx_trt"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -235,12 +238,11 @@ def links() -> Path:
     for path in wanted:
         if path.name != "__pycache__":
             (folder / path.name).symlink_to(path)
-    return folder.parent
 
 
 def child_environment() -> dict[str, str]:
     """Packages found without an installation, output as it comes, and no look at a hub."""
-    path = [str(ROOT / "build" / "gpu"), os.environ.get("PYTHONPATH", "")]
+    path = [str(WORK), os.environ.get("PYTHONPATH", "")]
     known = {"LYNX_COMMIT": commit() or "unknown", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **known, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
@@ -270,7 +272,7 @@ def command_line() -> argparse.Namespace:
     names = ("machine", "engine", "kernels", "select", "decode", "prefill", "end_to_end", "tune")
     parser.add_argument("--part", action="append", choices=names, help="only this part; repeat for several")
     parser.add_argument("--tune", action="store_true", help="measure launches too, into launch_table.py in the folder")
-    parser.add_argument("--kit", type=Path, help="the engines' kit (build/gpu-kit)")
+    parser.add_argument("--kit", type=Path, default=ROOT / "build" / "gpu-kit", help="the engines' kit (build/gpu-kit)")
     parser.add_argument("--vllm", type=Path, help="a folder with vLLM's fused_moe.py, as a peer")
     parser.add_argument("--dry-run", action="store_true", help="the scripts on a CPU in tiny sizes; no figure counts")
     parser.add_argument("--merge", type=Path, nargs="+", help="no run: several folders' results as one")
@@ -282,7 +284,7 @@ def main() -> int:
     options = command_line()
     if options.minutes <= 0:
         sys.exit(f"error: --minutes is {options.minutes:g}: it has to be more than 0")
-    options.output = options.output or default_folder(about())
+    options.output = (options.output or default_folder(about())).resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.merge:
         found = merge(options.merge, options.output)

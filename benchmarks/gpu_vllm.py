@@ -4,4 +4,4 @@ from gpu_peers import AbsentError
 
 
 def fused_moe(layer, batches, folder):
-    raise AbsentError("vllm is not there")
+    raise AbsentError("vLLM is not there")
