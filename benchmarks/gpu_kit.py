@@ -209,7 +209,7 @@ def make_large(
     shutil.rmtree(checkpoint, ignore_errors=True)
     checkpoint.mkdir(parents=True)
     config.save_pretrained(checkpoint)
-    _hollow_weights(config, checkpoint / "model.safetensors")
+    _hollow_weights(config, checkpoint)
     options = BuildOptions(
         model=checkpoint,
         output=folder,
@@ -229,17 +229,33 @@ def make_large(
     shutil.rmtree(checkpoint)
 
 
-def _hollow_weights(config: Any, path: Path) -> None:
-    """A safetensors file with every parameter of a model, and nothing in them."""
+def _hollow_weights(config: Any, folder: Path, largest: int = 4 << 30) -> None:
+    """Safetensors files with every parameter of a model, in shards as the hub has them, and nothing in them."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    fields, end = {}, 0
+    shards: list[dict[str, list[int]]] = [{}]
+    size = 0
     for name, tensor in state.items():
-        begin, end = end, end + 2 * tensor.numel()
-        fields[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        if size + 2 * tensor.numel() > largest and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = list(tensor.shape)
+        size += 2 * tensor.numel()
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        _hollow_file(folder / file, shard)
+    where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _hollow_file(path: Path, shapes: dict[str, list[int]]) -> None:
+    fields, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        fields[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(fields).encode()
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
