@@ -108,10 +108,13 @@ def read_foreign(path: Path, selection: Selection) -> Foreign:
         CheckpointError: the file or its data can't be read.
         UnsupportedModelError: its opset can't be raised.
     """
+    from onnx_ir.passes import common
+
     from lynx_trt.export.standard import standardize
 
     model = open_onnx(path)
     _inline(model)
+    common.RemoveUnusedNodesPass()(model)  # a block whose result nobody reads is none
     foreign = Foreign(path, model, raise_opset(model, path))
     find_ours(foreign)
     standardize(model, simple=True)
@@ -207,6 +210,9 @@ def _rewrite(foreign: Foreign, selection: Selection) -> None:
         foreign.notes += dict.fromkeys(note for block in emitter.blocks for note in block.notes)
     common.RemoveUnusedNodesPass()(foreign.model)
     common.NameFixPass()(foreign.model)
+    left = sum(node.domain == ops.DOMAIN and node.op_type == ops.SELECT for node in graph)
+    if left != len(foreign.selects):
+        raise ExportError(f"{foreign.path}: {len(foreign.selects)} MoE blocks were rewritten, and {left} are in the graph")
 
 
 def _apply(foreign: Foreign, rules: Sequence[BlockRule]) -> None:

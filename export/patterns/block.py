@@ -51,6 +51,7 @@ class Block:
         rule: how the router ranks and weighs, in words; None where no rule is known.
         gate_up, down, gate_up_bias, down_bias: in the layout of `form`; both biases or none.
         flat_output: the output is [T,H], whatever the shape of `hidden`.
+        shape_of: a value whose shape the output has, where it has more axes than `hidden`.
         output_dtype: of the output, where it is another than `dtype`.
         notes: what a user should know about this block.
         packed: where the quantized weights lie that were dequantized, for readers of the packed form.
@@ -72,6 +73,7 @@ class Block:
     gate_up_bias: Weight | None = None
     down_bias: Weight | None = None
     flat_output: bool = False
+    shape_of: ir.Value | None = None
     output_dtype: ir.DataType | None = None
     notes: tuple[str, ...] = ()
     packed: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +133,8 @@ class Emitter:
         self.step.active.append(active)
         if block.output_dtype not in (None, block.dtype):
             output = op.Cast(output, to=int(block.output_dtype))
+        if block.shape_of is not None:
+            return op.Reshape(output, op.Shape(block.shape_of))
         return output if flat or block.flat_output else op.Reshape(output, op.Shape(block.hidden))
 
     def _select(self, op: Any, block: Block, routing: Routing, number: int) -> Sequence[ir.Value]:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lynx_trt.export.patterns.block import Routing
+from lynx_trt.export.regions.fit import RuleFit
 from lynx_trt.export.regions.probe import Array
 from lynx_trt.export.regions.router import Derived, Routers
 
@@ -23,7 +24,7 @@ def given_routing(
     derived = routers.derive(
         index, [weight], experts, count, lambda _, value: np.asarray(value(weight)).reshape(-1, count)
     )
-    return partial(_given, index, weight, derived), None if derived is None else describe(derived)
+    return partial(_given, index, weight, derived), None if derived is None else describe(derived.rule, derived.source, derived.choice)
 
 
 def masked_routing(
@@ -44,7 +45,7 @@ def masked_routing(
         return weights
 
     derived = routers.derive(scatter.inputs[1], [logits], experts, count, softmax_of_chosen)
-    return partial(_masked, route, derived), None if derived is None else describe(derived)
+    return partial(_masked, route, derived), None if derived is None else describe(derived.rule, derived.source, derived.choice)
 
 
 def _scattered(value: ir.Value) -> ir.Node | None:
@@ -80,13 +81,20 @@ def _tables(op: Any, derived: Derived) -> tuple[ir.Value, ir.Value]:
     return choice, combine
 
 
-def describe(derived: Derived) -> str:
-    """The rule in a few words."""
-    producer = derived.source.producer()
+def describe(rule: RuleFit, source: ir.Value, choice: ir.Value) -> str:
+    """A rule in a few words; `source` is what it weighs by, `choice` what ranks."""
+    producer = _uncast(source).producer()
     made_by = {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(producer.op_type if producer else "", "scores")
-    parts = [made_by if derived.rule.transform == "identity" else derived.rule.transform]
-    if derived.rule.transform == "identity" and derived.source is not derived.choice:
-        parts.append("ranked by corrected scores")
-    parts += ["renormalised"] if derived.rule.renormalize else []
-    parts += [f"x {derived.rule.scale:g}"] if derived.rule.scale != 1.0 else []
+    parts = [made_by if rule.transform == "identity" else rule.transform]
+    if rule.transform == "identity" and _uncast(source) is not _uncast(choice):
+        parts.append("ranked by other scores")
+    parts += ["renormalised"] if rule.renormalize else []
+    parts += [f"x {rule.scale:g}"] if rule.scale != 1.0 else []
     return ", ".join(parts)
+
+
+def _uncast(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity", "Reshape") and node.inputs[0] is not None:
+        value, node = node.inputs[0], node.inputs[0].producer()
+    return value

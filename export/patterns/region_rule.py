@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.patterns.block import Block, Emitter, RefusedError, Routing, Weight
+from lynx_trt.export.patterns.derived import describe
 from lynx_trt.export.patterns.rule import BlockRule
 from lynx_trt.export.regions.find import Finder, Found
 from lynx_trt.export.relayout import Stack, View, row_major
@@ -80,12 +81,13 @@ def region_block(found: Found, pattern: str, graph: ir.Graph) -> Block:
         hidden=hidden,
         dtype=dtype,
         route=partial(_route, found),
-        rule=_describe(found),
+        rule=_rule(found),
         gate_up=gate_up,
         down=down_weight,
         gate_up_bias=up_bias,
         down_bias=down_bias,
         flat_output=flat,
+        shape_of=found.shape_of,
         output_dtype=found.output.dtype,
     )
 
@@ -235,15 +237,8 @@ def _weigh(op: Any, found: Found, scores: ir.Value) -> ir.Value:
     return scaled
 
 
-def _describe(found: Found) -> str | None:
+def _rule(found: Found) -> str | None:
     """The rule in a few words."""
     if found.rule is None or found.source is None:
         return None
-    producer = found.source.producer()
-    made_by = {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(producer.op_type if producer else "", "scores")
-    parts = [made_by if found.rule.transform == "identity" else found.rule.transform]
-    if found.rule.transform == "identity" and found.source is not found.anchor.scores:
-        parts.append("ranked by corrected scores")
-    parts += ["renormalised"] if found.rule.renormalize else []
-    parts += [f"x {found.rule.scale:g}"] if found.rule.scale != 1.0 else []
-    return ", ".join(parts)
+    return describe(found.rule, found.source, found.anchor.scores)

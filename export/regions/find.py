@@ -25,7 +25,7 @@ from lynx_trt.export.regions.linears import MOVES, Linear, Linears, Roles, assig
 from lynx_trt.export.regions.operands import Tracer
 from lynx_trt.export.regions.probe import CantRunError
 from lynx_trt.export.regions.router import find_logits
-from lynx_trt.export.regions.study import Anchor, Study
+from lynx_trt.export.regions.study import Anchor, Study, Understood
 from lynx_trt.export.regions.topology import Topology, reads
 
 # Steps from where a router's paths first meet to the sum of its experts (a product, a reshape, a sum, a cast).
@@ -39,6 +39,7 @@ class Found:
     anchor: Anchor
     output: ir.Value
     output_rank: int
+    shape_of: ir.Value | None
     hidden: ir.Value
     roles: Roles
     form: ExpertsForm
@@ -203,6 +204,7 @@ class Finder:
             anchor=anchor,
             output=names[understood.output],
             output_rank=understood.output_rank,
+            shape_of=None if understood.shape_of is None else names[understood.shape_of],
             hidden=emitted,
             roles=roles,
             form=understood.form,

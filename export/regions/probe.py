@@ -184,7 +184,7 @@ class Prober:
             source, lead = (hidden, self._lead) if value is self._hidden else (logits, self._lead_of(value))
             feeds[name] = source.reshape(*lead, source.shape[-1])
         for name, value in self.region.shapes_of.items():
-            feeds[name] = np.zeros(self._shape(value))
+            feeds[name] = np.zeros(self.shape(value))
         return evaluate(self.region, feeds)
 
     def _lead_of(self, value: ir.Value) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ class Prober:
     def _two_axes(self) -> tuple[int, int]:
         return (2, self.tokens // 2) if self.tokens % 2 == 0 else (1, self.tokens)
 
-    def _shape(self, value: ir.Value) -> tuple[int, ...]:
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
         """A shape for a value of which nothing else is needed."""
         if value.shape is None:
             return (*self._lead, self._size(self._sizes.hidden))

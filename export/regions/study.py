@@ -51,6 +51,7 @@ class Understood:
     swapped: bool
     output: str
     output_rank: int
+    shape_of: str | None
     weight: str | None
     rule: RuleFit | None
     order: tuple[int, ...]
@@ -138,7 +139,8 @@ class Study:
         """What makes two studies the same: the region, its router's place in it, and the shapes it is fed with."""
         anchor = self._anchor
         router = [region.names.get(value, "") for value in (anchor.scores, anchor.index)]
-        return f"{region.digest} {router} {anchor.count} {anchor.largest} {self._hidden.shape} {self._logits.shape}"
+        shapes = [value.shape for value in (self._hidden, self._logits, *region.shapes_of.values())]
+        return f"{region.digest} {router} {anchor.count} {anchor.largest} {shapes}"
 
     def _extract(self, smaller: dict[int, int]) -> Region:
         views = [view for linears in (*self._roles.first, self._roles.second) for view in self._roles.matrices(linears)]
@@ -219,11 +221,14 @@ class _Probe:
         for output in self._study._chain:
             name = self._region.names[output]
             array, raw = observed.get(name, self._width), observed.raw(name)
-            if array is None or raw is None or raw.ndim not in (2, self._rank) or len(array) != len(hidden):
+            if array is None or raw is None or len(array) != len(hidden):
+                continue
+            shape_of = self._shaped_like(raw)
+            if raw.ndim not in (2, self._rank) and shape_of is None:
                 continue
             fitted = fit_form(weights, hidden, index, array, self._scalars, self._tolerance)
             if fitted is not None:
-                return self._finish(fitted, index, observed, name, raw.ndim, order)
+                return self._finish(fitted, index, observed, name, raw.ndim, shape_of, order)
         return None
 
     def _finish(
@@ -233,6 +238,7 @@ class _Probe:
         observed: Observed,
         name: str,
         rank: int,
+        shape_of: str | None,
         order: tuple[int, ...] | None,
     ) -> Understood:
         """Find the weights among the region's values, and the rule that they follow."""
@@ -241,7 +247,14 @@ class _Probe:
         if weight is None and rule is None:
             raise RefusedError("how its router weighs the experts is no known rule, and no value of the graph holds it")
         natural = tuple(range(self._sizes.experts))
-        return Understood(fitted.form, fitted.swapped, name, rank, weight, rule, order or natural)
+        return Understood(fitted.form, fitted.swapped, name, rank, shape_of, weight, rule, order or natural)
+
+    def _shaped_like(self, output: Array) -> str | None:
+        """A value that the region takes its shape from, where the output has more axes than the hidden states."""
+        if output.ndim <= self._rank:
+            return None
+        shapes = self._region.shapes_of.items()
+        return next((name for name, value in shapes if self._prober.shape(value) == output.shape), None)
 
     def _find_weight(self, observed: Observed, weight: Array) -> str | None:
         """The earliest value that holds the weights [..,K] that the experts are summed with."""

@@ -41,7 +41,8 @@ def _positions(op: Builder, positions: ir.Value, length: ir.Value) -> ir.Value:
     if rank == 2:
         return positions
     if rank != 1:
-        raise LeftError("whether its position_ids have 1 or 2 axes is not recorded")
+        found = "is not recorded" if rank is None else f"is {rank}"
+        raise LeftError(f"the number of axes of its position_ids {found}, and 1 and 2 are known")
     zero, one = op.int(0), op.int(1)
     steps = op.Range(zero, op.Squeeze(length, op.ints(0)), one)
     row: ir.Value = op.Unsqueeze(op.Add(steps, positions), op.ints(0))
