@@ -1,9 +1,11 @@
 """Does a served model stay sound? Random load of every kind for minutes, then: no slot lost, no memory growing.
 
-    python benchmarks/serving_soak.py --pid 1234 --model lynx-tiny --minutes 30
+    python -m lynx_trt.serve ARTIFACT --name lynx-tiny --start &
+    python benchmarks/serving_soak.py --pid $! --minutes 30
 
 Requests of random length, quality and sampling; clients that go away; bursts beyond the queue; requests that are
-wrong. The server's processes (the one of --pid and its children) are measured twice a second.
+wrong. The server's processes (the one of --pid and its children) are measured twice a second. The report, with what
+it ran on, goes to benchmarks/results/serving_soak.json.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import json
 import random
 import sys
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from http_stream import ask
+from serving_common import RESULTS, Target, metric, where
 
 WRONG: list[dict[str, Any]] = [
     {"text_input": ""},
@@ -31,17 +34,6 @@ WRONG: list[dict[str, Any]] = [
     {"text_input": "x", "tokens": 3},
 ]
 WORDS = ["def", "class", "import", "return", "(", ")", ":", "=", "\n", "    ", "# żółw", '"', "0", "1", "foo", "bar"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """The server, its model, and the process whose memory is watched."""
-
-    host: str
-    http: int
-    metrics: int
-    model: str
-    pid: int
 
 
 @dataclass
@@ -63,15 +55,7 @@ class Report:
     slope_mb: float = 0.0
     noise_mb: float = 0.0
     failures: tuple[str, ...] = ()
-
-
-def metric(target: Target, name: str) -> float:
-    """Sum of a metric over its series; `name` may go on with the first of its labels."""
-    url = f"http://{target.host}:{target.metrics}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    prefix = name if "{" in name else f"{name}{{"
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(prefix))
+    minutes_mb: tuple[float, ...] = ()  # the mean of each minute
 
 
 def memory(pid: int) -> float:
@@ -154,6 +138,10 @@ def _fit(samples: list[tuple[float, float]], report: Report) -> None:
     report.first_mb, report.last_mb = samples[0][1], samples[-1][1]
     report.slope_mb = float(slope) * 60
     report.noise_mb = float(np.std(half[:, 1] - (slope * half[:, 0] + offset)))
+    minutes: dict[int, list[float]] = {}
+    for second, megabytes in samples:
+        minutes.setdefault(int(second // 60), []).append(megabytes)
+    report.minutes_mb = tuple(round(float(np.mean(values)), 1) for values in minutes.values())
 
 
 def main() -> None:
@@ -167,10 +155,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--longest", type=int, default=200, help="new tokens of a request, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving_soak.json")
     options = parser.parse_args()
     target = Target(options.host, options.http_port, options.metrics_port, options.model, options.pid)
     report = asyncio.run(soak(target, seconds=options.minutes * 60, seed=options.seed, longest=options.longest))
-    print(json.dumps(asdict(report), indent=2))
+    text = json.dumps({**where(), **asdict(report)}, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
     sys.exit(1 if report.failed or report.running_after or report.waiting_after else 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ def main(
     ] = "balanced",
     max_tokens: Annotated[int, typer.Option(help="New tokens of requests that don't say.")] = 128,
     deadline: Annotated[float, typer.Option(help="Seconds after which a request is ended, at most.")] = 300.0,
+    backend: Annotated[
+        Literal["auto", "onnxruntime", "tensorrt"],
+        typer.Option(help="What runs it: the engine on a GPU, or the graph in ONNX Runtime; auto: whichever fits."),
+    ] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of ONNX Runtime; 0 is all cores but one.")] = 0,
     stream_interval: Annotated[
         float, typer.Option(help="Seconds between two pieces of a stream, at least; 0 sends every token by itself.")
@@ -79,10 +83,11 @@ def main(
         quality=quality,
         max_tokens=max_tokens,
         deadline=deadline,
+        backend=backend,
         threads=threads,
         stream_interval=stream_interval,
     )
-    opened = _opened(artifact, settings, verify)
+    opened = _opened(artifact, settings, verify, here=start)
     name = name or _name(opened)
     output = output or Path("out") / f"{name}-repository"
     address = Address(host, http_port, grpc_port, metrics_port)
@@ -94,14 +99,20 @@ def main(
         _start(repository, models, address, drain, json_output)
 
 
-def _opened(folder: Path, settings: Settings, verify: bool) -> Artifact:
+def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Artifact:
     """The artifact, if it can be served at all: preflight first.
+
+    Args:
+        folder: the artifact's.
+        settings: how it is to be served.
+        verify: compare the files' sums.
+        here: it is this machine that will serve it.
 
     Raises:
         LynxError: it doesn't fit this machine, or a setting doesn't fit it.
     """
     from lynx_trt.artifact import TOKENIZER, Artifact, read
-    from lynx_trt.preflight import preflight
+    from lynx_trt.preflight import engine_problems, preflight
     from lynx_trt.runtime.quality import Dial
 
     opened = read(folder)
@@ -110,13 +121,28 @@ def _opened(folder: Path, settings: Settings, verify: bool) -> Artifact:
     problems = preflight(without_engine, verify=verify).problems
     if TOKENIZER not in opened.manifest.files:
         problems.append(f"{folder} has no tokenizer, so it can't take text; build it with --tokenizer FOLDER")
-    if opened.manifest.model.precision == "bf16":
-        problems.append(f"{folder} is built in bf16, which ONNX Runtime can't compute on the CPU; build fp16 or fp32")
+    refused = _why_no_engine(opened, settings.backend, engine_problems(opened) if here else [])
+    if refused and settings.backend == "tensorrt":
+        problems.append(f"the engine of {folder} can't be served: {refused}")
+    elif refused and opened.manifest.model.precision == "bf16":
+        problems.append(
+            f"{folder} is built in bf16, which ONNX Runtime can't compute on the CPU, and it can't be served with its "
+            f"engine: {refused}; build fp16 or fp32"
+        )
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
     Dial.of(opened.manifest).budgets(settings.quality)
     return opened
+
+
+def _why_no_engine(artifact: Artifact, backend: str, problems: list[str]) -> str | None:
+    """Why it won't be the engine that runs the model; None if it will."""
+    if backend == "onnxruntime":
+        return "--backend onnxruntime excludes it"
+    if artifact.manifest.engine is None:
+        return f"there is none: {artifact.manifest.engine_absent}"
+    return problems[0] if problems else None
 
 
 def _name(artifact: Artifact) -> str:

@@ -182,7 +182,9 @@ def test_code_in_the_repository_stands_alone(text_artifact: Artifact, tmp_path: 
         f"sys.path.insert(0, {str(version)!r})\n"
         "sys.modules['triton_python_backend_utils'] = types.ModuleType('utils')\n"
         "for name in ('torch', 'transformers', 'typer', 'rich', 'psutil'): sys.modules[name] = None\n"
-        "import model, lynx_trt.runtime.ort, lynx_trt.runtime.lowering\n"
+        "import model, lynx_trt.runtime.trt, lynx_trt.runtime.cuda, lynx_trt.plugins.python_plugin\n"
+        "from pathlib import Path; from lynx_trt.artifact import read; from lynx_trt.runtime.open import open_backend\n"
+        f"open_backend(read(Path({str(version / 'artifact')!r})), 1)\n"
         "print(lynx_trt.__file__)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)

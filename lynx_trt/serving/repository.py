@@ -13,6 +13,8 @@ mounts the repository alone finds them, and building the artifact anew leaves a 
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -34,8 +36,14 @@ MARKER = "lynx-repository.json"
 DIAL = "dial.json"
 PLUGIN = "liblynx_plugin.so"
 # What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
-MODULES = ("__init__.py", "artifact.py", "errors.py", "selection.py")
-PACKAGES = ("runtime", "serving")
+MODULES = ("__init__.py", "artifact.py", "errors.py", "experts.py", "preflight.py", "selection.py")
+PACKAGES = {
+    "runtime": ("*.py",),
+    "serving": ("*.py",),
+    "tensorrt": ("*.py",),
+    "plugins": ("*.py",),
+    "export": ("__init__.py", "ops.py"),
+}
 
 
 @dataclass(frozen=True)
@@ -204,30 +212,33 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _code() -> list[Path]:
-    """The files of lynx_trt that a serving process may import, relative to the package."""
+def _code() -> dict[str, Path]:
+    """The files of lynx_trt that a serving process may import: path in the package, and where it lies."""
     package = Path(__file__).parent.parent
-    found = [path.relative_to(package) for name in PACKAGES for path in (package / name).glob("*.py")]
-    return sorted([*found, *map(Path, MODULES)])
+    found = {name: package / name for name in MODULES}
+    for name, patterns in PACKAGES.items():
+        # A checkout has some packages beside lynx_trt/, an installation has them in it.
+        spec = importlib.util.find_spec(f"lynx_trt.{name}")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        folder = Path(spec.submodule_search_locations[0])
+        found |= {f"{name}/{path.name}": path for pattern in patterns for path in folder.glob(pattern)}
+    return dict(sorted(found.items()))
 
 
 def _code_digest() -> str:
-    import hashlib
-
-    package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in _code():
-        digest.update(str(path).encode() + b"\0" + (package / path).read_bytes())
+    for name, path in _code().items():
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def _copy_code(version: Path) -> None:
-    package = Path(__file__).parent.parent
-    for path in _code():
-        target = version / "lynx_trt" / path
+    for name, path in _code().items():
+        target = version / "lynx_trt" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(package / path, target)
-    shutil.copyfile(package / "serving" / "model.py", version / "model.py")
+        shutil.copyfile(path, target)
+    shutil.copyfile(Path(__file__).parent / "model.py", version / "model.py")
 
 
 def _json(value: Any) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 
 from lynx_trt.errors import UsageError
 
+BACKENDS = ("auto", "onnxruntime", "tensorrt")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,6 +21,7 @@ class Settings:
         quality: of requests that ask for none, until the dial file says otherwise.
         max_tokens: new tokens of requests that don't say.
         deadline: seconds after which a request is ended, at most.
+        backend: what runs the model: tensorrt (the engine), onnxruntime, or auto (whichever fits).
         threads: CPU threads of ONNX Runtime; 0 is all cores but one.
         chunk: tokens of one prompt in one prefill step.
         prefill_tokens: tokens of one prefill step, padding included.
@@ -32,12 +35,15 @@ class Settings:
     quality: str = "balanced"
     max_tokens: int = 128
     deadline: float = 300.0
+    backend: str = "auto"
     threads: int = 0
     chunk: int = 128
     prefill_tokens: int = 256
     stream_interval: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UsageError(f"the backend is {self.backend!r}; it must be one of {', '.join(BACKENDS)}")
         least = {"threads": 0, "stream_interval": 0.0, "deadline": 0.001}
         for field in fields(self):
             value = getattr(self, field.name)

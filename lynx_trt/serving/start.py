@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lynx_trt.artifact import TOKENIZER, read
-from lynx_trt.runtime.open import limits_of, open_backend
+from lynx_trt.runtime.open import Name, limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
 from lynx_trt.serving.metrics import Metrics, ServerSink
@@ -39,7 +39,9 @@ def start_service(
     sys.setswitchinterval(SWITCH_SECONDS)
     opened = read(artifact)
     settings = Settings.of(parameters)
-    backend = open_backend(opened, settings.slots, threads=settings.threads or _threads())
+    name = cast("Name", settings.backend)
+    backend = open_backend(opened, settings.slots, threads=settings.threads or _threads(), name=name)
+    print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
     parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings)
