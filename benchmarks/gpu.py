@@ -152,7 +152,7 @@ class Runner:
         try:
             while True:
                 try:
-                    return child.wait(timeout=min(5.0, max(end - time.monotonic(), 0.01)))
+                    return child.wait(timeout=min(1.0, max(end - time.monotonic(), 0.01)))
                 except subprocess.TimeoutExpired:
                     if self.take(part.name, record):
                         self.write()

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_vllm
 import torch
 from gpu_layer import Batch, Layer, Run
+from gpu_timing import AbsentError
 from torch import Tensor
 
 from lynx_trt.plugins.twins import activate_twin
@@ -21,7 +23,7 @@ def peers(layer: Layer, batches: Sequence[Batch], vllm: Path | None) -> tuple[di
     makers = {
         "grouped_mm": lambda: grouped_mm(layer, batches),
         "dense": lambda: dense(layer, batches),
-        "vllm": lambda: vllm_moe(layer, batches, vllm),
+        "vllm": lambda: gpu_vllm.fused_moe(layer, batches, vllm),
     }
     found: dict[str, Run] = {}
     absent: dict[str, str] = {}
@@ -31,10 +33,6 @@ def peers(layer: Layer, batches: Sequence[Batch], vllm: Path | None) -> tuple[di
         except (ImportError, AbsentError) as error:
             absent[name] = str(error)
     return found, absent
-
-
-class AbsentError(Exception):
-    """A peer that can't take part; the message says why."""
 
 
 def grouped_mm(layer: Layer, batches: Sequence[Batch]) -> Run:
@@ -95,10 +93,3 @@ def dense(layer: Layer, batches: Sequence[Batch]) -> Run:
         return torch.bmm(scale[:, None, :-1], output.transpose(0, 1)).squeeze(1)
 
     return lambda: [one(batch) for batch in batches]
-
-
-def vllm_moe(layer: Layer, batches: Sequence[Batch], folder: Path | None) -> Run:
-    """The Triton-language kernel of vLLM."""
-    import gpu_vllm
-
-    return gpu_vllm.fused_moe(layer, batches, folder)

@@ -19,6 +19,10 @@ _MICROSECONDS_A_ROUND = 2000.0
 _MOST_ROUNDS = 25
 
 
+class AbsentError(Exception):
+    """A contender that can't take part; the message says why."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Microseconds of a call: the median over rounds and two percentiles."""

@@ -21,9 +21,10 @@ from fake_kernels import FakeDriver, fake_kernels
 import gpu
 import gpu_layer
 import gpu_targets
+import gpu_vllm
 from gpu import Part, Runner
-from gpu_common import Report
-from gpu_timing import measure, summary
+from gpu_common import Options, Report
+from gpu_timing import AbsentError, measure, summary
 
 from lynx_trt.plugins.blob import lookup
 from lynx_trt.plugins.plan import find_plan
@@ -323,29 +324,29 @@ def test_compiled_kernels_get_the_tensors_of_the_plan(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------------ the scripts
 
 
+def dry_run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What a script records in a run without a GPU."""
+    output = folder / "record.json"
+    command = [sys.executable, str(BENCHMARKS / f"gpu_{script}.py"), "--dry-run", "--output", str(output), *arguments]
+    gpu.links()
+    environment = {**gpu.child_environment(), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert said.returncode == 0, said.stderr
+    record: dict[str, Any] = json.loads(output.read_text())
+    return record
+
+
 @pytest.mark.parametrize(
     ("script", "model"),
     [
         ("machine", None),
         ("select", "mixtral-8x7b"),
-        ("experts_decode", "gpt-oss-120b"),  # transposed, interleaved, biased
-        ("experts_prefill", "mixtral-8x7b"),
+        ("experts_decode", "gpt-oss-120b"),  # transposed, interleaved, biased; prefill is run below
     ],
 )
 def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None:
     """Every line of them but the CUDA graphs: peers, kernels by the interpreter, errors, the record."""
-    output = tmp_path / "record.json"
-    command = [sys.executable, str(BENCHMARKS / f"gpu_{script}.py"), "--dry-run", "--output", str(output)]
-    gpu.links()
-    said = subprocess.run(
-        command + (["--model", model] if model else []),
-        capture_output=True,
-        text=True,
-        env={**gpu.child_environment(), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert said.returncode == 0, said.stderr
-    record = json.loads(output.read_text())
+    record = dry_run(script, tmp_path, *(["--model", model] if model else []))
     assert record["environment"]["commit"]
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert not record["left_out"]
@@ -366,9 +367,101 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
         # bfloat16 has 8 bits; one token's few values say no more.
         assert 0 < each["error"] < 0.03, each
         assert each["floor_us"] > 0
-    if script == "experts_decode":
-        whole, half = (next(r for r in rows if r["fraction"] == part) for part in (1.0, 0.5))
-        assert half["active"] == sum(half["budgets"]) / len(half["budgets"]) < whole["active"]
+    whole, half = (next(r for r in rows if r["fraction"] == part) for part in (1.0, 0.5))
+    assert half["active"] == sum(half["budgets"]) / len(half["budgets"]) < whole["active"]
+
+
+# A kernel in the place of vLLM's, with some of its parameters, in a file that has more than a benchmark can import.
+KERNEL = """
+import vllm.nothing
+from vllm.triton_utils import tl, triton
+
+@triton.jit
+def write_zeros_to_output(c_ptr):
+    pass
+
+@triton.jit
+def fused_moe_kernel(
+    a_ptr, b_ptr, c_ptr, topk_weights_ptr, sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr,
+    N, K, EM, num_valid_tokens, stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_cm, stride_cn,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    MUL_ROUTED_WEIGHT: tl.constexpr, top_k: tl.constexpr, compute_type: tl.constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_SIZE_N)
+    block = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
+    if block * BLOCK_SIZE_M < tl.load(num_tokens_post_padded_ptr):
+        pair = tl.load(sorted_token_ids_ptr + block * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M))
+        here = pair < num_valid_tokens
+        b = b_ptr + tl.load(expert_ids_ptr + block) * stride_be
+        total = tl.zeros([BLOCK_SIZE_M, BLOCK_SIZE_N], tl.float32)
+        for k in range(K):
+            x = tl.load(a_ptr + pair // top_k * stride_am + k * stride_ak, mask=here, other=0.0).to(tl.float32)
+            w = tl.load(b + k * stride_bk + row * stride_bn, mask=row < N, other=0.0).to(tl.float32)
+            total += x[:, None] * w[None, :]
+        if MUL_ROUTED_WEIGHT:
+            total *= tl.load(topk_weights_ptr + pair, mask=here, other=0.0)[:, None]
+        at = c_ptr + pair[:, None] * stride_cm + row[None, :] * stride_cn
+        tl.store(at, total.to(compute_type), mask=here[:, None] & (row < N)[None, :])
+
+def get_default_config(M, E, N, K, topk, dtype):
+    return {"BLOCK_SIZE_M": 4, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 16, "num_warps": 4, "num_stages": 2}
+"""
+
+
+def test_a_kernel_from_another_tree_is_called_as_it_wants(tmp_path: Path) -> None:
+    """Its parameters by name, tokens in padded blocks by expert; the result is held to float64 as everyone's."""
+    (tmp_path / "fused_moe.py").write_text(KERNEL)
+    record = dry_run("experts_prefill", tmp_path, "--model", "mixtral-8x7b", "--vllm", str(tmp_path))
+    (found,) = [each for each in record["rows"] if each["contender"] == "vllm"]
+    assert 0 < found["error"] < 0.01, found
+    assert not record["absent"]
+    assert {each["contender"] for each in record["rows"]} == {"lynx", "lynx_layer", "grouped_mm", "dense", "vllm"}
+    assert all(0 < each["error"] < 0.03 and each["us"] > 0 for each in record["rows"])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "has no fused_moe.py"),
+        ("def get_default_config(): pass", "has no write_zeros_to_output, fused_moe_kernel"),
+        (KERNEL.replace("    N, K, EM,", "    N, K, EM, magic,"), "takes magic, which this benchmark doesn't know"),
+    ],
+)
+def test_a_peer_that_can_not_take_part_says_why(source: str | None, reason: str, tmp_path: Path) -> None:
+    if source:
+        (tmp_path / "fused_moe.py").write_text(source)
+    layer = gpu_layer.make_layer("mixtral-8x7b", options(tmp_path))
+    batch = gpu_layer.make_batch(layer, 3, 0, torch.device("cpu"))
+    with pytest.raises(AbsentError, match=reason):
+        gpu_vllm.fused_moe(layer, [batch], tmp_path)()
+
+
+def options(folder: Path) -> Options:
+    return Options(folder, 0.0, True, ("mixtral-8x7b",), "bfloat16", False, None)
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+def test_plots_are_made_of_what_was_recorded(tmp_path: Path) -> None:
+    times = {"p10": 9.0, "p90": 12.0, "floor_us": 8.0, "matmul_share": 0.6, "rounds": 5}
+    decode = [row(name, 10.0 + n, tokens=16, active=n, **times) for n in (4, 8) for name in ("lynx", "grouped_mm")]
+    results = {
+        "environment": {"gpu": {"name": "a GPU"}, "commit": "abc", "date": "today"},
+        "parts": {
+            "decode-mixtral-8x7b": {"result": {"rows": decode}},
+            "prefill-mixtral-8x7b": {"status": "failed"},
+            "select": {"result": {"rows": [row("lynx_metadata", 7.0, fraction=0.5, **times)]}},
+        },
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    said = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu_plots.py"), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    assert [Path(line).name for line in said.stdout.splitlines()] == ["decode.png", "active.png", "select.png"]
+    assert all(Path(line).read_bytes()[:4] == b"\x89PNG" for line in said.stdout.splitlines())
 
 
 def test_without_a_gpu_a_script_says_so(tmp_path: Path) -> None:
