@@ -22,6 +22,12 @@ class GraphEdit:
         self._model, self._folder = model, folder
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self._producers = {name: node for node in model.graph.node for name in node.output if name}
+        self._consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in names_used(node):
+                self._consumers.setdefault(name, []).append(node)
+        self._types = {value.name: value.type for value in (*model.graph.value_info, *model.graph.input)}
+        self._outputs = {value.name for value in model.graph.output}
         self._places = {id(node): place for place, node in enumerate(model.graph.node)}
         self._removed: set[int] = set()
         self._inserted: dict[int, list[onnx.NodeProto]] = {}
@@ -37,9 +43,23 @@ class GraphEdit:
         """Dimensions of an initializer."""
         return list(self._constants[name].dims)
 
+    def known_shape(self, name: str) -> list[int]:
+        """Dimensions of a value of the original graph, 0 where one varies; empty where the graph doesn't say."""
+        if self.is_constant(name):
+            return self.shape(name)
+        if name not in self._types:
+            return []
+        return [dimension.dim_value for dimension in self._types[name].tensor_type.shape.dim]
+
     def producer(self, name: str) -> onnx.NodeProto | None:
-        """The node that makes a value."""
+        """The node of the original graph that makes a value."""
         return self._producers.get(name)
+
+    def only_consumer(self, name: str, op: str) -> onnx.NodeProto | None:
+        """The node of the original graph that reads a value, if it is the only one and of this kind."""
+        nodes = self._consumers.get(name, [])
+        alone = len(nodes) == 1 and nodes[0].op_type == op and name not in self._outputs
+        return nodes[0] if alone else None
 
     def take(self, node: onnx.NodeProto) -> int:
         """Remove a node; returns its place."""
@@ -62,8 +82,8 @@ class GraphEdit:
         self, op: str, inputs: Sequence[str], count: int, *, outputs: Sequence[str] | None = None, **attributes: Any
     ) -> list[str]:
         """A node with `count` outputs; returns their names."""
-        names = list(outputs) if outputs else [self._new(op) for _ in range(count)]
-        node = helper.make_node(op, list(inputs), names, name=self._new(op), **attributes)
+        names = list(outputs) if outputs else [self.name(op) for _ in range(count)]
+        node = helper.make_node(op, list(inputs), names, name=self.name(op), **attributes)
         self.put(node)
         return names
 
@@ -81,7 +101,7 @@ class GraphEdit:
         """An initializer of this value; equal ones are shared."""
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._known:
-            name = self._known[key] = self._new("constant")
+            name = self._known[key] = self.name("constant")
             self._add_initializer(numpy_helper.from_array(value, name))
         return self._known[key]
 
@@ -124,7 +144,8 @@ class GraphEdit:
         self._model.graph.initializer.append(tensor)
         self._constants[tensor.name] = tensor
 
-    def _new(self, what: str) -> str:
+    def name(self, what: str) -> str:
+        """A new name."""
         self._counter += 1
         return f"lowered/{what}_{self._counter}"
 

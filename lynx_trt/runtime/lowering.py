@@ -36,6 +36,7 @@ from onnx import helper, numpy_helper
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.errors import ArtifactError
+from lynx_trt.runtime.attention import lower_attention
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.float32 import widen
 from lynx_trt.runtime.graph import GraphEdit, drop_dead
@@ -118,7 +119,7 @@ def lower(artifact: Artifact, *, form: Form = "auto") -> Lowered:
         if len({(record.experts, record.experts_per_token) for record in records}) > 1:
             raise ArtifactError(f"{artifact.folder} has layers of different sizes, which have no unrestricted form")
         _count_active(edit, logits, records[0].experts, records[0].experts_per_token)
-    _trim_attention(edit, model.graph)
+    lower_attention(edit, model.graph)
     edit.finish()
     drop_dead(model)
     widen(model)
@@ -144,32 +145,6 @@ def _count_active(edit: GraphEdit, logits: Sequence[str], experts: int, k: int) 
         ones = add("ConstantOfShape", [add("Shape", [table])], value=numpy_helper.from_array(np.ones(1, np.int32)))
         marks = add("ScatterElements", [none, table, ones], axis=1)
         add("ReduceSum", [marks, number([1])], keepdims=0, outputs=[ACTIVE])
-
-
-def _trim_attention(edit: GraphEdit, graph: onnx.GraphProto) -> None:
-    """Let attention see the cache up to the longest sequence, not to its end.
-
-    ONNX Runtime's Attention computes every row of the cache and masks those behind a sequence: at 20 of 512 rows
-    that was half of a step of lynx-tiny at batch 16. With a mask of its own (sinks, windows) a node stays as it is.
-    """
-    for node in graph.node:
-        lengths = node.input[6] if len(node.input) > 6 else ""
-        if node.op_type != "Attention" or node.input[3] or not lengths:
-            continue
-        with edit.inserting(edit.take(node)):
-            longest = edit.once(f"longest/{lengths}", lambda name=lengths: _longest(edit, name))  # type: ignore[misc]
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            bounds = [edit.integers([0]), longest, edit.integers([2])]
-            for place in (1, 2):
-                copy.input[place] = edit.add("Slice", [node.input[place], *bounds])
-            edit.put(copy)
-
-
-def _longest(edit: GraphEdit, lengths: str) -> str:
-    # One row at least: an attention over no keys at all is 0 / 0.
-    longest = edit.add("ReduceMax", [lengths], keepdims=0)
-    return edit.add("Reshape", [edit.add("Max", [longest, edit.integers(1)]), edit.integers([1])])
 
 
 class _Layer:
