@@ -3,14 +3,16 @@
     python benchmarks/gpu_engine.py --kit build/gpu-kit --output engine.json
 
 The kit is made by `gpu_kit.py` where there is no GPU. The first line answers whether this TensorRT runs on this SM at
-all. Each entry is checked by itself; one that fails is a row with its error, and the rest goes on. Exit code 1 if any
-check failed.
+all. Each entry is checked in a process of its own, since TensorRT may end it; one that fails is a row with its error,
+and the rest goes on. The file is written after each entry. Exit code 1 if any check failed.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +48,7 @@ class Row:
 
 
 Make = Callable[[Artifact, bool], Any]
+SECONDS = 180  # for one entry
 
 
 def tensorrt_backend(artifact: Artifact, graphs: bool) -> Any:
@@ -159,17 +162,36 @@ def first_answer(rows: list[Row]) -> str:
     return f"TensorRT runs no engine here; the first one: {rows[0].error if rows else 'the kit is empty'}"
 
 
-def check_kit(kit: Path, make: Make, say: Callable[[str], None]) -> list[Row]:
+def check_kit(kit: Path, one: Callable[[Path], Row], say: Callable[[str], None], output: Path | None) -> list[Row]:
     """All entries, the plainest first."""
-    folders = sorted(
-        (each.parent for each in kit.glob("*/expected.npz")), key=lambda each: (each.name[:7] != "mixtral", each.name)
-    )
-    rows = []
-    for number, folder in enumerate(folders):
-        rows.append(check(folder, make))
-        if number == 0:
+    found = (each.parent for each in kit.glob("*/expected.npz"))
+    folders = sorted(found, key=lambda folder: (not folder.name.startswith("mixtral"), folder.name))
+    rows: list[Row] = []
+    for folder in folders:
+        rows.append(one(folder))
+        if len(rows) == 1:
             say(first_answer(rows))
+        if output:
+            record = {"answer": first_answer(rows), "rows": [{**vars(row), "passed": row.passed} for row in rows]}
+            output.write_text(json.dumps(record, indent=1) + "\n")
     return rows
+
+
+def in_a_process(folder: Path, plugin: Path | None) -> Row:
+    """An entry in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "row.json"
+        command = [sys.executable, __file__, "--kit", str(folder), "--entry", "--output", str(answer)]
+        command += ["--plugin", str(plugin)] if plugin else []
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)  # noqa: S603
+            if answer.exists():
+                return Row(**json.loads(answer.read_text()))
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+            return Row(folder.name, error=f"its process ended with {how}: {''.join(last)[:300]}")
+        except subprocess.TimeoutExpired:
+            return Row(folder.name, error=f"it was not done after {SECONDS} seconds")
 
 
 @app.command()
@@ -179,22 +201,20 @@ def main(
     plugin: Annotated[
         Path | None, typer.Option(help="The C++ plugin's library, to be used instead of the Python plugin.")
     ] = None,
+    entry: Annotated[bool, typer.Option("--entry", hidden=True, help="The folder is one entry.")] = False,
 ) -> None:
     """Check every engine of the kit on GPU 0."""
-    if plugin:
-        from lynx_trt.tensorrt.loader import load
+    if entry:
+        assert output
+        if plugin:
+            from lynx_trt.tensorrt.loader import load
 
-        load("auto").module.get_plugin_registry().load_library(str(plugin))
-    rows = check_kit(kit, tensorrt_backend, typer.echo)
+            load("auto").module.get_plugin_registry().load_library(str(plugin))
+        output.write_text(json.dumps(vars(check(kit, tensorrt_backend))))
+        return
+    rows = check_kit(kit, lambda folder: in_a_process(folder, plugin), typer.echo, output)
     typer.echo(table(rows))
     typer.echo(first_answer(rows))
-    if output:
-        report = {
-            "answer": first_answer(rows),
-            "plugin": "C++" if plugin else "Python",
-            "rows": [{**vars(row), "passed": row.passed} for row in rows],
-        }
-        output.write_text(json.dumps(report, indent=1) + "\n")
     if not rows or not all(row.passed for row in rows):
         sys.exit(1)
 

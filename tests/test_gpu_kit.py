@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,13 +58,19 @@ def test_kit_holds_the_engine_and_no_more(kit: Path) -> None:
     assert not {"model.onnx", "weights.safetensors"} & set(artifact.manifest.files)
 
 
-def test_right_numbers_pass(kit: Path, artifact: Callable[..., Artifact]) -> None:
+def test_right_numbers_pass(kit: Path, artifact: Callable[..., Artifact], tmp_path: Path) -> None:
     reference, said = artifact("mixtral"), []
-    (row,) = gpu_engine.check_kit(kit, lambda *_: Stand(reference, len(PROMPTS), threads=1), said.append)
+    output = tmp_path / "engine.json"
+
+    def one(folder: Path) -> gpu_engine.Row:
+        return gpu_engine.check(folder, lambda *_: Stand(reference, len(PROMPTS), threads=1))
+
+    (row,) = gpu_engine.check_kit(kit, one, said.append, output)
     assert row.passed, (row.checks, row.error)
     assert row.checks["text, half experts"]
     assert row.figures["equal_greedy_tokens_half"] == 1
     assert said == ["TensorRT runs here: 1 of 1 engines gave numbers"]
+    assert json.loads(output.read_text())["rows"][0]["passed"]
     assert "passed" in gpu_engine.table([row])
 
 
@@ -85,15 +92,39 @@ def test_wrong_numbers_are_named(kit: Path, artifact: Callable[..., Artifact]) -
     assert "failed: logits" in gpu_engine.table([row])
 
 
-def test_an_engine_that_fails_is_a_row(kit: Path, artifact: Callable[..., Artifact]) -> None:
+def test_an_engine_that_fails_is_a_row(kit: Path) -> None:
     def refuse(*_: Any) -> Any:
         raise TensorRTError("TensorRT can't load engine.plan: not for this SM")
 
-    rows = gpu_engine.check_kit(kit, refuse, print)
+    rows = gpu_engine.check_kit(kit, lambda folder: gpu_engine.check(folder, refuse), print, None)
     assert gpu_engine.first_answer(rows).endswith("the first one: TensorRT can't load engine.plan: not for this SM")
-    rows = gpu_engine.check_kit(kit, lambda *_: 1 / 0, print)
-    assert rows[0].error == "ZeroDivisionError: division by zero"
+    row = gpu_engine.check(kit / "mixtral-fp32", lambda *_: 1 / 0)
+    assert row.error == "ZeroDivisionError: division by zero"
     assert gpu_engine.first_answer([]) == "TensorRT runs no engine here; the first one: the kit is empty"
+
+
+def test_a_process_that_dies_is_a_row(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT may abort, or hang."""
+    script = tmp_path / "dies.py"
+    monkeypatch.setattr(gpu_engine, "__file__", str(script))
+    script.write_text("import os, sys; print('terminate called', file=sys.stderr, flush=True); os.abort()")
+    assert gpu_engine.in_a_process(kit, None).error == "its process ended with signal 6: terminate called"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(gpu_engine, "SECONDS", 1)
+    assert gpu_engine.in_a_process(kit, None).error == "it was not done after 1 seconds"
+
+
+def test_without_a_gpu_it_says_so(kit: Path) -> None:
+    """The command itself, in its own processes."""
+    from lynx_trt.tensorrt.gpu import compute_capabilities
+
+    if compute_capabilities():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, gpu_engine.__file__, "--kit", str(kit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "TensorRT runs no engine here; the first one: " in done.stdout
+    assert "CUDA driver" in done.stdout or "cuda-python" in done.stdout
 
 
 def test_end_to_end_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
