@@ -1,13 +1,15 @@
-"""What does a served model give, at 1 to 64 requests at once, and what does the server cost?
+"""What does a served model give at 1 to 64 requests at once, and what does the server cost? One command, 6 minutes:
 
-    python -m lynx_trt.serve ARTIFACT --name lynx-tiny --slots 64 --start &
-    python benchmarks/serving_load.py --artifact ARTIFACT --pid $!
-    python benchmarks/serving_load.py --plot
+    python benchmarks/serving_load.py
+    python benchmarks/serving_load.py --show     # tables and plot of what is recorded, nothing measured
 
-Two questions. *Load*: so many clients ask one request after the other, of mixed lengths, for each quality; tokens a
-second, and percentiles of the time to the first token (TTFT) and of each further one (TPOT). *Overhead*: batches of
-equal requests, in turn to the server and to `lynx_trt.generate` in this process; the ratio of their times per token.
-Every run is appended to benchmarks/results/serving_load.jsonl with what it ran on; plots come from that file alone.
+It builds the shipped model, serves it on free ports of loopback, and measures three things. *Load*: so many clients
+ask one request after the other, of mixed lengths, for each quality; tokens a second, and percentiles of the time to the
+first token (TTFT) and of each further one (TPOT). *Batching*: one client against sixteen, in turn, with short prompts
+and long answers. *Overhead*: batches of requests, in turn to the server and to `lynx_trt.generate` in this process; the
+ratio of their times per token. Everything goes to
+benchmarks/results/serving_load.json with what it ran on; tables and
+plot come from that file alone.
 """
 
 from __future__ import annotations
@@ -16,101 +18,137 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from http_stream import Answer, ask
-from serving_soak import Target, metric
+from serving_common import RESULTS, Target, metric, where
+from serving_report import plot, tables
 
-RESULTS = Path(__file__).parent / "results"
-FILE = RESULTS / "serving_load.jsonl"
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 QUALITIES = ("max", "balanced", "fast")
 COUNTERS = ("lynx_output_tokens_total", "lynx_decode_steps_total", "lynx_decode_seconds_total")
+FLUSH_SECONDS = 1.5  # counters are handed over once a second
+NAME = "lynx-tiny"
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "serving_load.png"
 
 
-def prompts(seed: int, count: int) -> list[str]:
-    """Pieces of the standard library's sources, of 20 to 600 characters, most of them short."""
+def prompts(seed: int, count: int, most: int = 600) -> list[str]:
+    """Pieces of the standard library's sources, of 20 to `most` characters, most of them short."""
     chance = random.Random(seed)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [chance.choice(files).read_text(encoding="utf-8", errors="ignore") for _ in range(count)]
     pieces = []
     for text in texts:
-        length = min(600, int(chance.lognormvariate(4.5, 0.8)) + 20)
+        length = min(most, int(chance.lognormvariate(4.5, 0.8)) + 20)
         start = chance.randrange(max(1, len(text) - length))
         pieces.append(text[start : start + length])
     return pieces
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p90 and p99, in milliseconds."""
     return {f"p{p}": round(float(np.percentile(values, p)) * 1e3, 2) for p in (50, 90, 99)}
 
 
-async def load(target: Target, concurrency: int, quality: str, seconds: float) -> dict[str, Any]:
+def tpot(answer: Answer) -> float | None:
+    """Seconds of each token after the first."""
+    if answer.ended is None or answer.first is None or answer.tokens < 2:
+        return None
+    return (answer.ended - answer.first) / (answer.tokens - 1)
+
+
+async def crowd(target: Target, clients: int, seconds: float, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
     """So many clients for so long, each asking one request after the other."""
-    texts, chance = prompts(concurrency, 64), random.Random(concurrency)
     answers: list[Answer] = []
     end = time.perf_counter() + seconds
+    waiting = iter(bodies[number % len(bodies)] for number in range(1_000_000))
 
     async def client() -> None:
         while time.perf_counter() < end:
-            new = min(160, 16 + int(chance.expovariate(1 / 48)))
-            body = {"text_input": chance.choice(texts), "max_tokens": new, "quality": quality}
-            answers.append(await ask(target.host, target.http, target.model, body))
+            answers.append(await ask(target.host, target.http, target.model, next(waiting)))
 
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answers
+
+
+def observe(target: Target, clients: int, seconds: float, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Load the server; what the clients saw and what the server counted meanwhile."""
+    before, cpu = [metric(target, name) for name in COUNTERS], cpu_seconds(target.pid)
     started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(concurrency)))
+    answers = asyncio.run(crowd(target, clients, seconds, bodies))
     wall = time.perf_counter() - started
-    failed = [answer.error for answer in answers if answer.error]
-    good = [answer for answer in answers if not answer.error and answer.first and answer.ended]
-    tpot = [(a.ended - a.first) / (a.tokens - 1) for a in good if a.ended and a.first and a.tokens > 1]
-    active = [np.mean(a.last["active_experts"]) for a in good if a.last["active_experts"]]
+    cpu = cpu_seconds(target.pid) - cpu
+    time.sleep(FLUSH_SECONDS)
+    tokens, steps, decode = (metric(target, name) - early for name, early in zip(COUNTERS, before, strict=True))
+    good = [answer for answer in answers if not answer.error and answer.first]
+    active = [np.mean(answer.last["active_experts"]) for answer in good if answer.last["active_experts"]]
     return {
-        "concurrency": concurrency,
-        "quality": quality,
-        "seconds": round(wall, 2),
         "requests": len(good),
-        "failed": failed[:3],
+        "failed": [answer.error for answer in answers if answer.error][:3],
         "tokens_per_second": round(sum(answer.tokens for answer in good) / wall, 1),
-        "ttft_ms": percentiles([a.first - a.started for a in good if a.first]),
-        "tpot_ms": percentiles(tpot),
+        "ttft_ms": percentiles([answer.first - answer.started for answer in good if answer.first]),
+        "tpot_ms": percentiles([value for answer in good if (value := tpot(answer)) is not None]),
         "active_experts": round(float(np.mean(active)), 2),
+        "mean_batch": round(tokens / steps, 2),
+        "step_ms": round(decode / steps * 1e3, 3),
+        # The first token of a request comes from its prefill.
+        "decode_tokens_per_second": round((tokens - len(good)) / decode, 1),
+        "server_cpu_ms_per_token": round(cpu / tokens * 1e3, 3),
     }
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of the server and its children so far: what a busy machine doesn't distort."""
+    """Processor time of the server and its children so far: what a busy machine distorts least."""
     process = psutil.Process(pid)
     times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
-    return float(sum(time.user + time.system for time in times))
+    return float(sum(one.user + one.system for one in times))
 
 
-async def _burst(target: Target, batch: int, new: int, quality: str) -> float:
-    """Seconds per decode step of `batch` equal requests, as the clients see it (median of their TPOT)."""
-    body = {"text_input": "def add(a, b):\n", "max_tokens": new, "quality": quality}
-    answers = await asyncio.gather(*(ask(target.host, target.http, target.model, body) for _ in range(batch)))
-    assert all(answer.error is None for answer in answers), [answer.error for answer in answers]
-    tpot = [(a.ended - a.first) / (a.tokens - 1) for a in answers if a.ended and a.first and a.tokens > 1]
-    return statistics.median(tpot)
+# --- The three measurements.
+
+
+def load(target: Target, concurrency: int, quality: str, seconds: float) -> dict[str, Any]:
+    """Mixed lengths: prompts of 20 to 600 characters, 16 to 160 new tokens."""
+    chance = random.Random(concurrency)
+    bodies = [
+        {"text_input": text, "max_tokens": min(160, 16 + int(chance.expovariate(1 / 48))), "quality": quality}
+        for text in prompts(concurrency, 64)
+    ]
+    return {"concurrency": concurrency, "quality": quality, **observe(target, concurrency, seconds, bodies)}
+
+
+def batching(target: Target, quality: str, rounds: int, seconds: float, many: int = 16) -> dict[str, Any]:
+    """Decode throughput of `many` clients over one: short prompts, all different, 128 new tokens."""
+    bodies = [{"text_input": text, "max_tokens": 128, "quality": quality} for text in prompts(0, 64, most=60)]
+    found: dict[int, list[dict[str, Any]]] = {1: [], many: []}
+    for _ in range(rounds):
+        for clients, results in found.items():
+            results.append(observe(target, clients, seconds, bodies))
+    summary: dict[str, Any] = {"quality": quality, "rounds": rounds, "concurrency": many}
+    for key in ("tokens_per_second", "decode_tokens_per_second"):
+        ratios = [most[key] / one[key] for one, most in zip(found[1], found[many], strict=True)]
+        summary[key] = {str(n): statistics.median(result[key] for result in results) for n, results in found.items()}
+        summary[f"{key}_ratio"] = round(statistics.median(ratios), 2)
+        summary[f"{key}_ratios"] = [round(ratio, 2) for ratio in ratios]
+    return summary
 
 
 def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, threads: int) -> dict[str, Any]:
-    """Time per token of the server over that of `lynx_trt.generate`, in turns so that a busy machine hits both.
-
-    The processor time is that of a whole batch's step, prefill included; the server's is without its clients.
-    """
+    """Time per token of the server over that of `lynx_trt.generate`: the same prompts, all experts, in turns."""
     from lynx_trt.artifact import TOKENIZER, read
     from lynx_trt.runtime.decode import generate
     from lynx_trt.runtime.open import limits_of, open_backend
@@ -120,128 +158,146 @@ def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, 
     opened = read(artifact)
     limits, tokenizer = limits_of(opened.manifest), Tokenizer(opened.path(TOKENIZER))
     backend = open_backend(opened, batch, threads=threads)
-    prompt = ["def add(a, b):\n"] * batch
-    here, served, cpu_here, cpu_served = [], [], 0.0, 0.0
-    for _ in range(rounds):
-        cpu_here -= time.process_time()
-        _, run = generate(
-            backend, tokenizer, limits, prompt, budgets=limits.experts, max_new_tokens=new, sampling=Sampling()
+    texts = prompts(batch, batch, most=60)
+
+    def here() -> float:
+        sequences, _ = generate(
+            backend, tokenizer, limits, texts, budgets=limits.experts, max_new_tokens=new, sampling=Sampling()
         )
-        cpu_here += time.process_time()
-        here.append(run.decode_seconds / run.decode_steps)
-        cpu_served -= cpu_seconds(target.pid)
-        served.append(asyncio.run(_burst(target, batch, new, "max")))
-        cpu_served += cpu_seconds(target.pid)
-    ratios = [s / h for s, h in zip(served, here, strict=True)]
+        spans = [(one.times.ended or 0) - (one.times.first_token or 0) for one in sequences]
+        return statistics.median(span / (len(one.tokens) - 1) for span, one in zip(spans, sequences, strict=True))
+
+    async def burst() -> list[Answer]:
+        bodies = ({"text_input": text, "max_tokens": new, "quality": "max"} for text in texts)
+        return await asyncio.gather(*(ask(target.host, target.http, target.model, body) for body in bodies))
+
+    def served() -> float:
+        return statistics.median(value for answer in asyncio.run(burst()) if (value := tpot(answer)) is not None)
+
+    here(), served()
+    pairs = [(here(), served()) for _ in range(rounds)]
+    ratios = [there / own for own, there in pairs]
     return {
         "batch": batch,
         "threads": threads,
-        "generate_ms": round(statistics.median(here) * 1e3, 3),
-        "served_ms": round(statistics.median(served) * 1e3, 3),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_best": round(min(served) / min(here), 3),
-        "generate_cpu_ms": round(cpu_here / rounds / new * 1e3, 3),
-        "served_cpu_ms": round(cpu_served / rounds / new * 1e3, 3),
+        "rounds": rounds,
+        "generate_ms": round(statistics.median(own for own, _ in pairs) * 1e3, 3),
+        "served_ms": round(statistics.median(there for _, there in pairs) * 1e3, 3),
+        "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
 
 
-def where() -> dict[str, Any]:
-    """What a result was measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1] for line in lines if line.startswith("model name")), "")
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu.strip() or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-        "onnxruntime": version("onnxruntime"),
+# --- The server.
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def serving(artifact: Path, folder: Path, threads: int) -> Iterator[Target]:
+    """The artifact, served with 64 slots until the block ends."""
+    http, grpc, metrics = free_ports(3)
+    options = f"--name {NAME} --slots 64 --start --threads {threads}".split()
+    options += f"--http-port {http} --grpc-port {grpc} --metrics-port {metrics}".split()
+    command = [sys.executable, "-m", "lynx_trt.serve", str(artifact), "-o", str(folder / "repository"), *options]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
+    target = Target("127.0.0.1", http, metrics, NAME, process.pid)
+    try:
+        for _ in range(600):
+            try:
+                metric(target, "lynx_running")
+                answer = asyncio.run(ask(target.host, http, NAME, {"text_input": "x", "max_tokens": 2}))
+                if answer.error is None:
+                    break
+            except OSError:
+                pass
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+        else:
+            raise SystemExit(f"the server doesn't get ready; its log:\n{(folder / 'log').read_text()[-3000:]}")
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended; its log:\n{(folder / 'log').read_text()[-3000:]}")
+        yield target
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def shipped(folder: Path) -> Path:
+    """The shipped model, built for ONNX Runtime."""
+    command = [sys.executable, "-m", "lynx_trt.build", "-o", str(folder / "artifact"), "--tensorrt", "none"]
+    subprocess.run(command, check=True)  # noqa: S603
+    return folder / "artifact"
+
+
+def told(results: dict[str, Any]) -> dict[str, Any]:
+    """The same, after a line for whoever waits."""
+    print(json.dumps(results), flush=True)
+    return results
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything, as one record."""
+    from lynx_trt.artifact import read
+
+    artifact = options.artifact or shipped(folder)
+    manifest = read(artifact).manifest
+    record: dict[str, Any] = {
+        **where(),
+        "model": manifest.model.name,
+        "precision": manifest.model.precision,
+        "experts": [layer.experts for layer in manifest.model.moe_layers],
+        "budgets": manifest.selection.budgets,
+        "threads": options.threads,
+        "seconds": options.seconds,
     }
-
-
-def record(kind: str, results: dict[str, Any], place: dict[str, Any]) -> None:
-    """Append a line to the results."""
-    RESULTS.mkdir(exist_ok=True)
-    with FILE.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"kind": kind, **place, **results}) + "\n")
-    print(json.dumps(results))
-
-
-def plot() -> None:
-    """The newest run of each point: throughput, TTFT and TPOT against concurrency, a line a quality."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in FILE.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["kind"] == "load":
-            newest[row["quality"], row["concurrency"]] = row
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    titles = ("tokens a second", "time to first token, ms (p50, p99 dashed)", "time per token, ms (p50, p99 dashed)")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="concurrent requests", xscale="log")
-        axis.set_xticks(CONCURRENCY, [str(number) for number in CONCURRENCY])
-        axis.grid(alpha=0.3)
-    for number, quality in enumerate(QUALITIES):
-        rows = [newest[quality, c] for c in CONCURRENCY if (quality, c) in newest]
-        x, color = [row["concurrency"] for row in rows], f"C{number}"
-        axes[0].plot(x, [row["tokens_per_second"] for row in rows], "o-", color=color, label=quality)
-        for axis, key in ((axes[1], "ttft_ms"), (axes[2], "tpot_ms")):
-            axis.plot(x, [row[key]["p50"] for row in rows], "o-", color=color)
-            axis.plot(x, [row[key]["p99"] for row in rows], "--", color=color, alpha=0.6)
-    axes[0].legend()
-    row = next(iter(newest.values()))
-    figure.suptitle(f"{row['model']}, {row['precision']}, {row['cores']} cores of {row['cpu']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "serving_load.png", dpi=120)
+    with serving(artifact, folder, options.threads) as target:
+        record["overhead"] = [
+            told(overhead(target, artifact, batch, options.rounds, 120, options.threads)) for batch in (1, 16)
+        ]
+        record["batching"] = [told(batching(target, quality, options.rounds, 2.0)) for quality in options.quality]
+        record["load"] = [
+            told(load(target, concurrency, quality, options.seconds))
+            for concurrency in options.concurrency
+            for quality in options.quality  # side by side, so that a busy moment hits them all
+        ]
+    return record
 
 
 def main() -> None:
-    """Measure, or plot what was measured."""
+    """Measure, record, and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="the artifact that is served")
-    parser.add_argument("--model", default="lynx-tiny")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--pid", type=int, required="--plot" not in sys.argv, help="the server's process")
-    parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each point")
+    parser.add_argument("--artifact", type=Path, help="instead of the shipped model")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each point of the load")
     parser.add_argument("--concurrency", type=int, nargs="*", default=list(CONCURRENCY))
     parser.add_argument("--quality", nargs="*", default=list(QUALITIES))
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16], help="batches of the overhead")
-    parser.add_argument("--rounds", type=int, default=7, help="of the overhead")
-    parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1), help="of generate")
-    parser.add_argument("--plot", action="store_true", help="only draw what is recorded")
+    parser.add_argument("--rounds", type=int, default=5, help="of batching and overhead")
+    parser.add_argument(
+        "--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1), help="of ONNX Runtime, both sides"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving_load.json")
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
-    if options.plot:
-        plot()
-        return
-    target = Target(options.host, options.http_port, options.metrics_port, options.model, options.pid)
-    place = where()
-    if options.artifact:
-        from lynx_trt.artifact import read
-
-        manifest = read(options.artifact).manifest
-        place |= {"model": manifest.model.name, "precision": manifest.model.precision}
-        place["budgets"] = manifest.selection.budgets
-    for quality in options.quality:
-        for concurrency in options.concurrency:
-            before, cpu = [metric(target, name) for name in COUNTERS], cpu_seconds(target.pid)
-            results = asyncio.run(load(target, concurrency, quality, options.seconds))
-            time.sleep(1.5)  # counters are handed over once a second
-            tokens, steps, seconds = (
-                metric(target, name) - early for name, early in zip(COUNTERS, before, strict=True)
-            )
-            results |= {"mean_batch": round(tokens / steps, 2), "step_ms": round(seconds / steps * 1e3, 2)}
-            results["server_cpu_ms_per_token"] = round((cpu_seconds(target.pid) - cpu) / tokens * 1e3, 3)
-            record("load", results, place)
-    for batch in options.batch if options.artifact else []:
-        record("overhead", overhead(target, options.artifact, batch, options.rounds, 120, options.threads), place)
+    if not options.show:
+        with tempfile.TemporaryDirectory() as folder:
+            record = measure(options, Path(folder))
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = json.loads(options.output.read_text(encoding="utf-8"))
+    plot(record, options.plot)
+    print(tables(record))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Markdown tables and a plot of what benchmarks/serving_load.py has recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def tables(record: Record) -> str:
+    """The section "Measured" of docs/serving.md."""
+    return "\n\n".join([_place(record), _judged(record), _load(record)])
+
+
+def _place(record: Record) -> str:
+    return (
+        f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
+        f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']} with {record['threads']} thread(s), "
+        f"Python {record['python']}, {record['server']}, commit {record['commit']}, {record['time'][:10]}; "
+        f"`{record['command']}`."
+    )
+
+
+def _judged(record: Record) -> str:
+    rows = [
+        ("", "one", "many", "ratio (median of rounds; each)"),
+        *(
+            (
+                f"{entry['concurrency']} clients over 1, {entry['quality']}: {what}",
+                f"{entry[key]['1']:.0f}",
+                f"{entry[key][str(entry['concurrency'])]:.0f}",
+                f"{entry[f'{key}_ratio']:.2f} ({_each(entry[f'{key}_ratios'])})",
+            )
+            for entry in record["batching"]
+            for key, what in (
+                ("tokens_per_second", "tokens/s, as clients see them"),
+                ("decode_tokens_per_second", "tokens/s of the decode steps alone"),
+            )
+        ),
+        *(
+            (
+                f"server over `generate`, batch {entry['batch']}: ms a token",
+                f"{entry['generate_ms']:.2f}",
+                f"{entry['served_ms']:.2f}",
+                f"{entry['ratio']:.2f} ({_each(entry['ratios'])})",
+            )
+            for entry in record["overhead"]
+        ),
+    ]
+    return _markdown(rows)
+
+
+def _load(record: Record) -> str:
+    head = ("clients", "quality", "tokens/s", "TTFT p50 / p90 / p99 ms", "TPOT p50 / p90 / p99 ms", "active", "batch")
+    rows = [
+        (
+            str(row["concurrency"]),
+            row["quality"],
+            f"{row['tokens_per_second']:.0f}",
+            " / ".join(f"{row['ttft_ms'][p]:.1f}" for p in ("p50", "p90", "p99")),
+            " / ".join(f"{row['tpot_ms'][p]:.2f}" for p in ("p50", "p90", "p99")),
+            f"{row['active_experts']:.1f}",
+            f"{row['mean_batch']:.1f}",
+        )
+        for row in record["load"]
+    ]
+    return _markdown([head, *rows])
+
+
+def _each(ratios: list[float]) -> str:
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def plot(record: Record, path: Path) -> None:
+    """Throughput, TTFT and TPOT against concurrency, a line a quality."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    concurrency = sorted({row["concurrency"] for row in record["load"]})
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    titles = ("tokens a second", "time to first token, ms (p50, p99 dashed)", "time per token, ms (p50, p99 dashed)")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="concurrent requests", xscale="log")
+        axis.set_xticks(concurrency, [str(number) for number in concurrency])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for number, quality in enumerate(dict.fromkeys(row["quality"] for row in record["load"])):
+        rows = [row for row in record["load"] if row["quality"] == quality]
+        x, color = [row["concurrency"] for row in rows], f"C{number}"
+        axes[0].plot(x, [row["tokens_per_second"] for row in rows], "o-", color=color, label=quality)
+        for axis, key in ((axes[1], "ttft_ms"), (axes[2], "tpot_ms")):
+            axis.plot(x, [row[key]["p50"] for row in rows], "o-", color=color)
+            axis.plot(x, [row[key]["p99"] for row in rows], "--", color=color, alpha=0.6)
+    axes[0].legend()
+    place = f"{record['model']}, {record['precision']}, {record['cores']} cores of {record['cpu']}"
+    figure.suptitle(f"{place}; commit {record['commit']}, {record['time'][:10]}", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
