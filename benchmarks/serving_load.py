@@ -7,9 +7,8 @@ It builds the shipped model, serves it on free ports of loopback, and measures t
 ask one request after the other, of mixed lengths, for each quality; tokens a second, and percentiles of the time to the
 first token (TTFT) and of each further one (TPOT). *Batching*: one client against sixteen, in turn, with short prompts
 and long answers. *Overhead*: batches of requests, in turn to the server and to `lynx_trt.generate` in this process; the
-ratio of their times per token. Everything goes to
-benchmarks/results/serving_load.json with what it ran on; tables and
-plot come from that file alone.
+ratio of their times per token. Everything goes to benchmarks/results/serving_load.json with what it ran on; tables
+and plot come from that file alone.
 """
 
 from __future__ import annotations
