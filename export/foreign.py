@@ -132,8 +132,8 @@ def require_all(foreign: Foreign, *, allow_partial: bool) -> list[str]:
     """
     if foreign.ours and foreign.blocks:
         raise ExportError(
-            f"{foreign.path} holds {len(foreign.ours)} lynx blocks and {len(foreign.blocks)} others: rewrite the original "
-            "file instead"
+            f"{foreign.path} holds {len(foreign.ours)} lynx blocks and {len(foreign.blocks)} others: rewrite the "
+            "original file instead"
         )
     refused = [f"node {refusal.node} looks like an MoE block, but {refusal.reason}" for refusal in foreign.refused]
     if not foreign.blocks and not foreign.ours:
@@ -144,8 +144,8 @@ def require_all(foreign: Foreign, *, allow_partial: bool) -> list[str]:
         )
     if refused and not allow_partial:
         raise UnsupportedModelError(
-            f"{foreign.path}: {_some(refused)}; pass --allow-partial to leave {'it' if len(refused) == 1 else 'them'} as "
-            f"{'it is' if len(refused) == 1 else 'they are'}"
+            f"{foreign.path}: {_some(refused)}; pass --allow-partial to leave "
+            f"{'it as it is' if len(refused) == 1 else 'them as they are'}"
         )
     total = len(foreign.blocks) + len(foreign.ours) + len(refused)
     return [f"{len(refused)} of {total} MoE blocks stay as they are: {_some(refused)}"] if refused else []
@@ -212,7 +212,7 @@ def _rewrite(foreign: Foreign, selection: Selection) -> None:
     common.NameFixPass()(foreign.model)
     left = sum(node.domain == ops.DOMAIN and node.op_type == ops.SELECT for node in graph)
     if left != len(foreign.selects):
-        raise ExportError(f"{foreign.path}: {len(foreign.selects)} MoE blocks were rewritten, and {left} are in the graph")
+        raise ExportError(f"{foreign.path}: {len(foreign.selects)} MoE blocks were rewritten, {left} are in the graph")
 
 
 def _apply(foreign: Foreign, rules: Sequence[BlockRule]) -> None:
@@ -265,7 +265,7 @@ def find_ours(foreign: Foreign) -> None:
 
 def _our_block(node: ir.Node, select: ir.Node, down: ir.Value) -> LynxBlock:
     assert down.shape is not None
-    experts, *sizes = (int(size) for size in down.shape)
+    experts, *sizes = (int(str(size)) for size in down.shape)
     form = {name: attribute.value for name, attribute in node.attributes.items() if name not in ops.PLUGIN}
     inner, width = sizes if form["transposed"] else reversed(sizes)
     index = select.inputs[2].shape if select.inputs[2] is not None else None

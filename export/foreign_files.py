@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export import functions, ops
+from lynx_trt.export.relayout import sizes_of
 from lynx_trt.export.weights import EXTERNAL_BYTES, SAFETENSORS_DTYPE
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def write_foreign(foreign: Foreign, folder: Path, *, on_progress: Callable[[int,
 
 
 def write_standard(folder: Path, *, cache_rows: int) -> tuple[Path, Counter[str], list[str]]:
-    """The graph for TensorRT, beside `model.onnx` in `folder`: its ops around the MoE blocks rewritten to standard ones.
+    """The graph for TensorRT, beside `model.onnx` in `folder`: ops around the MoE blocks rewritten to standard ones.
 
     Returns its path (that of `model.onnx` where there is nothing to rewrite), what was rewritten by op, and a line for
     each op that stays.
@@ -110,7 +111,8 @@ def write_standard(folder: Path, *, cache_rows: int) -> tuple[Path, Counter[str]
 
 def _items(foreign: Foreign) -> Iterator[_Item]:
     """What goes into the new file: stacks, and expert weights that lie inside the .onnx file (so that an engine can
-    leave them outside)."""
+    leave them outside).
+    """
     import onnx_ir as ir
 
     graph = foreign.model.graph
@@ -130,7 +132,7 @@ def _items(foreign: Foreign) -> Iterator[_Item]:
         tensor = value.const_value
         if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < EXTERNAL_BYTES:
             continue
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = sizes_of(tensor)
         yield _Item(value, tensor.dtype, shape, tensor.nbytes, lambda tensor=tensor: iter([tensor.tobytes()]))  # type: ignore[misc]
 
 

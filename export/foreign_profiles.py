@@ -70,9 +70,11 @@ def _sizes(tensor: str, dims: Dims, axis: int, ranges: Mapping[str, Range], max_
         return dim, dim, dim
     what = _meaning(tensor, axis, dim)
     if what is None:
+        listed = ", ".join(map(str, dims))
         raise UsageError(
-            f"input {tensor} [{', '.join(map(str, dims))}] has the dynamic dimension {dim!r}, which is neither sequences nor "
-            "tokens nor a cache's length; build with --tensorrt none, or export it with that dimension fixed"
+            f"input {tensor} [{listed}] has the dynamic dimension {dim!r}, which is neither "
+            "sequences nor tokens nor a cache's length: build with --tensorrt none, or export it with that dimension "
+            "fixed"
         )
     if what == _PAST and _PAST not in ranges:  # a prompt begins with an empty cache, or goes on with a filled one
         return 0, 0, max_length

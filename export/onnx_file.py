@@ -7,7 +7,7 @@ graph of 100 GB opens in the time that its own file takes.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -100,8 +100,8 @@ def _check_data(proto: onnx.ModelProto, path: Path) -> None:
         offset, length = _whole(entries, "offset", 0, tensor, path), _whole(entries, "length", wanted, tensor, path)
         if wanted is not None and length != wanted:
             raise CheckpointError(
-                f"{path}: tensor {tensor.name!r} of {list(tensor.dims)} needs {wanted} bytes, but its data has {length}; "
-                "export it again"
+                f"{path}: tensor {tensor.name!r} of {list(tensor.dims)} needs {wanted} bytes, but its data has "
+                f"{length}; export it again"
             )
         if offset + length > sizes[location]:
             raise CheckpointError(
@@ -160,8 +160,8 @@ def _check_length(tensor: onnx.TensorProto, path: Path, got: int) -> None:
     wanted = _bytes(tensor, path)
     if got != wanted:
         raise CheckpointError(
-            f"{path}: tensor {tensor.name!r} of {list(tensor.dims)} needs {wanted} bytes, but the file has {got} of it; "
-            "export it again"
+            f"{path}: tensor {tensor.name!r} of {list(tensor.dims)} needs {wanted} bytes, but the file has {got} of "
+            "it; export it again"
         )
 
 
@@ -188,7 +188,8 @@ def _sort(graph: onnx.GraphProto, path: Path, outer: frozenset[str] = frozenset(
     if len(order) < len(needs):
         stuck = min(set(range(len(needs))) - set(order))
         raise CheckpointError(
-            f"{path}: the graph has a cycle: node {label(graph.node[stuck], stuck)} needs its own result; export it again"
+            f"{path}: the graph has a cycle: node {label(graph.node[stuck], stuck)} needs its own result; "
+            "export it again"
         )
     if order != sorted(order):
         nodes = [graph.node[number] for number in order]
@@ -220,7 +221,7 @@ def _makers(graph: onnx.GraphProto, path: Path, given: Iterable[str]) -> dict[st
     return maker
 
 
-def _needs(node: onnx.NodeProto, number: int, maker: dict[str, int], known: set[str], path: Path) -> set[int]:
+def _needs(node: onnx.NodeProto, number: int, maker: dict[str, int], known: Collection[str], path: Path) -> set[int]:
     """The nodes that have to run before this one; subgraphs count with what they take from outside."""
     needs = set()
     for name in _reads(node):

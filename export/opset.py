@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 OLDEST = 13
 
 # Ops whose later versions (up to 24) accept whatever an earlier one (from 13) accepted, and mean the same by it.
-_UNCHANGED = frozenset(
-    """
+_UNCHANGED_NAMES = """
     Acos Acosh Add Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Bernoulli Cast CastLike Constant
     ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DequantizeLinear Det Div Dropout Elu Equal EyeLike
     Flatten GlobalAveragePool GlobalLpPool GlobalMaxPool GreaterOrEqual GRU HardSigmoid HardSwish Identity If
@@ -29,8 +28,8 @@ _UNCHANGED = frozenset(
     QLinearMatMul QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Relu Reshape Resize RNN
     Round Scan ScatterElements ScatterND Selu Shape Sin Sinh Size Softplus Softsign SplitToSequence Squeeze Sub Tan
     ThresholdedRelu TopK Transpose Unsqueeze Where
-    """.split()
-)
+"""
+_UNCHANGED = frozenset(_UNCHANGED_NAMES.split())
 
 
 def raise_opset(model: ir.Model, path: Path) -> int:
@@ -66,8 +65,8 @@ def _convert(node: ir.Node, had: int, path: Path) -> None:
     adapter = _ADAPTERS.get(node.op_type)
     if before > after or adapter is None:
         raise UnsupportedModelError(
-            f"{path} has opset {had}, and node {node.name!r} is a {node.op_type} of version {before}, which opset {OPSET} "
-            f"has otherwise (version {after}); export it with opset 18 to {OPSET}"
+            f"{path} has opset {had}, and node {node.name!r} is a {node.op_type} of version {before}, which opset "
+            f"{OPSET} has otherwise (version {after}); export it with opset 18 to {OPSET}"
         )
     adapter(node)
 
@@ -115,7 +114,7 @@ def _rename_modes(node: ir.Node) -> None:
     )
 
 
-_REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod SumSquare".split()
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _ADAPTERS: dict[str, Callable[[ir.Node], None]] = {
     **{f"Reduce{name}": _axes_to_input for name in _REDUCTIONS},
     "Split": _count_outputs,

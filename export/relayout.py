@@ -46,7 +46,7 @@ class Stack:
             array = np.ascontiguousarray(convert(self.expert(number), self.dtype))
             if array.shape != self.shape[1:]:
                 raise AssertionError(f"expert {number} came out as {array.shape}, not {self.shape[1:]}")
-            yield memoryview(array.view(np.uint8).reshape(-1))
+            yield _bytes(array)
 
     def numpy(self) -> Array:
         """All of it, for small tensors and tests."""
@@ -71,11 +71,21 @@ class Table:
         step = max(1, _ROWS_BYTES // max(4 * self.shape[1], 1))
         for start in range(0, self.shape[0], step):
             array = np.ascontiguousarray(convert(self.read(start, min(start + step, self.shape[0])), self.dtype))
-            yield memoryview(array.view(np.uint8).reshape(-1))
+            yield _bytes(array)
 
     def numpy(self) -> Array:
         """All of it, for small tensors and tests."""
         return convert(self.read(0, self.shape[0]), self.dtype)
+
+
+def _bytes(array: Array) -> memoryview:
+    data: Any = array.view(np.uint8).reshape(-1)
+    return memoryview(data)
+
+
+def sizes_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of a stored tensor, which has no open dimensions."""
+    return tuple(int(str(size)) for size in tensor.shape)
 
 
 def convert(array: Array, dtype: ir.DataType) -> Array:
@@ -102,13 +112,13 @@ class View:
     @classmethod
     def whole(cls, tensor: ir.TensorProtocol) -> View:
         """The tensor as it is stored, row-major."""
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = sizes_of(tensor)
         return cls(tensor, 0, shape, row_major(shape))
 
     @property
     def is_whole(self) -> bool:
         """Whether it is the stored tensor, element by element."""
-        stored = tuple(int(size) for size in self.tensor.shape)
+        stored = sizes_of(self.tensor)
         return self.offset == 0 and self.shape == stored and self.strides == row_major(stored)
 
     def transpose(self, permutation: Sequence[int]) -> View:
@@ -228,5 +238,5 @@ def read_tensor(tensor: ir.TensorProtocol) -> Array:
 
     onnx-ir's own reading refuses files that are links, which data files in model caches are.
     """
-    shape = tuple(int(size) for size in tensor.shape)
+    shape = sizes_of(tensor)
     return read_elements(tensor, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)

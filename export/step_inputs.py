@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 BUDGETS = "budgets"
-TOKEN_MASK = "token_mask"
+TOKEN_MASK = "token_mask"  # noqa: S105 - a tensor's name
 ACTIVE = "active_experts"
 # As for graphs from checkpoints: steps of up to this many tokens a sequence are decode steps.
 DECODE_MAX_LENGTH = 1
@@ -101,8 +101,8 @@ class Step:
     def _phase(self, tokens: ir.Value | None) -> ir.Value | None:
         if tokens is None:
             self.notes.append(
-                "no input says how many tokens a sequence has in a step, so prefill can't be told from decode: the budgets "
-                "apply to every step; pass the number of experts for a prefill"
+                "no input says how many tokens a sequence has in a step, so prefill can't be told from decode: the "
+                "budgets apply to every step; pass the number of experts for a prefill"
             )
             return None
         length = self._node("Shape", tokens, start=1, end=2)

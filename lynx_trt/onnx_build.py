@@ -66,7 +66,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     update = progress.phase(f"MoE blocks of {options.model.name}")
     foreign = pass_.read_foreign(options.model, PRESETS[options.preset])
     warnings = pass_.require_all(foreign, allow_partial=options.allow_partial)
-    selection, budgets = command._selection(options, _Source(_layers(foreign)))
+    selection, budgets = command._selection(options, _Source(_layers(foreign)))  # type: ignore[arg-type]  # layers are all it reads
     foreign.select(selection)
     update(1.0)
     for line in (*warnings, *foreign.notes):
@@ -179,7 +179,6 @@ def _model_record(options: BuildOptions, foreign: Foreign, max_length: int, nbyt
     floats = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
     parameters = sum(tensor.size for tensor in floats if tensor.dtype.is_floating_point())
     layers = _layer_records(foreign)
-    widths = [block.hidden_size for block in (*foreign.blocks, *foreign.ours)]
     dtype = foreign.blocks[0].dtype.name if foreign.blocks else _dtype_of_ours(graph)
     producer = foreign.model.producer_name or "an unnamed exporter"
     return ModelRecord(
@@ -188,7 +187,7 @@ def _model_record(options: BuildOptions, foreign: Foreign, max_length: int, nbyt
         model_type="onnx",
         precision=_PRECISION[dtype],  # type: ignore[arg-type]
         layers=len(layers),
-        hidden=widths[0],
+        hidden=_widths(foreign)[0],
         vocabulary=_vocabulary(graph),
         parameters=parameters,
         weight_bytes=nbytes,
@@ -211,7 +210,7 @@ def _layer_records(foreign: Foreign) -> list[MoeLayerRecord]:
                 experts=block.experts,
                 experts_per_token=block.experts_per_token,
                 intermediate=block.intermediate,
-                expert_bytes=block.expert_parameters * block.dtype.itemsize,
+                expert_bytes=block.expert_parameters * int(block.dtype.itemsize),
                 form={"pattern": block.pattern, **asdict(block.form)},
                 rule=block.rule,
             )
@@ -311,7 +310,7 @@ def survey(path: Path) -> dict[str, Any]:
 
 
 def _widths(foreign: Foreign) -> list[int]:
-    return [block.hidden_size for block in (foreign.blocks or foreign.ours)]
+    return [b.hidden_size for b in foreign.blocks] or [b.hidden_size for b in foreign.ours]
 
 
 def survey_lines(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Small graphs as other exporters write them: one MoE model in each of the forms, with every choice a parameter.
 
-The forms were written down from what the exporters' files look like (onnxruntime-genai 0.18, optimum-onnx 0.1, torch 2.13
-with transformers 4.57 and 5.23, TensorRT's parser); `test_foreign_exporters.py` holds them against the real ones.
+The forms were written down from what the exporters' files look like (onnxruntime-genai 0.18, optimum-onnx 0.1, torch
+2.13 with transformers 4.57 and 5.23, TensorRT's parser); the real files are in `foreign_files/`.
 """
 
 from __future__ import annotations

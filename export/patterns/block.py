@@ -133,9 +133,9 @@ class Emitter:
         self.step.active.append(active)
         if block.output_dtype not in (None, block.dtype):
             output = op.Cast(output, to=int(block.output_dtype))
-        if block.shape_of is not None:
-            return op.Reshape(output, op.Shape(block.shape_of))
-        return output if flat or block.flat_output else op.Reshape(output, op.Shape(block.hidden))
+        shape_of = block.shape_of or (None if flat or block.flat_output else block.hidden)
+        shaped: ir.Value = output if shape_of is None else op.Reshape(output, op.Shape(shape_of))
+        return shaped
 
     def _select(self, op: Any, block: Block, routing: Routing, number: int) -> Sequence[ir.Value]:
         index = _flat(op, op.Cast(routing.index, to=int(ir.DataType.INT64)), block.experts_per_token)

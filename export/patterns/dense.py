@@ -1,7 +1,7 @@
-"""All experts computed for all tokens, then masked (Optimum for some models, older torch exports, OpenVINO's tiled form).
+"""All experts computed for all tokens, then masked (Optimum's gpt-oss, older torch exports, OpenVINO's tiled form).
 
-One batched product over the experts' axis, or one product an expert, whose results are multiplied with weights that are 0
-for all but the chosen.
+One batched product over the experts' axis, or one product an expert, whose results are multiplied with weights that are
+0 for all but the chosen.
 """
 
 from __future__ import annotations

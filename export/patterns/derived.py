@@ -20,11 +20,11 @@ Route = Callable[[Any], Routing]
 def given_routing(
     routers: Routers, index: ir.Value, weight: ir.Value, experts: int, count: int
 ) -> tuple[Route, str | None]:
-    """The routing of an op that takes index and weight [..,K], and its rule in words (None: they can only be dropped)."""
+    """The routing of an op that takes index and weight [..,K]; its rule in words (None: they can only be dropped)."""
     derived = routers.derive(
         index, [weight], experts, count, lambda _, value: np.asarray(value(weight)).reshape(-1, count)
     )
-    return partial(_given, index, weight, derived), None if derived is None else describe(derived.rule, derived.source, derived.choice)
+    return partial(_given, index, weight, derived), _words(derived)
 
 
 def masked_routing(
@@ -32,7 +32,8 @@ def masked_routing(
 ) -> tuple[Route, str | None] | None:
     """The routing of an op whose logits were set to "never" for all but the chosen; None if they weren't.
 
-    What the op itself chooses and weighs (`route`) stays; what ranks and weighs the others is what the choice was made by.
+    What the op itself chooses and weighs (`route`) stays; what ranks and weighs the others is what the choice
+    was made by.
     """
     scatter = _scattered(logits)
     if scatter is None or len(scatter.inputs) < 3 or scatter.inputs[1] is None:
@@ -45,7 +46,7 @@ def masked_routing(
         return weights
 
     derived = routers.derive(scatter.inputs[1], [logits], experts, count, softmax_of_chosen)
-    return partial(_masked, route, derived), None if derived is None else describe(derived.rule, derived.source, derived.choice)
+    return partial(_masked, route, derived), _words(derived)
 
 
 def _scattered(value: ir.Value) -> ir.Node | None:
@@ -79,6 +80,10 @@ def _tables(op: Any, derived: Derived) -> tuple[ir.Value, ir.Value]:
     elif derived.rule.transform == "sigmoid":
         combine = op.Sigmoid(combine)
     return choice, combine
+
+
+def _words(derived: Derived | None) -> str | None:
+    return None if derived is None else describe(derived.rule, derived.source, derived.choice)
 
 
 def describe(rule: RuleFit, source: ir.Value, choice: ir.Value) -> str:

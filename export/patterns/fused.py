@@ -16,7 +16,7 @@ from lynx_trt.export.patterns.derived import masked_routing
 from lynx_trt.export.patterns.rule import attribute_text, label
 from lynx_trt.export.patterns.sparse_mixer import JITTER, sparse_mixer
 from lynx_trt.export.regions.router import Routers
-from lynx_trt.export.relayout import Stack, View, read_tensor
+from lynx_trt.export.relayout import Stack, View, read_tensor, sizes_of
 
 _UNGATED = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu", "relu2": "relu2", "identity": "identity"}
 _GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}
@@ -105,7 +105,7 @@ def fused_block(
         raise RefusedError("it lacks its input or router_probs")
     experts, width, inner = weights.fc2.experts, weights.fc2.rows, weights.fc2.columns
     count = node.attributes.get_int("k", 1)
-    if not isinstance(count, int) or not 1 <= count <= experts:
+    if not 1 <= count <= experts:
         raise RefusedError(f"it uses k = {count} of {experts} experts a token")
     form, doubled = _form(node, weights)
     _check_shapes(form, weights)
@@ -161,7 +161,6 @@ def _form(node: ir.Node, weights: Projections) -> tuple[ExpertsForm, bool]:
     limit = node.attributes.get_float("swiglu_limit", float("inf"))
     alpha = node.attributes.get_float("activation_alpha", 1.0)
     beta = node.attributes.get_float("activation_beta", 0.0)
-    assert isinstance(limit, float) and isinstance(alpha, float) and isinstance(beta, float)  # noqa: PT018
     if not limit > 0 or not 0 < alpha < float("inf"):
         raise RefusedError(
             f"swiglu_limit = {limit} or activation_alpha = {alpha} is out of the range that the ops have"
@@ -177,15 +176,15 @@ def _check_shapes(form: ExpertsForm, weights: Projections) -> None:
     for name, (got, rows) in wanted.items():
         if got is not None and (got.experts, got.rows, got.columns) != (experts, rows, width):
             raise RefusedError(
-                f"its {name} is [{got.experts},{got.rows},{got.columns}]; with FC2 of [{experts},{width},{inner}] it has to be "
-                f"[{experts},{rows},{width}]"
+                f"its {name} is [{got.experts},{got.rows},{got.columns}]; with FC2 of [{experts},{width},{inner}] it "
+                f"has to be [{experts},{rows},{width}]"
             )
     for name, bias, rows in (
         ("FC1", weights.fc1_bias, weights.fc1.rows),
         ("FC2", weights.fc2_bias, width),
         ("FC3", weights.fc3_bias, inner),
     ):
-        shape = None if bias is None else [int(size) for size in constant_tensor(bias, f"{name} bias").shape]
+        shape = None if bias is None else list(sizes_of(constant_tensor(bias, f"{name} bias")))
         if shape is not None and shape != [experts, rows]:
             raise RefusedError(f"its {name} bias is {shape}, and has to be [{experts},{rows}]")
 
@@ -289,8 +288,8 @@ def _routing(
         if count != 2:
             raise RefusedError(f"use_sparse_mixer goes with k = 2, not {count}")
         notes.append(
-            f"{label(node)}: use_sparse_mixer is computed as on CUDA (jitter {JITTER}); ONNX Runtime's CPU kernel ignores "
-            "it, so the original gives other numbers there"
+            f"{label(node)}: use_sparse_mixer is computed as on CUDA (jitter {JITTER}); ONNX Runtime's CPU kernel "
+            "ignores it, so the original gives other numbers there"
         )
         return partial(sparse_mixer, logits=logits), None
     if router_weights is not None:

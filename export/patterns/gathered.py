@@ -1,7 +1,7 @@
 """Weights gathered for each token and slot (transformers' `batched_mm`, onnxruntime-genai's decomposed gpt-oss).
 
-The router's index picks each slot's matrices [T,K,rows,columns] out of stacked ones, and a batched product applies them; the
-slots are weighted and summed. It reads every expert as often as it is chosen.
+The router's index picks each slot's matrices [T,K,rows,columns] out of stacked ones, a batched product applies them;
+the slots are weighted and summed. It reads every expert as often as it is chosen.
 """
 
 from __future__ import annotations

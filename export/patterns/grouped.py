@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, one product an expert on its stretch of rows (transformers' `grouped_mm`, unrolled by its exporter).
+"""Tokens sorted by expert, one product an expert on its stretch of rows (transformers' `grouped_mm`, exported).
 
 The activation runs once for the rows of all experts; the result is put back into order, weighted and summed.
 """

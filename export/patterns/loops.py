@@ -1,4 +1,4 @@
-"""A loop over the experts, unrolled: one MatMul triple an expert on the tokens that chose it (Mixtral's older exports, Optimum).
+"""A loop over the experts, unrolled: one MatMul triple an expert on its tokens (older exports, Optimum's qwen3_moe).
 
 Each expert's tokens are looked up in a one-hot of the router's choice, gathered, computed, weighted, and added to the
 result by ScatterElements, ScatterND or an Add.

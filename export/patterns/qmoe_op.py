@@ -20,7 +20,7 @@ import onnx_ir as ir
 from lynx_trt.export.patterns.block import Block, RefusedError
 from lynx_trt.export.patterns.fused import Projection, Projections, constant_tensor, fused_block, input_at
 from lynx_trt.export.patterns.rule import BlockRule, attribute_text
-from lynx_trt.export.relayout import View
+from lynx_trt.export.relayout import View, sizes_of
 
 _BITS = (2, 4, 8)
 # Inputs of the op: weights, scales, bias, zero points of FC1, FC2 and FC3.
@@ -119,7 +119,7 @@ def unpack(packed: Any, bits: int, count: int) -> Any:
 
 
 def _place(tensor: ir.TensorProtocol) -> dict[str, Any]:
-    place: dict[str, Any] = {"name": tensor.name, "dtype": tensor.dtype.name, "shape": [int(s) for s in tensor.shape]}
+    place: dict[str, Any] = {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(sizes_of(tensor))}
     if isinstance(tensor, ir.ExternalTensor):
         place |= {"file": str(tensor.location), "offset": tensor.offset or 0, "length": tensor.length}
     return place
@@ -130,10 +130,10 @@ def _width(node: ir.Node) -> int:
     weights = input_at(node, _INPUTS["fc2"][0])
     if weights is None:
         raise RefusedError("it lacks fc2_experts_weights")
-    shape = constant_tensor(weights, "fc2_experts_weights").shape
+    shape = sizes_of(constant_tensor(weights, "fc2_experts_weights"))
     if len(shape) != 3:
         raise RefusedError(f"its fc2_experts_weights is {list(shape)}, not [experts, rows, bytes]")
-    return int(shape[1])
+    return shape[1]
 
 
 def _quantized(node: ir.Node, name: str, columns: int | None) -> _Quantized:
@@ -156,7 +156,8 @@ def _quantized(node: ir.Node, name: str, columns: int | None) -> _Quantized:
     if size != -(-count * bits // 8):
         raise RefusedError(
             f"its {name.upper()} weights are {list(packed.shape)}, and {count} columns of {bits} bits take "
-            f"{-(-count * bits // 8)} bytes; weights packed for CUDA can't be read: export with qmoe_weights_prepacked=0"
+            f"{-(-count * bits // 8)} bytes; weights packed for CUDA can't be read: export with "
+            "qmoe_weights_prepacked=0"
         )
     block = node.attributes.get_int("block_size", 0) or count
     blocks = -(-count // block)

@@ -14,7 +14,7 @@ from lynx_trt.export.patterns.block import Block, Emitter, RefusedError, Routing
 from lynx_trt.export.patterns.derived import describe
 from lynx_trt.export.patterns.rule import BlockRule
 from lynx_trt.export.regions.find import Finder, Found
-from lynx_trt.export.relayout import Stack, View, row_major
+from lynx_trt.export.relayout import Stack, View, row_major, sizes_of
 
 
 class RegionRule(BlockRule):
@@ -152,7 +152,7 @@ class _Layout:
             view.tensor is first.tensor and view.offset == number * steps[0] and _same_steps(view, strides)
             for number, view in enumerate(views)
         )
-        stored = tuple(int(size) for size in first.tensor.shape)
+        stored = sizes_of(first.tensor)
         value = self._values.get(id(first.tensor))
         return value if whole and stored == shape and first.tensor.dtype == self._dtype else None
 

@@ -75,6 +75,9 @@ class BlockRule(RewriteRuleClassBase):  # type: ignore[misc]
         except RefusedError as refusal:
             self.refused.append(Refusal(label(node), str(refusal)))
             result.fail(str(refusal), [node])
+        except (TypeError, ValueError, IndexError) as error:  # an attribute of another type, a weight of another rank
+            self.refused.append(Refusal(label(node), f"it is not well-formed: {error}"))
+            result.fail(str(error), [node])
         return result
 
     def rewrite(self, op: Any, **_: Any) -> ir.Value:
@@ -92,5 +95,4 @@ def label(node: ir.Node) -> str:
 
 def attribute_text(node: ir.Node, name: str, default: str) -> str:
     """A string attribute."""
-    value = node.attributes.get_string(name, default)
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return str(node.attributes.get_string(name, default))

@@ -1,8 +1,8 @@
 """TensorRT's own MoE layer under the name that its ONNX parser knows, `TRT_MoE`.
 
-Read from TensorRT for RTX 1.7's parser by experiment: hidden [B,S,H], the chosen experts and their weights [B,S,K], gate
-and up [E,H,I], down [E,I,H], then the three biases or none; `activation_type` 1 is silu; `swiglu_limit`, `swiglu_alpha` and
-`swiglu_beta` are infinity, 1 and 0 where absent.
+Read from TensorRT for RTX 1.7's parser by experiment: hidden [B,S,H], the chosen experts and their weights [B,S,K],
+gate and up [E,H,I], down [E,I,H], then the three biases or none; `activation_type` 1 is silu; `swiglu_limit`,
+`swiglu_alpha` and `swiglu_beta` are infinity, 1 and 0 where absent.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _form(node: ir.Node) -> ExpertsForm:
         raise RefusedError(f"its activation_type is {kind}; 1 (silu) is known")
     limit = node.attributes.get_float("swiglu_limit", float("inf"))
     alpha, beta = node.attributes.get_float("swiglu_alpha", 1.0), node.attributes.get_float("swiglu_beta", 0.0)
-    if limit is None or alpha is None or beta is None or not limit > 0 or not 0 < alpha < float("inf"):
+    if not limit > 0 or not 0 < alpha < float("inf"):
         raise RefusedError(f"swiglu_limit = {limit} or swiglu_alpha = {alpha} is out of the range that the ops have")
     finite = 0.0 if limit == float("inf") else limit
     return ExpertsForm("silu", transposed=True, alpha=alpha, limit=finite, up_offset=beta)

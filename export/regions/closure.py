@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,13 +18,17 @@ import onnx_ir as ir
 from lynx_trt.export.patterns.block import RefusedError
 from lynx_trt.export.patterns.rule import label
 from lynx_trt.export.regions.topology import Topology, reads
-from lynx_trt.export.relayout import read_tensor
+from lynx_trt.export.relayout import read_tensor, sizes_of
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _FLOATS = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 # Bigger than any block: a closure of this size has gone past its inputs into the rest of the model.
 MAX_NODES = 60_000
 # Ops that make activations: a closure that meets one before its inputs has gone past them.
-_LEARNED = frozenset("Attention Conv Einsum Gemm LayerNormalization MatMul RMSNormalization Softmax".split())
+_LEARNED = frozenset(
+    ("Attention", "Conv", "Einsum", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "Softmax")
+)
 # Elements up to which a tensor is looked at to see whether it is filled with one value.
 _FILLED = 1 << 20
 
@@ -67,7 +72,9 @@ def closure(
         RefusedError: the way back from the outputs leads past `given`, into the rest of the model.
     """
     given = list(given)
-    earliest = min((topology.number.get(value.producer(), 0) for value in given if value.producer()), default=0)
+    earliest = min(
+        (topology.number.get(node, 0) for value in given if (node := value.producer()) is not None), default=0
+    )
     start = set(given)
     nodes: set[ir.Node] = set()
     shapes: set[ir.Value] = set()
@@ -98,7 +105,7 @@ def closure(
 
 
 def _is_outside(value: ir.Value, topology: Topology, earliest: int) -> bool:
-    """Whether a value whose shape is asked for comes from before the region, so that its shape is all there is to it."""
+    """Whether a value whose shape is asked for comes from before the region: its shape is all there is to it."""
     node = value.producer()
     return value.const_value is None if node is None else topology.number[node] < earliest
 
@@ -185,7 +192,7 @@ class _Extraction:
             self.weights[name] = value
             return name
         name = self._name(value, "constant")
-        shape = [self.scale(int(size)) for size in tensor.shape]
+        shape = [self.scale(size) for size in sizes_of(tensor)]
         array = self._widened(read_tensor(tensor)) if fill is None else np.full(shape, fill, np.float64)
         self.constants.append(onnx.numpy_helper.from_array(array, name))
         return name
@@ -209,7 +216,7 @@ class _Extraction:
         attribute.doc_string = ""
         return attribute
 
-    def _widened(self, array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def _widened(self, array: Array) -> Array:
         if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
             return array.astype(np.float64)
         if array.dtype.kind == "i" and array.size <= 8:

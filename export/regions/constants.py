@@ -97,10 +97,9 @@ def evaluate_node(node: ir.Node, inputs: list[Array | None]) -> list[Array] | No
         return None
 
 
-_FOLDED = frozenset(
-    """
+_FOLDED_NAMES = """
     Add And Cast CastLike Ceil Concat ConstantOfShape Div Equal Expand Flatten Floor Gather GatherElements GatherND
     Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Range ReduceMax ReduceMin ReduceProd
     ReduceSum Reshape ScatterElements ScatterND Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where
-    """.split()
-)
+"""
+_FOLDED = frozenset(_FOLDED_NAMES.split())

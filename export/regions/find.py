@@ -52,7 +52,7 @@ class Found:
 
 
 class Finder:
-    """Finds the blocks of one graph. `found` is by output value; `refused` are routers whose experts weren't understood."""
+    """Finds the blocks of one graph: `found`, by output value; `refused`, routers whose experts weren't understood."""
 
     def __init__(self, graph: ir.Graph) -> None:
         """Look at every TopK and ArgMax of the main graph."""
@@ -263,6 +263,5 @@ def _depends(roles: Roles, anchor: Anchor) -> bool:
     return False
 
 
-_INDEXING = frozenset(
-    "Add And CumSum Div Equal Mod Mul Not NonZero OneHot Range ScatterElements Sub TopK Where".split()
-)
+_INDEXING_NAMES = "Add And CumSum Div Equal Mod Mul Not NonZero OneHot Range ScatterElements Sub TopK Where"
+_INDEXING = frozenset(_INDEXING_NAMES.split())

@@ -154,7 +154,7 @@ def coefficients(
     tokens, count = index.shape
     flat = index.reshape(-1)
     # Each (token, slot) as an expert of its own, so that one call gives all of them.
-    biases = (None, None)
+    biases: tuple[Array | None, Array | None] = (None, None)
     if up_bias is not None or weights.second_bias is not None:
         zeros = (np.zeros((len(up), up.shape[1])), np.zeros((len(up), output.shape[1])))
         given = (up_bias if up_bias is not None else zeros[0], weights.second_bias)

@@ -13,12 +13,11 @@ from lynx_trt.export.regions.operands import Operand, Tracer
 from lynx_trt.export.relayout import View
 
 # Ops that move rows and elements, and change none (Mul and Where by a mask apart).
-MOVES = frozenset(
-    """
+_MOVES_NAMES = """
     Cast Compress Concat Expand Flatten Gather GatherElements GatherND Identity Reshape Slice Split Squeeze Tile
     Transpose Unsqueeze
-    """.split()
-)
+"""
+MOVES = frozenset(_MOVES_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Linears:
             or data is None
             or len(operand.axes) != 2
             or not plain
-            or node.attributes.get_int("transA", 0)
+            or bool(node.attributes.get_int("transA", 0))
         ):
             return None
         rows, columns = (0, 1) if node.attributes.get_int("transB", 0) else (1, 0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
 from lynx_trt.export.regions.constants import Constants
-from lynx_trt.export.relayout import View
+from lynx_trt.export.relayout import View, sizes_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -116,9 +117,10 @@ class Tracer:
         if tensor is not None:
             if tensor.dtype not in _FLOATS or len(tensor.shape) < 1:
                 return None
-            shape = tuple(self._scale(int(size)) for size in tensor.shape)
+            shape = tuple(self._scale(size) for size in sizes_of(tensor))
             whole = View.whole(tensor)
-            view = whole if shape == whole.shape else View.whole(Scaled(tensor, shape))
+            stand_in: Any = Scaled(tensor, shape)
+            view = whole if shape == whole.shape else View.whole(stand_in)
             return Operand((view,), tuple(range(len(shape))))
         node = value.producer()
         if node is None or node.domain != "":
@@ -178,7 +180,7 @@ def _cast(_: Tracer, node: ir.Node, source: Operand, __: ir.Value) -> Operand | 
 
 def _transpose(_: Tracer, node: ir.Node, source: Operand, __: ir.Value) -> Operand | None:
     order = node.attributes.get_ints("perm", tuple(reversed(range(len(source.axes)))))
-    if order is None or len(order) != len(source.axes):
+    if len(order) != len(source.axes):
         return None
     return replace(source, axes=tuple(source.axes[axis] for axis in order))
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from lynx_trt.export.patterns.block import RefusedError
 from lynx_trt.export.regions.closure import Region
+from lynx_trt.export.relayout import sizes_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,7 +47,7 @@ class Sizes:
         return self.experts * (self.rows + self.inner) * self.hidden
 
     def smaller(self) -> dict[int, int]:
-        """What to replace each size by; empty if the block is small, or if one of its sizes also means something else."""
+        """What to replace each size by; empty if the block is small, or one of its sizes also means something else."""
         if self.elements <= _AS_IS or min(self.hidden, self.inner) <= 64:
             return {}
         inner = max(_SMALL_INNER, self.count + 3)
@@ -75,7 +76,7 @@ def evaluate(region: Region, feeds: dict[str, Array]) -> dict[str, Array]:
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            results = ReferenceEvaluator(region.model).run(None, feeds, intermediate=True)
+            results: Any = ReferenceEvaluator(region.model).run(None, feeds, intermediate=True)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CantRunError(f"what it computes can't be tried out: {first[:200]}") from None
@@ -160,7 +161,7 @@ class Prober:
 
     def _weight(self, value: ir.Value) -> Array:
         assert value.const_value is not None
-        shape = [self._size(int(size)) for size in value.const_value.shape]
+        shape = [self._size(size) for size in sizes_of(value.const_value)]
         array: Array = self._generator.standard_normal(shape)
         if shape == [self._sizes.experts]:  # a correction of the router's scores, which must not decide alone
             return array * 0.02

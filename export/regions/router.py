@@ -16,6 +16,7 @@ from lynx_trt.export.regions.fit import RuleFit, fit_rule
 from lynx_trt.export.regions.linears import MOVES
 from lynx_trt.export.regions.probe import Array, evaluate, scalars
 from lynx_trt.export.regions.topology import Topology
+from lynx_trt.export.relayout import sizes_of
 
 _PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv", "MatMulNBits", "FusedMatMul")
 _MAX_NODES = 200
@@ -136,10 +137,10 @@ def _run(region: Region, logits: ir.Value, experts: int, generator: np.random.Ge
     rank = 2 if logits.shape is None else len(logits.shape)
     lead = (_TOKENS,) if rank == 2 else (2, _TOKENS // 2)
     table = generator.standard_normal((*lead, experts)) * 2.0
-    feeds = {name: table for name in region.given}
+    feeds = dict.fromkeys(region.given, table)
     for name, value in region.weights.items():
         assert value.const_value is not None
-        feeds[name] = generator.standard_normal([int(size) for size in value.const_value.shape])
+        feeds[name] = generator.standard_normal(sizes_of(value.const_value))
     for name, value in region.shapes_of.items():
         dims = [size if isinstance(size, int) else None for size in value.shape or ()]
         guessed = (2, _TOKENS // 2)

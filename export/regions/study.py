@@ -34,7 +34,7 @@ _AFFORDABLE = 1 << 25
 
 @dataclass(frozen=True)
 class Anchor:
-    """A router's choice: the node, what it ranks [..,E], K, the chosen index [..,K], and the best scores if it has them."""
+    """A router's choice: the node, what it ranks [..,E], K, the chosen index [..,K], and whether the largest win."""
 
     node: ir.Node
     scores: ir.Value
@@ -96,8 +96,8 @@ class Study:
         fused = len(roles.first) == 1 and rows != inner
         if len(roles.first) > 2 or out != width or rows != inner * (2 if fused else 1):
             raise RefusedError(
-                f"its experts' weights are {len(roles.first)} times [{rows},{width}] and [{out},{inner}], which is no gate "
-                "and up and down projection"
+                f"its experts' weights are {len(roles.first)} times [{rows},{width}] and [{out},{inner}], which is no "
+                "gate and up and down projection"
             )
         (experts,) = counts
         self._check_router(experts, width)
@@ -205,7 +205,8 @@ class _Probe:
             found = None if order is None else self._fit(weights.reordered(order), hidden, index, observed, order)
         if found is None:
             raise RefusedError(
-                "what it computes is not the weighted sum of its experts, or they have an activation that the ops don't know"
+                "what it computes is not the weighted sum of its experts, or they have an activation that the "
+                "ops don't know"
             )
         self._check_with_few(weights.reordered(found.order), found)
         return found
@@ -336,7 +337,7 @@ class _Probe:
         return len({id(view.tensor) for view in self._study._roles.matrices(self._study._roles.second)}) > 1
 
     def _order(self, index: Array, hidden: Array, logits: Array) -> tuple[int, ...] | None:
-        """Which weights are expert 0's, 1's, ...: told by whose tokens change when only their outputs are let through."""
+        """Which weights are expert 0's, 1's, ...: told by whose tokens change when only theirs are let through."""
         roles = self._scaled_roles()
         views = roles.matrices(roles.second)
         experts = self._sizes.experts
@@ -401,8 +402,8 @@ class _Probe:
 def _matching(chosen: Array, used: Array) -> tuple[int, ...] | None:
     """Which column of `used` is each column of `chosen` [N,E]; None if that is not told.
 
-    Weights are an expert's only if all tokens that they were used for chose it. Not the other way round: activations such
-    as relu may give nothing for a token.
+    Weights are an expert's only if all tokens that they were used for chose it. Not the other way round: activations
+    such as relu may give nothing for a token.
     """
     wrong = (~chosen).astype(np.int64).T @ used
     overlap = np.where(wrong == 0, chosen.astype(np.int64).T @ used, -1)

@@ -73,7 +73,7 @@ class Topology:
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs in a node's attributes, at any depth."""
     for attribute in node.attributes.values():
-        graphs = ()
+        graphs: tuple[ir.Graph, ...] = ()
         if attribute.type == ir.AttributeType.GRAPH:
             graphs = (attribute.as_graph(),)
         elif attribute.type == ir.AttributeType.GRAPHS:

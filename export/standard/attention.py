@@ -1,10 +1,10 @@
 """`com.microsoft.GroupQueryAttention` to ONNX's own Attention, RotaryEmbedding and TensorScatter.
 
 The cache keeps its style: past in, present out, rows written where the sequence's own length says, in the buffer that
-was given or in one that grows by the step. For TensorRT, whose TensorScatter wants it so, the buffers get a fixed number
-of rows (`cache_rows`), as they have where past and present share one. A window-sized cache (`sliding_window_cache`) keeps the newest rows at its
-front, as the op's documentation has it. Attention sinks and softcap have no standard form that TensorRT reads; they are
-written out as products and a softmax.
+was given or in one that grows by the step. For TensorRT, whose TensorScatter wants it so, the buffers get a fixed
+number of rows (`cache_rows`), as they have where past and present share one. A window-sized cache
+(`sliding_window_cache`) keeps the newest rows at its front, as the op's documentation has it. Attention sinks and
+softcap have no standard form that TensorRT reads; they are written out as products and a softmax.
 
 B sequences, S tokens in the step, h heads (g of them share one of `kv` for keys and values), d their size; of a
 sequence, P tokens are cached before the step and T after it; M rows of keys.

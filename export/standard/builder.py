@@ -101,13 +101,12 @@ def required(node: ir.Node, number: int) -> ir.Value:
 
 def number(node: ir.Node, name: str, default: float) -> float:
     """A float attribute."""
-    return float(node.attributes.get_float(name, default) or 0.0) if name in node.attributes else default
+    return float(node.attributes.get_float(name, default))
 
 
 def whole(node: ir.Node, name: str, default: int) -> int:
     """An int attribute."""
-    value = node.attributes.get_int(name, default)
-    return default if value is None else value
+    return int(node.attributes.get_int(name, default))
 
 
 def static_size(value: ir.Value, axis: int) -> int | None:
