@@ -6,7 +6,6 @@ driver. `--jit` lets the Triton language compile and launch them instead; a dry 
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from lynx_trt.errors import LynxError
 from lynx_trt.plugins import aot, execute
-from lynx_trt.plugins.blob import Cubin, lookup
+from lynx_trt.plugins.blob import lookup
 from lynx_trt.plugins.cuda_driver import cuda_driver
 from lynx_trt.plugins.launch import SMS, power_of_two
-from lynx_trt.plugins.launcher import Driver, Launch
-from lynx_trt.plugins.plan import Plan, experts_plan, find_plan, select_plan
+from lynx_trt.plugins.launcher import Driver
+from lynx_trt.plugins.plan import experts_plan, find_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
 from lynx_trt.plugins.twins import experts_twin, select_twin
@@ -166,7 +165,7 @@ class Kernels:
             make = select_plan if isinstance(spec, SelectSpec) else experts_plan
             return execute.prepare(make(spec, self._sm, most), tensors, tokens)[0]
         plan = find_plan(lookup(self._kernels, self._sm, spec.key), tokens)
-        return prepare_cubins(plan, tensors, tokens, self._driver)
+        return execute.prepare_compiled(plan, tensors, tokens, self._driver)
 
 
 def supported_sm() -> int:
@@ -175,31 +174,6 @@ def supported_sm() -> int:
     if (sm := 10 * major + minor) not in SMS:
         raise SystemExit(f"error: this GPU is SM {sm}: kernels are made for SM {', '.join(map(str, SMS))}")
     return sm
-
-
-def prepare_cubins(plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver) -> Callable[[], None]:
-    """Launches of compiled kernels on tensors by name, on PyTorch's current stream."""
-    device = driver.device()
-    where = next(iter(tensors.values())).device
-    workspace = torch.full((plan.workspace_bytes(tokens),), 255, dtype=torch.uint8, device=where)
-    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    addresses |= {name: workspace.data_ptr() + offset for name, offset in plan.offsets(tokens).items()}
-    addresses |= {"T": tokens, "null": 0}
-    launches = []
-    for step in plan.steps:
-        if programs := step.grid.programs(tokens, device.multiprocessors):
-            cubin = step.kernel
-            names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
-            words = [addresses[name] for name in names]
-            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
-    return functools.partial(_launch, driver, launches, (workspace, dict(tensors)))
-
-
-def _launch(driver: Driver, launches: Sequence[Launch], _alive: object) -> None:
-    """Launch on the current stream; `_alive` are the tensors, which have to live as long as their addresses."""
-    stream = torch.cuda.current_stream().cuda_stream
-    for each in launches:
-        driver.launch(each, stream)
 
 
 def ours(kernels: Kernels, layer: Layer, batches: Sequence[Batch], *, whole: bool, handed: bool = False) -> Run:

@@ -68,6 +68,16 @@ def compile_for(
     return Kernels(tuple(cubins.values()), built, (__version__, _triton_version()))
 
 
+def compile_each(kernels: Iterable[Kernel], sm: int, *, jobs: int | None = None) -> dict[Kernel, Cubin]:
+    """Compile kernels for one SM, for the tuner: those that don't compile are not in the result.
+
+    Raises TensorRTError: the compiler is missing.
+    """
+    wanted = [(kernel, sm) for kernel in dict.fromkeys(kernels)]
+    found = _compile_all(wanted, jobs or os.cpu_count() or 1, lambda _: None, keep_going=True)
+    return {kernel: cubin for (kernel, _), cubin in found.items()}
+
+
 def _plans(ops: Iterable[Op], sms: Sequence[int]) -> dict[str, dict[int, tuple[Plan[Kernel], ...]]]:
     """Each op's plans by key and SM, without those for numbers of tokens that no profile has."""
     ranges: dict[Spec, set[tuple[int, int]]] = {}
@@ -93,7 +103,7 @@ def _with_cubins(plan: Plan[Kernel], sm: int, cubins: dict[tuple[Kernel, int], C
 
 
 def _compile_all(
-    wanted: list[tuple[Kernel, int]], jobs: int, progress: Callable[[float], None]
+    wanted: list[tuple[Kernel, int]], jobs: int, progress: Callable[[float], None], *, keep_going: bool = False
 ) -> dict[tuple[Kernel, int], Cubin]:
     """From the cache, or else by worker processes."""
     cache = cache_root() / "kernels"
@@ -105,16 +115,18 @@ def _compile_all(
     missing = [each for each in wanted if each not in found]
     if missing:
         _make_folder(cache)
-        for each, cubin in _compile(missing, min(jobs, len(missing))):
+        for each, cubin in _compile(missing, min(jobs, len(missing)), keep_going=keep_going):
             _write_cached(cache / names[each], cubin)
             found[each] = cubin
             progress(len(found) / len(wanted))
     progress(1.0)
-    return {each: found[each] for each in wanted}
+    return {each: found[each] for each in wanted if each in found}
 
 
-def _compile(wanted: list[tuple[Kernel, int]], jobs: int) -> Iterable[tuple[tuple[Kernel, int], Cubin]]:
-    """Compile in worker processes; yields as they come. The first failure ends it."""
+def _compile(
+    wanted: list[tuple[Kernel, int]], jobs: int, *, keep_going: bool = False
+) -> Iterable[tuple[tuple[Kernel, int], Cubin]]:
+    """Compile in worker processes; yields as they come. The first failure ends it, or (keep_going) is left out."""
     if importlib.util.find_spec("triton") is None:
         raise TensorRTError(f"the Triton language, which compiles the GPU kernels, is not installed: {INSTALL}")
     # Heaviest first, so that the last worker does not start on a long one.
@@ -126,19 +138,22 @@ def _compile(wanted: list[tuple[Kernel, int]], jobs: int) -> Iterable[tuple[tupl
         workers = [_Worker(Path(scratch) / str(number)) for number in range(jobs)]
         try:
             for worker in workers:
-                threading.Thread(target=_serve, args=(worker, tasks, answers), daemon=True).start()
+                threading.Thread(target=_serve, args=(worker, tasks, answers, keep_going), daemon=True).start()
             for _ in wanted:
                 answer = answers.get()
-                if isinstance(answer, BaseException):
+                if not isinstance(answer, BaseException):
+                    yield answer
+                elif not keep_going:
                     raise answer
-                yield answer
         finally:
             for worker in workers:
                 worker.stop()
 
 
-def _serve(worker: _Worker, tasks: queue.SimpleQueue[Any], answers: queue.SimpleQueue[Any]) -> None:
-    """Give a worker tasks until there are none left."""
+def _serve(
+    worker: _Worker, tasks: queue.SimpleQueue[Any], answers: queue.SimpleQueue[Any], keep_going: bool = False
+) -> None:
+    """Give a worker tasks until there are none left, or one fails; with keep_going a dead one is started again."""
     while True:
         try:
             kernel, sm = tasks.get_nowait()
@@ -147,8 +162,11 @@ def _serve(worker: _Worker, tasks: queue.SimpleQueue[Any], answers: queue.Simple
         try:
             answers.put(((kernel, sm), worker.compile(kernel, sm)))
         except Exception as error:  # handed to the thread that waits for the answers
+            if keep_going:
+                worker.revive()  # before the answer, after which the workers may be stopped
             answers.put(error)
-            return
+            if not keep_going:
+                return
 
 
 class _Worker:
@@ -156,6 +174,11 @@ class _Worker:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
+        self._folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        folder = self._folder
         self._image = folder / "cubin"
         # No line tables: they are a third of a cubin, and name files of the machine that compiled it.
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
@@ -195,6 +218,12 @@ class _Worker:
         self._log.seek(0)
         how = f"exit code {code}" if code >= 0 else f"signal {-code}; memory may have run out"
         return f"the compiler's process ended ({how}) {self._log.read()[-2000:]}".strip()
+
+    def revive(self) -> None:
+        """Start another process if this one has ended."""
+        if self._process.poll() is not None:
+            self._log.close()
+            self._start()
 
     def stop(self) -> None:
         """End the process, whatever it does."""

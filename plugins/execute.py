@@ -7,14 +7,17 @@ imports `triton`.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.launch import ExpertsLaunch, SelectLaunch, power_of_two
+from lynx_trt.plugins.launcher import Driver, Launch
 from lynx_trt.plugins.plan import MODULES, Kernel, Plan, experts_plan, select_plan
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 
@@ -141,6 +144,34 @@ def prepare(
             _launch(kernel, programs, arguments, device)
 
     return launch, regions
+
+
+def prepare_compiled(
+    plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver
+) -> Callable[[], None]:
+    """The same as `prepare`, of kernels compiled ahead of time: launched by the CUDA driver, on the current stream."""
+    device = driver.device()
+    where = next(iter(tensors.values())).device
+    workspace = torch.full((plan.workspace_bytes(tokens),), 255, dtype=torch.uint8, device=where)
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
+    addresses |= {name: workspace.data_ptr() + offset for name, offset in plan.offsets(tokens).items()}
+    addresses |= {"T": tokens, "null": 0}
+    launches: list[Launch] = []
+    for step in plan.steps:
+        if programs := step.grid.programs(tokens, device.multiprocessors):
+            cubin = step.kernel
+            names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
+            words = [addresses[name] for name in names]
+            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
+    return functools.partial(_launch_compiled, driver, launches, (workspace, held))
+
+
+def _launch_compiled(driver: Driver, launches: Sequence[Launch], _alive: object) -> None:
+    """Launch; `_alive` are the tensors, which have to live as long as their addresses are used."""
+    stream = torch.cuda.current_stream().cuda_stream
+    for each in launches:
+        driver.launch(each, stream)
 
 
 def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, tokens: int) -> Tensor | int:

@@ -2,9 +2,11 @@
 
 For each model and number of tokens, the estimate and its neighbours run in CUDA graphs on random weights and routing,
 and the fastest goes into `launch_table.py` with its time and the share that it reached of the memory bandwidth measured
-in the same run. Entries of other SMs and sizes stay.
+in the same run. Entries of other SMs and sizes stay. Candidates are compiled ahead of time, many at once, and launched
+as an engine launches them; those that spill or find no room are left out.
 
-Routing is even: each token's K experts are drawn at random, as a well balanced router's are over many tokens.
+Routing is even: each token's K experts are drawn at random, as a well balanced router's are over many tokens. A graph
+has several batches one after another, so that a small one does not find its experts in L2.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +23,8 @@ import typer
 
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
+from lynx_trt.plugins.blob import Cubin
+from lynx_trt.plugins.cuda_driver import CudaError
 from lynx_trt.plugins.launch import (
     PREFILL_BUCKET,
     SHARED_MEMORY,
@@ -33,18 +37,22 @@ from lynx_trt.plugins.launch import (
     shared_bytes,
     tokens_bucket,
 )
+from lynx_trt.plugins.plan import Kernel, Plan, Step, experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DEVICE = "cuda"  # a name, so that the tests can run all but the timing without one
 TABLE = Path(__file__).with_name("launch_table.py")
 
 ExpertsKey = tuple[int, str, int, int, int, int]
 SelectKey = tuple[int, int, int, int]
 
 _ROUNDS = 5
+# Batches in a graph.
+BATCHES = 4
 # Long enough that the clock's resolution and a graph's start are below a hundredth.
 _MICROSECONDS_A_ROUND = 5000.0
 
@@ -74,7 +82,7 @@ def machine() -> Machine:
     sm = major * 10 + minor
     if sm not in SHARED_MEMORY:
         raise UsageError(f"this GPU is SM {sm}: launches are tuned for {', '.join(map(str, SHARED_MEMORY))}")
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     seconds = 1e-6 * time_graph(lambda: target.copy_(source))
     return Machine(sm, torch.cuda.get_device_name(), 2 * source.numel() / seconds)
@@ -141,68 +149,124 @@ def improve(
     One at a time, because each candidate costs a compilation: all together would be 100 times as many.
     """
     fastest = measure(best)
-    for name, values in matmul_choices(getattr(best, part)).items():
-        for value in values:
-            matmul = replace(getattr(best, part), **{name: value})
-            launch = replace(best, **{part: matmul})
-            if matmul == getattr(best, part) or not allowed(matmul):
-                continue
+    for name in matmul_choices(getattr(best, part)):
+        for launch in neighbours(best, part, allowed, name):
             time = measure(launch)
             if time < fastest * _CLEARLY:
                 best, fastest = launch, time
     return best
 
 
-def experts_inputs(spec: ExpertsSpec, tokens: int) -> dict[str, Tensor]:
-    """Random inputs of a layer, on the GPU."""
+def neighbours(
+    launch: ExpertsLaunch, part: str, allowed: Callable[[MatmulLaunch], bool], field: str | None = None
+) -> list[ExpertsLaunch]:
+    """What is one change of a part away (of one field, if it is named) and can run."""
+    found = []
+    for name, values in matmul_choices(getattr(launch, part)).items():
+        for value in values:
+            matmul = replace(getattr(launch, part), **{name: value})
+            if field in (None, name) and matmul != getattr(launch, part) and allowed(matmul):
+                found.append(replace(launch, **{part: matmul}))
+    return found
+
+
+def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
+    """Random inputs of a layer on the GPU: BATCHES batches for the same weights, with their metadata."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(0)
+    from lynx_trt.plugins.twins import dispatch_twin
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
     dtype = getattr(torch, spec.dtype)
 
     def normal(*shape: int) -> Tensor:
-        values = torch.empty(shape, dtype=dtype, device="cuda")
+        values = torch.empty(shape, dtype=dtype, device=DEVICE)
         return values.normal_(0, shape[-1] ** -0.5, generator=generator)
 
     rows = spec.inner * (2 if spec.form.gated else 1)
-    scores = torch.rand((tokens, spec.experts), device="cuda", generator=generator)
-    weight, index = scores.topk(spec.experts_per_token, dim=1)
     up, down = (rows, spec.hidden), (spec.hidden, spec.inner)
     if spec.form.transposed:
         up, down = up[::-1], down[::-1]
-    inputs = {
-        "hidden": normal(tokens, spec.hidden),
-        "index": index,
-        "weight": weight,
-        "gate_up": normal(spec.experts, *up),
-        "down": normal(spec.experts, *down),
-        "output": torch.empty((tokens, spec.hidden), dtype=dtype, device="cuda"),
-    }
+    weights = {"gate_up": normal(spec.experts, *up), "down": normal(spec.experts, *down)}
     if spec.bias:
-        inputs |= {"gate_up_bias": normal(spec.experts, rows), "down_bias": normal(spec.experts, spec.hidden)}
-    return inputs
+        weights |= {"gate_up_bias": normal(spec.experts, rows), "down_bias": normal(spec.experts, spec.hidden)}
+    batches = []
+    for _ in range(BATCHES):
+        scores = torch.rand((tokens, spec.experts), device=DEVICE, generator=generator)
+        weight, index = scores.topk(spec.experts_per_token, dim=1)
+        batch = {"hidden": normal(tokens, spec.hidden), "index": index, "weight": weight}
+        batch["output"] = torch.empty_like(batch["hidden"])
+        batches.append({**batch, **weights, "dispatch": dispatch_twin(index, spec.experts)})
+    return batches
 
 
-def tune_experts(gpu: Machine, spec: ExpertsSpec, tokens: int) -> tuple[ExpertsKey, ExpertsLaunch]:
+class Bench:
+    """Compiles plans and times them on this machine's GPU."""
+
+    def __init__(self, sm: int) -> None:
+        from lynx_trt.plugins.cuda_driver import cuda_driver
+
+        self._sm, self._driver = sm, cuda_driver()
+        self._cubins: dict[Kernel, Cubin | None] = {}
+
+    def compile(self, plans: Iterable[Plan[Kernel]]) -> None:
+        """Compile what some plans need and is not there yet, all at once."""
+        from lynx_trt.plugins.aot import compile_each
+
+        wanted = [step.kernel for plan in plans for step in plan.steps if step.kernel not in self._cubins]
+        found = compile_each(wanted, self._sm) if wanted else {}
+        self._cubins.update((kernel, found.get(kernel)) for kernel in wanted)
+
+    def time(self, plan: Plan[Kernel], batches: Sequence[Mapping[str, Tensor]], tokens: int) -> float:
+        """Microseconds for a batch; infinite if a kernel does not compile, spills or finds no room on the GPU."""
+        from lynx_trt.plugins.execute import prepare_compiled
+
+        self.compile([plan])
+        compiled = usable(plan, self._cubins, self._sm)
+        if compiled is None:
+            return float("inf")
+        try:
+            launches = [prepare_compiled(compiled, batch, tokens, self._driver) for batch in batches]
+            return time_graph(lambda: [launch() for launch in launches]) / len(launches)
+        except CudaError:
+            return float("inf")
+
+
+def usable(plan: Plan[Kernel], cubins: Mapping[Kernel, Cubin | None], sm: int) -> Plan[Cubin] | None:
+    """A plan with its kernels compiled; None if one is missing, spills or wants more shared memory than there is."""
+    steps = []
+    for step in plan.steps:
+        cubin = cubins.get(step.kernel)
+        if cubin is None or cubin.spills > 0 or cubin.shared > SHARED_MEMORY[sm]:
+            return None
+        steps.append(Step(cubin, step.grid, step.arguments))
+    return Plan(plan.max_tokens, tuple(steps), plan.regions)
+
+
+def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> tuple[ExpertsKey, ExpertsLaunch]:
     """The best launch of a layer for a batch: gate_up's tiles first, then down's."""
-    from lynx_trt.plugins.execute import prepare
-    from lynx_trt.plugins.plan import experts_plan
-    from lynx_trt.plugins.twins import dispatch_twin
-
-    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
-    inputs = experts_inputs(spec, tokens)
-    inputs["dispatch"] = dispatch_twin(inputs["index"], spec.experts)
     spec = replace(spec, dispatch_given=True)
+    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+    batches = experts_inputs(spec, tokens)
+    start = experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, gpu.sm)
+    allowed = {
+        part: functools.partial(fits, dtype=spec.dtype, sm=gpu.sm, rows_a_value=rows)
+        for part, rows in (("gate_up", 2 if spec.form.gated else 1), ("down", 1))
+    }
+
+    def plan(launch: ExpertsLaunch) -> Plan[Kernel]:
+        return experts_plan(spec, gpu.sm, power_of_two(tokens), launch)
 
     def measure(launch: ExpertsLaunch) -> float:
-        return _attempt(lambda: prepare(experts_plan(spec, gpu.sm, power_of_two(tokens), launch), inputs, tokens)[0])
+        return bench.time(plan(launch), batches, tokens)
 
-    start = experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, gpu.sm)
+    # All that is one change away, at once on all cores; what is further comes one by one.
+    bench.compile(plan(each) for part in allowed for each in [start, *neighbours(start, part, allowed[part])])
     best = start
-    for part, rows in (("gate_up", 2 if spec.form.gated else 1), ("down", 1)):
-        best = improve(best, part, measure, functools.partial(fits, dtype=spec.dtype, sm=gpu.sm, rows_a_value=rows))
+    for part, check in allowed.items():
+        best = improve(best, part, measure, check)
     estimate, fastest = measure(start), measure(best)
-    reason = f"{tokens} tokens: {_share(spec, inputs['index'], fastest, gpu)}, the estimate took {estimate:.1f} us"
+    reason = f"{tokens} tokens: {_share(spec, batches[0]['index'], fastest, gpu)}, the estimate took {estimate:.1f} us"
     key = (gpu.sm, spec.dtype, spec.experts, spec.hidden, spec.inner, bucket)
     return key, replace(best, reason=reason, microseconds=round(fastest, 2))
 
@@ -220,20 +284,17 @@ def _share(spec: ExpertsSpec, index: Tensor, microseconds: float, gpu: Machine) 
     return f"{active} active experts at {share:.0%} of the copy bandwidth"
 
 
-def tune_select(gpu: Machine, name: str, tokens: int) -> tuple[SelectKey, SelectLaunch]:
+def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[SelectKey, SelectLaunch]:
     """The best launch of a model's selection for a batch, at a budget of half its experts."""
     import torch
 
-    from lynx_trt.plugins.execute import prepare
-    from lynx_trt.plugins.plan import select_plan
-
     spec = select_spec(name)
-    generator = torch.Generator("cuda").manual_seed(0)
-    scores = torch.rand((tokens, spec.experts), device="cuda", generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    scores = torch.rand((tokens, spec.experts), device=DEVICE, generator=generator)
     weight, index = scores.topk(spec.experts_per_token, dim=1)
 
     def whole(*shape: int) -> Tensor:
-        return torch.full(shape, spec.experts // 2, dtype=torch.int32, device="cuda")
+        return torch.full(shape, spec.experts // 2, dtype=torch.int32, device=DEVICE)
 
     inputs = {
         "choice": scores,
@@ -241,7 +302,7 @@ def tune_select(gpu: Machine, name: str, tokens: int) -> tuple[SelectKey, Select
         "topk_index": index,
         "topk_weight": weight,
         "budget": whole(),
-        "token_mask": torch.ones(tokens, dtype=torch.bool, device="cuda"),
+        "token_mask": torch.ones(tokens, dtype=torch.bool, device=DEVICE),
         "index": torch.empty_like(index),
         "weight": torch.empty_like(weight),
         "active": whole(),
@@ -249,12 +310,14 @@ def tune_select(gpu: Machine, name: str, tokens: int) -> tuple[SelectKey, Select
     }
 
     def measure(launch: SelectLaunch) -> float:
-        return _attempt(lambda: prepare(select_plan(spec, gpu.sm, tokens, launch), inputs, tokens)[0])
+        return bench.time(select_plan(spec, gpu.sm, tokens, launch), [inputs] * BATCHES, tokens)
 
     best = select_estimate(tokens, spec.experts, spec.experts_per_token)
+    others = list(select_neighbours(best, tokens))
+    bench.compile(select_plan(spec, gpu.sm, tokens, launch) for launch in [best, *others])
     estimate = measure(best)
     fastest = estimate
-    for launch in select_neighbours(best, tokens):
+    for launch in others:
         time = measure(launch)
         if time < fastest * _CLEARLY:
             best, fastest = launch, time
@@ -271,17 +334,6 @@ def select_neighbours(launch: SelectLaunch, tokens: int) -> Iterable[SelectLaunc
         if block_t >= 1 and not (one_program and tokens > 512):
             block = max(launch.tokens, block_t)
             yield replace(launch, one_program=one_program, block_t=block_t, warps=warps, tokens=block)
-
-
-def _attempt(make: Callable[[], Callable[[], None]]) -> float:
-    """The time of what `make` prepares; infinite if the compiler or the GPU has no room for it."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    try:
-        return time_graph(make())
-    except (CompilationError, OutOfResources, PTXASError):
-        return float("inf")
 
 
 def render_table(gpu: str, experts: dict[ExpertsKey, ExpertsLaunch], select: dict[SelectKey, SelectLaunch]) -> str:
@@ -348,6 +400,7 @@ def main(
         raise UsageError(f"--dtype is {dtype!r}: choose float16 or bfloat16")
     sizes = sorted({power_of_two(_number(word)) for word in (*decode.split(","), *prefill.split(","))})
     gpu = machine()
+    bench = Bench(gpu.sm)
     experts, select = dict(launch_table.EXPERTS), dict(launch_table.SELECT)
     with Progress() as bars:
         for name in shape or SHAPES:
@@ -355,10 +408,10 @@ def main(
             for number, tokens in enumerate(sizes, start=1):
                 bucket = _bucket(name, tokens)
                 if bucket not in [_bucket(name, later) for later in sizes[number:]]:
-                    key, launch = tune_experts(gpu, experts_spec(name, dtype), tokens)
+                    key, launch = tune_experts(gpu, bench, experts_spec(name, dtype), tokens)
                     experts[key] = launch
                     bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
-                chosen, selection = tune_select(gpu, name, tokens)
+                chosen, selection = tune_select(gpu, bench, name, tokens)
                 select[chosen] = selection
                 bars.say(f"{name}, {tokens} tokens, selection: {selection.microseconds} us; {selection.reason}")
                 # Written as it grows: what has been measured survives an interruption.

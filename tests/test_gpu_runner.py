@@ -26,6 +26,7 @@ from gpu import Part, Runner
 from gpu_common import Options, Report
 from gpu_timing import AbsentError, measure, summary
 
+from lynx_trt.plugins import execute
 from lynx_trt.plugins.blob import lookup
 from lynx_trt.plugins.plan import find_plan
 
@@ -308,7 +309,7 @@ def test_compiled_kernels_get_the_tensors_of_the_plan(monkeypatch: pytest.Monkey
     plan = find_plan(lookup(kernels, 90, select.key), 5)
     tensors = gpu_layer.selection_tensors(batch, select)
     driver = FakeDriver()
-    gpu_layer.prepare_cubins(plan, tensors, 5, driver)()
+    execute.prepare_compiled(plan, tensors, 5, driver)()
     assert [launch["stream"] for launch in driver.launched] == [77] * len(plan.steps)
     regions = set(plan.offsets(5))
     for step, launch in zip(plan.steps, driver.launched, strict=True):

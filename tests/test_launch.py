@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import runpy
+from collections.abc import Callable, Iterable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fake_kernels import FakeDriver
 
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import experts_attributes, select_attributes
-from lynx_trt.plugins import launch_table, tune
+from lynx_trt.plugins import aot, launch_table, tune
+from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.launch import (
     FLOAT32_TOKENS,
     MOST_PROGRAMS,
@@ -30,6 +35,7 @@ from lynx_trt.plugins.plan import (
     ALIGNMENT,
     MODULES,
     Grid,
+    Kernel,
     Plan,
     Region,
     experts_plan,
@@ -37,9 +43,10 @@ from lynx_trt.plugins.plan import (
     plans,
     workspace_bytes,
 )
-from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
+from lynx_trt.plugins.shapes import SHAPES, Shape, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
+from lynx_trt.tensorrt import loader
 
 MODELS = list(SHAPES)
 
@@ -271,6 +278,77 @@ def test_the_table_is_python(tmp_path: Path) -> None:
     assert table["EXPERTS"] == experts
     assert table["SELECT"] == select
     assert max(map(len, path.read_text().splitlines())) <= 120
+
+
+def test_kernels_that_do_not_compile_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that is no kernel does not end the search, nor one at which the compiler's process dies."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv(loader.CACHE_VARIABLE, str(tmp_path))
+    good = experts_plan(experts_spec("mixtral-8x7b", "bfloat16"), 90, 1).steps[2].kernel
+    bad = replace(good, constants=good.constants[:-1])
+    found = aot.compile_each([bad, good, replace(bad, warps=8)], 90, jobs=1)
+    assert list(found) == [good]
+    assert found[good].function == "combine_kernel"
+    worker = aot._Worker(tmp_path / "worker")
+    worker._process.kill()
+    worker._process.wait()
+    worker.revive()
+    assert worker.compile(good, 90).entry == found[good].entry
+    worker.stop()
+
+
+def test_what_spills_or_has_no_room_is_not_tried() -> None:
+    plan = experts_plan(experts_spec("mixtral-8x7b", "bfloat16"), 90, 1)
+    cubins = {step.kernel: Cubin(90, step.kernel.function, "entry", 128, 1000, 0, 9, 0, b"") for step in plan.steps}
+    compiled = tune.usable(plan, cubins, 90)
+    assert compiled is not None
+    assert [step.kernel.function for step in compiled.steps] == [step.kernel.function for step in plan.steps]
+    first = plan.steps[0].kernel
+    for change in ({"spills": 4}, {"shared": SHARED_MEMORY[90] + 1}):
+        assert tune.usable(plan, {**cubins, first: replace(cubins[first], **change)}, 90) is None  # type: ignore[arg-type]
+    assert tune.usable(plan, {**cubins, first: None}, 90) is None
+
+
+def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but a GPU: a made-up one on which more stages are faster, and a compiler that never fails."""
+    driver, compiled = FakeDriver(), []
+
+    def compile_each(kernels: Iterable[Kernel], sm: int) -> dict[Kernel, Cubin]:
+        compiled.append(len(set(kernels)))
+
+        def cubin(kernel: Kernel) -> Cubin:
+            return Cubin(sm, kernel.function, "", 128, 1000, 0, 9, 0, f"0 {len(kernel.parameters) + 2}\0".encode())
+
+        return {kernel: cubin(kernel) for kernel in kernels}
+
+    def time_graph(function: Callable[[], object]) -> float:
+        function()
+        return 100.0
+
+    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 32))
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "machine", lambda: tune.Machine(90, "a GPU", 1e12))
+    monkeypatch.setattr(tune, "time_graph", time_graph)
+    monkeypatch.setattr("lynx_trt.plugins.cuda_driver.cuda_driver", lambda: driver)
+    monkeypatch.setattr("lynx_trt.plugins.aot.compile_each", compile_each)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: argparse.Namespace(cuda_stream=0))
+    bench_time = tune.Bench.time
+
+    def time(self: tune.Bench, plan: Plan[Kernel], batches: Any, tokens: int) -> float:
+        return bench_time(self, plan, batches, tokens) - sum(step.kernel.stages for step in plan.steps)
+
+    monkeypatch.setattr(tune.Bench, "time", time)
+    path = tmp_path / "table.py"
+    tune.main(shape=["tiny"], dtype="bfloat16", decode="1,2", prefill="256", output=path)
+    table = runpy.run_path(str(path))
+    assert set(table["SELECT"]) == {(90, 8, 2, tokens) for tokens in (1, 2, 256)}
+    assert set(table["EXPERTS"]) == {(90, "bfloat16", 8, 64, 32, bucket) for bucket in (1, 64)}
+    for (*_, bucket), launch in table["EXPERTS"].items():
+        # Of 64 tokens an expert, 6 stages of gate_up find no room.
+        assert (launch.gate_up.stages, launch.down.stages) == ((6, 6) if bucket == 1 else (4, 6))
+        assert launch.microseconds
+    # All that is one change away was compiled at once.
+    assert max(compiled) > 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
