@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --merge FOLDER FOLDER ... --output FOLDER
 
 Parts run one after another in processes of their own: the machine, the engines (first question: does TensorRT run on
-this SM?), the kernels' tests, the benchmarks, and with --tune the tuner. One that fails or hangs is written down and
-the next begins. A part may use the time that those before it left over; all of them together take at most --minutes.
+this SM?), the kernels' compilation and tests, the benchmarks, and with --tune the tuner. One that fails or hangs is
+written down and the next begins. A part may use the time that those before it left over; all of them together take at
+most --minutes.
 
 FOLDER has results.json, written as it grows, table.md and log.txt. Needs no installation: the packages are found
 through a folder of links, build/gpu. Exit code 1 if a part failed or a target was missed.
@@ -72,7 +73,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     every = [
         script("machine", 0.5),
         engines("engine", 4.0),
-        Part("kernels", pytest_command(), 4.0, timed=False, records=False),
+        script("compile", 1.0),
+        *(Part(name, command, 2.0, timed=False, records=False) for name, command in pytest_commands().items()),
         script("select", 1.0, *peers),
         *(script("experts_decode", 1.0, "--model", name, *peers, part=f"decode-{name}") for name in models),
         *(script("experts_prefill", 0.8, "--model", name, *peers, part=f"prefill-{name}") for name in models),
@@ -85,15 +87,22 @@ def parts(options: argparse.Namespace) -> list[Part]:
     return [part for part in every if not options.part or part.name.split("-")[0] in options.part]
 
 
-def pytest_command() -> tuple[str, ...]:
-    """The kernels' tests: those of the interpreter, which take a GPU where there is one, and those that need one."""
-    names = ("gpu", "test_experts_kernels.py", "test_select_kernel.py")
-    tests = [str(ROOT / "tests" / name) for name in names]
-    # Each process has a context and its own compilations; the fixtures of tests/conftest.py are not wanted. Left out:
-    # the random selections, each of which is a kernel to compile.
-    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-n", "8", "--dist", "load"]
-    options += [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", f"--confcutdir={tests[0]}"]
-    return (sys.executable, "-m", "pytest", *options, "-k", "not odd_batches", *tests)
+def pytest_commands() -> dict[str, tuple[str, ...]]:
+    """The kernels' tests: those that need a GPU, and the interpreter's in tiny, which take one where there is one.
+
+    Of the former each model's are one process', which holds its weights. Of the latter the random selections are left
+    out, each of which is a kernel to compile.
+    """
+    tests = ROOT / "tests"
+    common = ["-q", "--maxfail=20", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    # The fixtures of tests/conftest.py are not wanted, nor what they import.
+    common += [f"--config-file={ROOT / 'pyproject.toml'}", f"--confcutdir={tests / 'gpu'}"]
+    tiny = [str(tests / name) for name in ("test_experts_kernels.py", "test_select_kernel.py")]
+    pytest = (sys.executable, "-m", "pytest", *common)
+    return {
+        "kernels": (*pytest, "-n", "4", "--dist", "loadgroup", str(tests / "gpu")),
+        "kernels-tiny": (*pytest, "-n", "8", "--dist", "load", "-k", "not odd_batches", *tiny),
+    }
 
 
 class Runner:
@@ -269,7 +278,7 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where results go (benchmarks/results/gpu/<gpu>-<date>)")
     parser.add_argument("--minutes", type=float, default=20.0, help="for everything together")
-    names = ("machine", "engine", "kernels", "select", "decode", "prefill", "end_to_end", "tune")
+    names = ("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "end_to_end", "tune")
     parser.add_argument("--part", action="append", choices=names, help="only this part; repeat for several")
     parser.add_argument("--tune", action="store_true", help="measure launches too, into launch_table.py in the folder")
     parser.add_argument("--kit", type=Path, default=ROOT / "build" / "gpu-kit", help="the engines' kit (build/gpu-kit)")

@@ -36,7 +36,8 @@ def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
     mixtral, qwen = shares(decode, "mixtral-8x7b", (1, 32)), shares(decode, "qwen3-30b-a3b", (16, 16))
     return [
         *engine(parts.get("engine", {})),
-        tests(parts.get("kernels", {})),
+        spills(parts.get("compile", {})),
+        tests(parts),
         least("decode, Mixtral-8x7B, batch 1 to 32: share of the copy bandwidth", 0.85, mixtral),
         least("decode, Qwen3-30B-A3B, batch 16: share of the copy bandwidth", 0.78, qwen),
         most("selection with its metadata, T up to 512", 12.0, metadata_times(select, 512)),
@@ -70,11 +71,22 @@ def engine(part: Row) -> list[Verdict]:
     return [*verdicts, Verdict("engines: right, and text equal to ONNX Runtime's", "all", "not measured", None)]
 
 
-def tests(part: Row) -> Verdict:
-    """The kernels' tests, as pytest's last line has them; a run that was cut off is no pass."""
-    summary = part.get("summary") or "not measured"
-    passed = None if part.get("status") in (None, "missing") else part["status"] == "ok"
-    return Verdict("kernels against their twins", "all pass", summary, passed)
+def tests(parts: Mapping[str, Any]) -> Verdict:
+    """The kernels' tests, as pytest's last lines have them; a run that was cut off is no pass."""
+    found = [
+        part for name, part in parts.items() if name.split("-")[0] == "kernels" and part.get("status") != "missing"
+    ]
+    words = "; ".join(f"{part.get('status')}: {part.get('summary', '')}" for part in found)
+    passed = all(part.get("status") == "ok" for part in found) if found else None
+    return Verdict("kernels against their twins", "all pass", words or "not measured", passed)
+
+
+def spills(part: Row) -> Verdict:
+    """No kernel of the named models spills on this SM."""
+    rows = part.get("result", {}).get("rows", [])
+    bad = [f"{row['function']} ({row['spills']} bytes)" for row in rows if row["spills"]]
+    words = f"{len(rows)} kernels" + (f", not {', '.join(bad)}" if bad else "")
+    return Verdict("no kernel spills", "none", words if rows else "not measured", not bad if rows else None)
 
 
 def least(target: str, wanted: float, values: Mapping[str, float], unit: str = "%") -> Verdict:

@@ -154,7 +154,7 @@ def test_every_part_has_its_script(tmp_path: Path) -> None:
     assert all(part.script is None or part.script.exists() for part in parts)
     names = [part.name.split("-")[0] for part in parts]
     assert list(dict.fromkeys(names)) == [
-        *("machine", "engine", "kernels", "select", "decode", "prefill", "end_to_end", "tune"),
+        *("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "end_to_end", "tune"),
     ]
     assert [part.name for part in gpu.parts(argparse.Namespace(**{**vars(options), "part": ["decode"]}))] == [
         f"decode-{model}" for model in gpu_layer.MODELS
@@ -273,11 +273,14 @@ def test_engines_and_tests() -> None:
     """The lines that the engine's part and pytest end with."""
     engine = {"status": "failed", "result": {"answer": "it runs", "rows": [{"name": "a", "passed": True}]}}
     engine["result"]["rows"].append({"name": "b", "passed": False})  # type: ignore[index]
-    found = gpu_targets.verdicts({"engine": engine, "kernels": {"status": "timed out", "summary": "70%"}})
-    assert [(v.measured, v.passed) for v in found[:3]] == [
+    kernels = {"kernels": {"status": "ok", "summary": "9 passed"}, "kernels-tiny": {"status": "timed out"}}
+    compiled = {"rows": [{"function": "a", "spills": 0}, {"function": "b", "spills": 8}]}
+    found = gpu_targets.verdicts({"engine": engine, "compile": {"result": compiled}, **kernels})
+    assert [(v.measured, v.passed) for v in found[:4]] == [
         ("it runs", None),
         ("1 of 2; not b", False),
-        ("70%", False),
+        ("2 kernels, not b (8 bytes)", False),
+        ("ok: 9 passed; timed out: ", False),
     ]
 
 
@@ -341,6 +344,7 @@ def dry_run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
     ("script", "model"),
     [
         ("machine", None),
+        ("compile", None),
         ("select", "mixtral-8x7b"),
         ("experts_decode", "gpt-oss-120b"),  # transposed, interleaved, biased; prefill is run below
     ],
@@ -354,6 +358,10 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
     rows = record["rows"]
     if script == "machine":
         assert rows[0]["copy_tb_per_second"] > 0
+        return
+    if script == "compile":
+        assert {each["sm"] for each in rows} == {90}
+        assert {"select_kernel", "dispatch_kernel", "combine_kernel"} < {each["function"] for each in rows}
         return
     assert all("failed" not in each for each in rows), [each for each in rows if "failed" in each]
     contenders = {each["contender"] for each in rows}

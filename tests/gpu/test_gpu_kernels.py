@@ -31,6 +31,8 @@ from lynx_trt.selection import select as select_ref
 # One token; a decode batch in one tile an expert; one in several; the first prefill; the largest tiles.
 TOKENS = (1, 16, 128, 1024, 4096)
 CUDA = torch.device("cuda")
+# A model's tests are one process', which holds its weights.
+EVERY_MODEL = pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in MODELS])
 
 
 def options(dtype: str, *, jit: bool = False) -> Options:
@@ -42,7 +44,7 @@ def layer_of(name: str, dtype: str) -> Layer:
     return make_layer(name, options(dtype))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache
 def kernels_for(name: str, dtype: str, tokens: int, jit: bool = False) -> Kernels:
     ops = ops_for([specs_of(name, dtype, dry=False)], [tokens], handed=True)
     kernels = Kernels(ops, options(dtype, jit=jit))
@@ -50,9 +52,10 @@ def kernels_for(name: str, dtype: str, tokens: int, jit: bool = False) -> Kernel
     return kernels
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [*((tokens, "bfloat16") for tokens in TOKENS), (16, "float16"), (1024, "float16")]
+)
+@EVERY_MODEL
 def test_error_is_at_most_twice_that_of_pytorch(model: str, dtype: str, tokens: int) -> None:
     """The criterion that ships, by norm; all forms of the layer at once."""
     layer = layer_of(model, dtype)
@@ -75,7 +78,7 @@ def test_error_is_at_most_twice_that_of_pytorch(model: str, dtype: str, tokens: 
 
 
 @pytest.mark.parametrize("tokens", [16, 1024])
-@pytest.mark.parametrize("model", MODELS)
+@EVERY_MODEL
 def test_the_same_bits_twice_and_however_they_are_launched(model: str, tokens: int) -> None:
     """Deterministic, and the compiler ahead of time makes what the compiler at run time makes."""
     layer = layer_of(model, "bfloat16")
@@ -88,6 +91,7 @@ def test_the_same_bits_twice_and_however_they_are_launched(model: str, tokens: i
     assert torch.equal(other, first)
 
 
+@pytest.mark.xdist_group("qwen3-30b-a3b")
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_a_graph_takes_new_inputs(tokens: int) -> None:
     """Captured once, replayed on another batch that was written over the first: nothing is decided on the host."""
@@ -109,7 +113,7 @@ def test_a_graph_takes_new_inputs(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 33, 128, 512])
-@pytest.mark.parametrize("model", MODELS)
+@EVERY_MODEL
 def test_selection_is_the_reference(model: str, tokens: int) -> None:
     """Index by index, with a masked and a broken row, and the metadata of that choice."""
     experts, select = specs_of(model, "bfloat16", dry=False)
@@ -142,7 +146,7 @@ def test_selection_is_the_reference(model: str, tokens: int) -> None:
         assert torch.equal(got[first:last], expected[first:last])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@EVERY_MODEL
 def test_inactive_experts_are_not_read(model: str) -> None:
     """NaN in every expert that the selection left out."""
     layer = layer_of(model, "bfloat16")
