@@ -39,7 +39,8 @@ def metric(target: Target, name: str) -> float:
 
 def where() -> dict[str, Any]:
     """What a result was measured on, when and how."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1] for line in lines if line.startswith("model name")), "")
     script, *arguments = sys.argv

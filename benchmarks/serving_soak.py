@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,15 @@ class Report:
     slope_mb: float = 0.0
     noise_mb: float = 0.0
     failures: tuple[str, ...] = ()
-    minutes_mb: tuple[float, ...] = ()  # the mean of each minute
+    minutes_mb: dict[str, list[float]] = field(default_factory=dict)  # each process's mean of each minute
 
 
-def memory(pid: int) -> float:
-    """Resident memory of a process and its children, in megabytes."""
+def memory(pid: int) -> dict[str, float]:
+    """Resident memory of a process and of each of its children, in megabytes."""
     process = psutil.Process(pid)
-    return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]) / 1e6
+    return {
+        f"{one.name()} {one.pid}": one.memory_info().rss / 1e6 for one in [process, *process.children(recursive=True)]
+    }
 
 
 def request(chance: random.Random, longest: int) -> dict[str, Any]:
@@ -101,7 +103,7 @@ async def _one(target: Target, chance: random.Random, longest: int, report: Repo
 async def soak(target: Target, *, seconds: float, seed: int = 0, longest: int = 200, crowd: int = 24) -> Report:
     """Load the server for `seconds` with about `crowd` requests at once, and now and then with far more."""
     chance, report = random.Random(seed), Report()
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, dict[str, float]]] = []
     tasks: set[asyncio.Task[None]] = set()
     started, next_sample = time.monotonic(), 0.0
     while (now := time.monotonic() - started) < seconds:
@@ -131,17 +133,19 @@ async def _until_idle(target: Target, report: Report) -> None:
             return
 
 
-def _fit(samples: list[tuple[float, float]], report: Report) -> None:
+def _fit(samples: list[tuple[float, dict[str, float]]], report: Report) -> None:
     """A line through the second half: its slope, and how far the samples lie around it."""
-    half = np.array(samples[len(samples) // 2 :])
+    totals = np.array([(second, sum(megabytes.values())) for second, megabytes in samples])
+    half = totals[len(totals) // 2 :]
     slope, offset = np.polyfit(half[:, 0], half[:, 1], 1)
-    report.first_mb, report.last_mb = samples[0][1], samples[-1][1]
+    report.first_mb, report.last_mb = float(totals[0, 1]), float(totals[-1, 1])
     report.slope_mb = float(slope) * 60
     report.noise_mb = float(np.std(half[:, 1] - (slope * half[:, 0] + offset)))
-    minutes: dict[int, list[float]] = {}
-    for second, megabytes in samples:
-        minutes.setdefault(int(second // 60), []).append(megabytes)
-    report.minutes_mb = tuple(round(float(np.mean(values)), 1) for values in minutes.values())
+    for name in samples[-1][1]:
+        minutes: dict[int, list[float]] = {}
+        for second, megabytes in samples:
+            minutes.setdefault(int(second // 60), []).append(megabytes.get(name, 0.0))
+        report.minutes_mb[name] = [round(float(np.mean(values)), 1) for values in minutes.values()]
 
 
 def main() -> None:
@@ -158,8 +162,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_soak.json")
     options = parser.parse_args()
     target = Target(options.host, options.http_port, options.metrics_port, options.model, options.pid)
+    place = where()
     report = asyncio.run(soak(target, seconds=options.minutes * 60, seed=options.seed, longest=options.longest))
-    text = json.dumps({**where(), **asdict(report)}, indent=1)
+    text = json.dumps({**place, **asdict(report)}, indent=1)
     print(text)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -93,10 +93,11 @@ def main(
     address = Address(host, http_port, grpc_port, metrics_port)
     repository = _write(opened, output, name, settings, plugin, overwrite)
     models = [name, *_engine_to_load(opened, repository)]
-    command = _docker(repository, models, address, image or IMAGE, drain) if docker else None
+    more = _more_requirements(opened, backend)
+    command = _docker(repository, models, address, image or IMAGE, drain, more) if docker else None
     _tell(opened, repository, settings, models, command, json_output)
     if start:
-        _start(repository, models, address, drain, json_output)
+        _start(repository, models, address, drain, more, json_output)
 
 
 def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Artifact:
@@ -145,6 +146,17 @@ def _why_no_engine(artifact: Artifact, backend: str, problems: list[str]) -> str
     return problems[0] if problems else None
 
 
+def _more_requirements(artifact: Artifact, backend: str) -> list[str]:
+    """What the model's process needs to run the engine, where this machine can run it."""
+    from lynx_trt.preflight import engine_problems
+    from lynx_trt.serving.environment import engine_requirements
+
+    engine = artifact.manifest.engine
+    if engine is None or _why_no_engine(artifact, backend, engine_problems(artifact)):
+        return []
+    return engine_requirements(engine)
+
+
 def _name(artifact: Artifact) -> str:
     """A name for the server out of the model's."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", artifact.manifest.model.name).strip("-._") or "lynx"
@@ -185,12 +197,12 @@ def _engine_to_load(artifact: Artifact, repository: Repository) -> list[str]:
     return []
 
 
-def _docker(repository: Repository, models: list[str], address: Any, image: str, drain: int) -> str:
+def _docker(repository: Repository, models: list[str], address: Any, image: str, drain: int, more: list[str]) -> str:
     from lynx_trt.serving.server import docker_command
     from lynx_trt.tensorrt.gpu import compute_capabilities
 
     gpu = bool(compute_capabilities()) or len(models) > 1
-    return docker_command(repository, models, address, image=image, gpu=gpu, drain=drain)
+    return docker_command(repository, models, address, image=image, gpu=gpu, drain=drain, more=more)
 
 
 def _tell(
@@ -228,11 +240,13 @@ def _tell(
         typer.echo(docker)
 
 
-def _start(repository: Repository, models: list[str], address: Any, drain: int, json_output: bool) -> None:
+def _start(
+    repository: Repository, models: list[str], address: Any, drain: int, more: list[str], json_output: bool
+) -> None:
     from lynx_trt.serving.server import local_command, start
 
     with Progress(quiet=json_output) as progress:
-        command = local_command(repository, models, address, drain=drain, phase=progress.phase)
+        command = local_command(repository, models, address, drain=drain, phase=progress.phase, more=more)
     if not json_output:
         url = f"http://{address.host}:{address.http}/v2/models/{repository.name}/generate"
         typer.echo(f"Serving at {url}; when it is ready:")

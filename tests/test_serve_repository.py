@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lynx_trt import console, serve
-from lynx_trt.artifact import Artifact, EngineRecord
+from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord
 from lynx_trt.errors import LynxError, ServingError, UsageError
 from lynx_trt.serving import environment, server
 from lynx_trt.serving.config import Name, engine_config, protobuf_text, text_config
@@ -261,6 +261,28 @@ def test_docker_command_is_one_shell_command(text_artifact: Artifact, tmp_path: 
     inside = shlex.split(words[-1])
     assert words[-3:-1] == ["bash", "-c"]
     assert {"tritonserver", "--load-model=tiny", "--http-address=0.0.0.0", "numpy>=1.26,<2"} <= set(inside)
+
+
+def test_what_runs_the_engine_goes_into_the_container(
+    with_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Where this machine can run it, and unless ONNX Runtime is asked for."""
+    from lynx_trt import preflight
+    from lynx_trt.serve import app
+
+    (with_engine.folder / MANIFEST).write_text(with_engine.manifest.model_dump_json())
+    monkeypatch.setattr(preflight, "engine_problems", lambda _: [])
+    for backend, there in (("auto", True), ("onnxruntime", False)):
+        command = [str(with_engine.folder), "-o", str(tmp_path / backend), "--no-verify", "--docker"]
+        app([*command, "--backend", backend], standalone_mode=False)
+        assert ("cuda-python>=12.8" in capsys.readouterr().out) == there
+
+
+def test_engine_that_can_t_be_served_is_refused(text_artifact: Artifact, tmp_path: Path) -> None:
+    from lynx_trt.serve import app
+
+    with pytest.raises(ServingError, match="can't be served: there is none: built with --tensorrt none"):
+        app([str(text_artifact.folder), "-o", str(tmp_path / "x"), "--backend", "tensorrt"], standalone_mode=False)
 
 
 def test_taken_port_is_said() -> None:

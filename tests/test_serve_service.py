@@ -206,6 +206,12 @@ def test_mistakes_are_told_at_once(values: dict[str, Any], words: str, served: S
     assert len(reply.error[1]) < 400
 
 
+def test_empty_prompt_of_a_tokenizer_that_begins_every_text(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lynx-tiny's does: there is a token, but no text."""
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: [1])
+    assert served.ask(text_input="").error == ("invalid", "the prompt is empty: there is nothing to continue")
+
+
 def test_parameters_of_the_server_itself_pass(served: Served) -> None:
     reply = served.ask('{"triton_enable_empty_final_response": true, "timeout": 1}', text_input="x", max_tokens=2)
     assert reply.wait().error is None

@@ -16,14 +16,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lynx_trt.artifact import EngineRecord
 from lynx_trt.errors import ServingError
-from lynx_trt.tensorrt.loader import cache_root
+from lynx_trt.tensorrt.loader import BINDINGS_WHEEL, LIBRARIES_WHEEL, cache_root
 
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"
+CUDA_BINDINGS = "cuda-python>=12.8"
 PYTHONS = ((3, 10), (3, 13))  # the first and the last that the wheel has a backend stub for
 MARKER = ".ready"
 STUB = "triton_python_backend_stub"
@@ -68,6 +70,13 @@ def requirements() -> list[str]:
     return ["numpy>=1.26,<2", *(f"{name}{_pin(name, least)}" for name, least in names.items())]
 
 
+def engine_requirements(engine: EngineRecord) -> list[str]:
+    """What runs an engine from Python: the TensorRT that built it, and CUDA's bindings."""
+    if engine.flavor == "full":
+        return [f"tensorrt=={engine.tensorrt}", CUDA_BINDINGS]
+    return [*(f"{wheel}{_pin(wheel, '')}" for wheel in (LIBRARIES_WHEEL, BINDINGS_WHEEL)), CUDA_BINDINGS]
+
+
 def _pin(name: str, least: str) -> str:
     try:
         return f"=={importlib.metadata.version(name)}"
@@ -75,9 +84,9 @@ def _pin(name: str, least: str) -> str:
         return least
 
 
-def environment(*, server: bool) -> Environment:
+def environment(*, server: bool, more: Sequence[str] = ()) -> Environment:
     """Where the environment is or will be; nothing is made."""
-    wanted = [*requirements(), *([SERVER_WHEEL] if server else [])]
+    wanted = [*requirements(), *more, *([SERVER_WHEEL] if server else [])]
     digest = hashlib.sha256("\n".join([sys.version, sys.base_prefix, *wanted]).encode()).hexdigest()[:12]
     return Environment(cache_root() / f"serving-{sys.version_info.major}.{sys.version_info.minor}-{digest}")
 
@@ -87,17 +96,18 @@ def is_ready(found: Environment) -> bool:
     return (found.folder / MARKER).is_file()
 
 
-def prepare(*, server: bool, phase: Callable[[str], Callable[[float], None]]) -> Environment:
+def prepare(*, server: bool, phase: Callable[[str], Callable[[float], None]], more: Sequence[str] = ()) -> Environment:
     """Make the environment, if it isn't there yet.
 
     Args:
         server: with the server's wheel.
         phase: begins a phase of the progress, as lynx_trt.console.Progress does.
+        more: requirements beside the usual ones.
 
     Raises:
         ServingError: it can't be made; the message says what failed and what to do.
     """
-    found = environment(server=server)
+    found = environment(server=server, more=more)
     if is_ready(found):
         return found
     if server:
@@ -108,8 +118,9 @@ def prepare(*, server: bool, phase: Callable[[str], Callable[[float], None]]) ->
         update = phase("Environment for the server (once)")
         _run([sys.executable, "-m", "venv", str(aside)], "making a virtual environment")
         update(1.0)
-        update = phase("Installing " + ", ".join(re.split(r"[<>=]", name)[0] for name in requirements()))
-        _pip(aside, requirements())
+        wanted = [*requirements(), *more]
+        update = phase("Installing " + ", ".join(re.split(r"[<>=]", name)[0] for name in wanted))
+        _pip(aside, wanted)
         update(1.0)
         if server:
             update = phase(f"Installing {SERVER_WHEEL} (55 MB)")

@@ -65,6 +65,9 @@ class Parser:
         return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))
 
     def _prompt(self, text: str) -> list[int]:
+        # Said here and not of its tokens: some tokenizers begin every text with one.
+        if not text:
+            raise GenerationError("the prompt is empty: there is nothing to continue")
         # A text that can't fit even in the longest of tokens isn't tokenized at all: that would take seconds.
         most = self.limits.max_length * self.tokenizer.longest
         if len(text) > most:

@@ -9,7 +9,7 @@ import secrets
 import shlex
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,15 +85,18 @@ def local_command(
     *,
     drain: int,
     phase: Callable[[str], Callable[[float], None]],
+    more: Sequence[str] = (),
 ) -> Command:
     """The command for a server on this machine: `tritonserver` on the PATH, else the wheel's, installed if need be.
+
+    `more` are requirements of the model beside the usual ones.
 
     Raises:
         ServingError: there is none and none can be made, or a port is taken.
     """
     _check_ports(address)
     found = shutil.which("tritonserver")
-    made = prepare(server=found is None, phase=phase)
+    made = prepare(server=found is None, phase=phase, more=more)
     plugin = str(repository.plugin.absolute()) if repository.plugin else None
     arguments = [found or str(made.server)]
     arguments += flags(str(repository.folder.absolute()), models, address, plugin=plugin, drain=drain)
@@ -126,12 +129,19 @@ def start(command: Command) -> None:
 
 
 def docker_command(
-    repository: Repository, models: list[str], address: Address, *, image: str, gpu: bool, drain: int
+    repository: Repository,
+    models: list[str],
+    address: Address,
+    *,
+    image: str,
+    gpu: bool,
+    drain: int,
+    more: Sequence[str] = (),
 ) -> str:
-    """The command for the vendor's container, to be printed."""
+    """The command for the vendor's container, to be printed; `more` as in `local_command`."""
     plugin = f"/models/{PLUGIN}" if repository.plugin else None
     inside = Address("0.0.0.0", 8000, 8001, 8002)  # noqa: S104  (inside the container; published below on `host`)
-    needs = " ".join(shlex.quote(name) for name in requirements())
+    needs = " ".join(shlex.quote(name) for name in (*requirements(), *more))
     server = shlex.join(["tritonserver", *flags("/models", models, inside, plugin=plugin, drain=drain)])
     ports = zip((address.http, address.grpc, address.metrics), (8000, 8001, 8002), strict=True)
     parts = [
