@@ -20,6 +20,7 @@ import torch
 
 from lynx_trt.build import shipped_model
 from lynx_trt.calibration import source
+from lynx_trt.calibration.company import MORE
 from lynx_trt.calibration.cost import CostModel, cost_model
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.model import Probed
@@ -43,21 +44,22 @@ def costs(probed: Probed, hardware: str = "h100") -> CostModel:
     return cost_model(hardware, sizes, other)
 
 
-def sequences(count: int, seed: int) -> Sequences:
+def sequences(count: int, seed: int, more: int = 0) -> Sequences:
     """Sequences of the text that the shipped model was not trained on."""
     tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
     text = Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
-    return cut(text, tokenizer, separator=0, count=count, length=LENGTH, seed=seed)
+    return cut(text, tokenizer, separator=0, count=count, length=LENGTH, seed=seed, more=more)
 
 
-def halves(probed: Probed, count: int, seed: int) -> tuple[Meter, Meter]:
-    """One meter for the part that choices are made on, one for the held-out part."""
-    drawn = sequences(count, seed)
-    first, second = (
+def parts(probed: Probed, count: int, seed: int) -> tuple[Meter, Meter, Meter]:
+    """Meters for the part that choices are made on, for the held-out part, and for the text of neither."""
+    half = count // 2
+    drawn = sequences(count, seed, MORE * half)
+    first, second, rest = (
         Meter(probed, drawn[rows], prompt=PROMPT, cost=costs(probed), seed=seed)
-        for rows in (slice(0, count // 2), slice(count // 2, count))
+        for rows in (slice(0, half), slice(half, count), slice(count, len(drawn)))
     )
-    return first, second
+    return first, second, rest
 
 
 def brief(item: Measurement) -> dict[str, Any]:

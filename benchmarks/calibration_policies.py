@@ -18,10 +18,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from calibration_common import LENGTH, PROMPT, RESULTS, brief, halves, record, shipped
+from calibration_common import LENGTH, PROMPT, RESULTS, brief, parts, record, shipped
 
 from lynx_trt.calibration.journal import Journal, Measured
-from lynx_trt.calibration.measure import Meter
 from lynx_trt.calibration.model import Setting
 from lynx_trt.calibration.search import Search, Sensitivity, curves, ladder, measure_sensitivity
 from lynx_trt.calibration.study import bytes_goal, comparison, kl_at, uniform_settings
@@ -146,10 +145,12 @@ def main(
     probed = shipped()
     for size in (int(part) for part in batch.split(",")):
         count = max(64, 2 * size)
-        parts: tuple[Meter, Meter] = halves(probed, count, seed)
+        meters = parts(probed, count, seed)[:2]
         identity = {"batch": size, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
         log = Journal(journal / str(size), identity, resume=True) if journal else None
-        choose, check = (Measured(part, size, name, log) for part, name in zip(parts, ("choose", "check"), strict=True))
+        choose, check = (
+            Measured(part, size, name, log) for part, name in zip(meters, ("choose", "check"), strict=True)
+        )
         with Progress() as progress:
             update = progress.phase(f"Batch {size}")
             outcome = one_batch(choose, check, [float(part) for part in shares.split(",")], variants=size == 16)

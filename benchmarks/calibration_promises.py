@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibration_common import LENGTH, PROMPT, halves, record, shipped
+from calibration_common import LENGTH, PROMPT, parts, record, shipped
 
 from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.promise import Promise
@@ -29,14 +29,14 @@ TARGETS = {
 }
 
 
-def one(parts: Parts, promise: Promise) -> dict[str, Any]:
+def one(measured: Parts, promise: Promise) -> dict[str, Any]:
     """One search: what was chosen, and how held-out text came out."""
     started = time.perf_counter()
-    study = run_study(parts, PRESETS[DEFAULT_PRESET], promise, silent, compare=False)
+    study = run_study(measured, PRESETS[DEFAULT_PRESET], promise, silent, compare=False)
     if study.chosen is None or study.held_out is None:
         return {"kept": False, "says": study.nearest(promise)}
     (check,) = study.checks
-    (chosen,) = promise.checks(study.chosen, parts.check.meter.sequences, study.company)
+    (chosen,) = promise.checks(study.chosen, measured.check.meter.sequences, study.company)
     return {
         "kept": study.kept,
         "budgets": study.held_out.budgets,
@@ -68,10 +68,10 @@ def main(
     for seed in range(seeds):
         identity = {"batch": batch, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
         log = Journal(journal / str(seed), identity, resume=True) if journal else None
-        choose, check = halves(probed, count, seed)
-        parts = Parts(Measured(choose, batch, "choose", log), Measured(check, batch, "check", log))
+        meters = zip(parts(probed, count, seed), ("choose", "check", "more"), strict=True)
+        measured = Parts(*(Measured(meter, batch, name, log) for meter, name in meters))
         for name, promise in TARGETS.items():
-            rows.append({"target": name, "seed": seed, **one(parts, promise)})
+            rows.append({"target": name, "seed": seed, **one(measured, promise)})
             typer.echo(rows[-1])
     typer.echo(record("calibration_promises", rows))
     raise typer.Exit(0 if all(row["kept"] for row in rows) else 1)

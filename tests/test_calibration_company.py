@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from lynx_trt.calibration.company import FREEDOM, factor, grouping
+from lynx_trt.calibration.company import FREEDOM, factor, from_more, grouping
 from lynx_trt.calibration.cost import cost_model
 from lynx_trt.calibration.intervals import bound_for_new_text
 from lynx_trt.calibration.journal import Measured
@@ -62,6 +62,23 @@ def test_bound_holds_for_whole_new_batches() -> None:
         broken["without"] += mean > bound_for_new_text(seen, 32, 0.99)
     assert broken["with"] / 300 <= 0.03
     assert broken["without"] / 300 >= 0.1
+
+
+def test_other_text_shows_where_the_part_at_hand_lies() -> None:
+    """A part that is too easy by chance is corrected, and the bound holds, though the budgets were chosen on it."""
+    broken = {"with": 0, "without": 0}
+    for seed in range(300):
+        # The easiest of four parts, as a search that prefers low numbers would have it.
+        known = min(
+            (Text(32, 3.0, 4 * seed + n).losses(np.arange(32), 16) for n in range(4)), key=lambda losses: losses.mean()
+        )
+        new = Text(32, 3.0, 10_000 + seed).losses(np.arange(32), 16).mean()
+        effect = from_more(known, Text(256, 3.0, 20_000 + seed).losses(np.arange(256), 16), 16)
+        bound = bound_for_new_text(known, 32, 0.99, factor=effect.factor, shift=effect.shift, freedom=15, known=256)
+        broken["with"] += new > bound
+        broken["without"] += new > bound - effect.shift * known.std(ddof=1)
+    assert broken["with"] / 300 <= 0.03
+    assert broken["without"] / 300 >= 0.05
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 Sequences that decode together share their experts: one with unusual text takes votes from all the others, so a whole
 batch does well or badly. Within a batch this can't be seen, since it moves all of them alike; between batches it can.
-A part of the text has few batches, so the same sequences are grouped anew, at random, until enough pairs of batches
-have been compared (a randomised analysis of variance: with no company effect, batches' means vary as the spread of
-sequences has it, and the factor is 1).
+The part of the text that choices are made on has few batches. Where there is more text, one setting is measured on
+that as well: it shows how batches differ, and how far the part at hand is from the rest. Where there isn't, the same
+sequences are grouped anew, at random (a randomised analysis of variance), which misses what text is not at hand.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,42 +19,83 @@ from lynx_trt.calibration.intervals import Array
 
 if TYPE_CHECKING:
     from lynx_trt.calibration.journal import Measured
+    from lynx_trt.calibration.measure import Measurement
     from lynx_trt.calibration.model import Setting
 
-# Degrees of freedom to reach: the factor is then known to about a fifth.
+# Degrees of freedom to reach with new groupings: the factor is then known to about a fifth.
 FREEDOM = 15
+# Batches of other text from which on that is used, and how much of it for each sequence that choices are made on.
+FEWEST_BATCHES = 6
+MORE = 8
+
+
+class Effect(NamedTuple):
+    """What company does to one number, in standard deviations between sequences.
+
+    `factor` times 1 / sqrt(B) is that of a batch's mean; `shift` is how much higher other text's mean is.
+    """
+
+    factor: float = 1.0
+    shift: float = 0.0
+
+
+NONE = Effect()
 
 
 @dataclass(frozen=True)
 class Company:
-    """Factors on the standard deviation between sequences, 1 or more; `freedom` are the degrees that they rest on."""
+    """The effects, and what they rest on: `freedom` degrees, `known` sequences (None: those at hand)."""
 
-    kl: float = 1.0
-    nats: float = 1.0
-    agreement: float = 1.0
-    freedom: int | None = None  # None: no other than that of the sequences
+    kl: Effect = NONE
+    nats: Effect = NONE
+    agreement: Effect = NONE
+    freedom: int | None = None
+    known: int | None = None
 
 
 ALONE = Company()
 
 
-def measure_company(measured: Measured, setting: Setting) -> Company:
-    """The factors under `setting`, from as many new groupings as `FREEDOM` needs."""
+def measure_company(measured: Measured, more: Measured | None, setting: Setting) -> Company:
+    """The effects under `setting`, from `more` text if that is enough, else from new groupings."""
+    if more is not None and more.meter.sequences // more.batch >= FEWEST_BATCHES:
+        return _from_more(measured.measure([setting])[0], more.measure([setting])[0])
     size, rounds = grouping(measured.meter.sequences, measured.batch)
     if size < 2:
         return ALONE
     found = [measured.regrouped(number, size).measure([setting])[0] for number in range(rounds)]
 
-    def factor_of(rows: list[list[float]]) -> float:
-        return factor(np.array(rows), size)
+    def effect(rows: list[list[float]]) -> Effect:
+        return Effect(factor(np.array(rows), size))
 
-    groups = measured.meter.sequences // size
     return Company(
-        kl=factor_of([item.kl_by_sequence for item in found]),
-        nats=factor_of([item.nats_added_by_sequence for item in found]),
-        agreement=factor_of([item.agreement_by_sequence for item in found]),
-        freedom=rounds * (groups - 1),
+        kl=effect([item.kl_by_sequence for item in found]),
+        nats=effect([item.nats_added_by_sequence for item in found]),
+        agreement=effect([item.agreement_by_sequence for item in found]),
+        freedom=rounds * (measured.meter.sequences // size - 1),
     )
+
+
+def _from_more(near: Measurement, far: Measurement) -> Company:
+    def effect(here: list[float], there: list[float]) -> Effect:
+        return from_more(np.array(here), np.array(there), near.batch)
+
+    return Company(
+        kl=effect(near.kl_by_sequence, far.kl_by_sequence),
+        nats=effect(near.nats_added_by_sequence, far.nats_added_by_sequence),
+        agreement=effect(near.agreement_by_sequence, far.agreement_by_sequence),
+        freedom=len(far.kl_by_sequence) // far.batch - 1,
+        known=len(far.kl_by_sequence),
+    )
+
+
+def from_more(here: Array, there: Array, batch: int) -> Effect:
+    """The effect from numbers by sequence at hand [n] and of other text [m], whose rows are batches in order."""
+    spread = float(here.std(ddof=1))
+    if spread == 0:
+        return NONE
+    between = float(there.reshape(-1, batch).mean(1).std(ddof=1)) * math.sqrt(batch)
+    return Effect(max(1.0, between / spread), float(there.mean() - here.mean()) / spread)
 
 
 def grouping(sequences: int, batch: int) -> tuple[int, int]:

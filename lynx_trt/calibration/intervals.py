@@ -71,20 +71,29 @@ def _interval(mean: float, drawn: Array) -> Interval:
 
 
 def bound_for_new_text(
-    values: Array, new: int, confidence: float, *, factor: float = 1.0, freedom: int | None = None
+    values: Array,
+    new: int,
+    confidence: float,
+    *,
+    factor: float = 1.0,
+    shift: float = 0.0,
+    freedom: int | None = None,
+    known: int | None = None,
 ) -> float:
     """What the mean over `new` more sequences stays below with probability `confidence`, given `values` [n] of n.
 
     The one-sided prediction bound for the mean of a future sample: mean + t s sqrt(1/n + 1/new) (Hahn & Meeker 1991,
-    section 4.7), s times `factor`, which rests on `freedom` degrees (see `company`). Infinite for fewer than three
+    section 4.7). What is known of the company that sequences keep goes in: s times `factor`, the mean moved by `shift`
+    times s, resting on `freedom` degrees and on `known` sequences (see `company`). Infinite for fewer than three
     sequences, which say nothing about their spread.
     """
     count = len(values)
     if count < 3:
         return math.inf
-    spread = factor * float(np.std(values, ddof=1))
+    spread = float(np.std(values, ddof=1))
     t = student_t(confidence, min(count - 1, freedom or count))
-    return float(np.mean(values)) + t * spread * math.sqrt(1 / count + 1 / new)
+    room = t * factor * math.sqrt(1 / (known or count) + 1 / new)
+    return float(np.mean(values)) + (shift + room) * spread
 
 
 def student_t(confidence: float, freedom: int) -> float:

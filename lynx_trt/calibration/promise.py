@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lynx_trt.calibration.company import ALONE, Company
+from lynx_trt.calibration.company import ALONE, Company, Effect
 from lynx_trt.calibration.intervals import bound_for_new_text
 from lynx_trt.errors import UsageError
 
@@ -71,9 +71,16 @@ class Promise:
         return list(self._checks(measurement, new_sequences, company))
 
     def _checks(self, measurement: Measurement, new: int, company: Company) -> Iterator[Check]:
-        def bound(values: list[float], factor: float, sign: float = 1.0) -> float:
-            numbers = sign * np.array(values)
-            return bound_for_new_text(numbers, new, CONFIDENCE, factor=factor, freedom=company.freedom)
+        def bound(values: list[float], effect: Effect, sign: float = 1.0) -> float:
+            return bound_for_new_text(
+                sign * np.array(values),
+                new,
+                CONFIDENCE,
+                factor=effect.factor,
+                shift=sign * effect.shift,
+                freedom=company.freedom,
+                known=company.known,
+            )
 
         if self.max_kl is not None:
             yield Check("KL", measurement.kl.mean, bound(measurement.kl_by_sequence, company.kl), self.max_kl)

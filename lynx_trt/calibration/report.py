@@ -105,7 +105,7 @@ def most_sensitive(study: dict[str, Any]) -> str:
 
 def between_batches(study: dict[str, Any]) -> str:
     """One sentence: what the intervals leave out. Empty where nobody has looked, or there is nothing to say."""
-    factor = study.get("company", {}).get("kl", 1.0)
+    factor = study["company"]["kl"][0] if "company" in study else 1.0
     if factor <= 1:
         return ""
     return (

@@ -24,6 +24,7 @@ from lynx_trt.artifact import (
 from lynx_trt.budgets import parse_budget
 from lynx_trt.calibration import options as option
 from lynx_trt.calibration import plots, report, source
+from lynx_trt.calibration.company import MORE
 from lynx_trt.calibration.cost import LAYER_SECONDS, CostModel, cost_model
 from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.measure import Measurement, Meter
@@ -109,6 +110,7 @@ def _read(options: CalibrateOptions, progress: Progress) -> _Inputs:
         count=options.sequences,
         length=length,
         seed=options.seed,
+        more=MORE * (options.sequences // 2),
     )
     update(0.5)
     cost = _cost(options, artifact, tied=bool(getattr(config, "tie_word_embeddings", False)))
@@ -178,11 +180,13 @@ def _study(options: CalibrateOptions, inputs: _Inputs, journal: Journal, progres
         return _only_measure(options, inputs, _meter(options, inputs, slice(0, options.sequences)), journal, progress)
     assert inputs.promise is not None
     choose, check = (_meter(options, inputs, rows) for rows in (slice(0, half), slice(half, 2 * half)))
+    more = _meter(options, inputs, slice(options.sequences, len(inputs.sequences)))
     studies: list[Study] = []
     selection = inputs.selection
     # The largest batch first: its parameters are used for all, since they are the model's and not the batch's.
     for batch in inputs.batches[::-1]:
-        parts = Parts(Measured(choose, batch, "choose", journal), Measured(check, batch, "check", journal))
+        measured = ((choose, "choose"), (check, "check"), (more, "more"))
+        parts = Parts(*(Measured(meter, batch, part, journal) for meter, part in measured))
         study = run_study(
             parts,
             selection,

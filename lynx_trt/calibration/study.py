@@ -115,10 +115,11 @@ Phase = Callable[[str], Callable[[float], None]]
 
 @dataclass(frozen=True)
 class Parts:
-    """The two parts of the text, at one batch size."""
+    """The parts of the text, at one batch size: to choose on, and held out."""
 
     choose: Measured
     check: Measured
+    more: Measured | None = None  # text of neither part, if there is enough
 
 
 def run_study(
@@ -143,7 +144,7 @@ def run_study(
         selection, parameters = _search_parameters(parts, selection, means, phase, label)
     sensitivity, model = _sensitivity(choose, selection, experts, means, most, phase, label)
     new = check.meter.sequences // check.batch * check.batch
-    company = _company(choose, selection, promise_goal(promise, new, ALONE), model, phase, label)
+    company = _company(parts, selection, promise_goal(promise, new, ALONE), model, phase, label)
     goal = promise_goal(promise, new, company)
     with _Bar(phase(f"Search, {label}"), choose, SEARCH_EXPECTED):
         found = Search(choose, partial(Setting, selection), model, goal, experts).run()
@@ -188,14 +189,14 @@ class _Bar:
         self._update(1.0)
 
 
-def _company(measured: Measured, selection: Selection, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
+def _company(parts: Parts, selection: Selection, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
     """How much batches differ at budgets near to those that `goal` will find."""
-    experts = measured.meter.probed.experts
+    measured, experts = parts.choose, parts.choose.meter.probed.experts
     rounds = grouping(measured.meter.sequences, measured.batch)[1]
-    with _Bar(phase(f"Other groupings, {label}"), measured, BISECTIONS + rounds):
+    with _Bar(phase(f"Other batches, {label}"), measured, BISECTIONS + rounds):
         scout = Search(measured, partial(Setting, selection), model, goal, experts)
         scout.run(0, polish=False)
-        return measure_company(measured, Setting(selection, scout.centre()))
+        return measure_company(measured, parts.more, Setting(selection, scout.centre()))
 
 
 def promise_goal(promise: Promise, new_sequences: int, company: Company) -> Goal:
@@ -258,7 +259,9 @@ def _uniform(measured: Measured, means: Array, phase: Phase, label: str) -> dict
 
 
 def _frontier(model: Curves, selection: Selection, means: Array) -> list[Setting]:
-    """Budgets by layer at the shares of `COMPARED`, as the curves would have them."""
+    """Budgets by layer at the shares of `COMPARED`, as the curves of layers alone would have them."""
+    # The search has scaled the curves to what it saw near its own outcome, which says nothing about other shares.
+    model = Curves(model.kl, model.active, model.expert_bytes)
     natural = model.bytes_at([len(line) - 1 for line in model.active])
     return [Setting(selection, model.solve(model.price_for(share * natural))) for share in COMPARED[::-1] if len(means)]
 

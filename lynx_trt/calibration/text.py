@@ -82,9 +82,16 @@ def read_text(paths: Sequence[Path]) -> Text:
 
 
 def cut(
-    text: Text, tokenizer: tokenizers.Tokenizer, *, separator: int | None, count: int, length: int, seed: int
+    text: Text,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    separator: int | None,
+    count: int,
+    length: int,
+    seed: int,
+    more: int = 0,
 ) -> Sequences:
-    """Draw `count` sequences of `length` tokens from `text`, in an order that the seed decides.
+    """Draw `count` sequences of `length` tokens from `text`, in an order that the seed decides; up to `more` if any.
 
     All texts are one row of tokens, `separator` before each, cut at every `length`-th token; which pieces are taken
     is drawn without replacement, so none is seen twice.
@@ -101,7 +108,7 @@ def cut(
             f"the text is too short: it has {len(ids)} tokens, which make {available} sequences of {length}, and "
             f"{count} are needed; give more text, or lower --sequences or --length"
         )
-    rows = np.random.default_rng(seed).permutation(available)[:count]
+    rows = np.random.default_rng(seed).permutation(available)[: count + more]
     whole = available * length
     return Sequences(ids[:whole].reshape(-1, length)[rows], nbytes[:whole].reshape(-1, length)[rows])
 
