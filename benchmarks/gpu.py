@@ -71,13 +71,13 @@ def parts(options: argparse.Namespace) -> list[Part]:
     # A dry run has two models: the two forms of experts that there are.
     models = MODELS[0:3:2] if options.dry_run else MODELS
     every = [
-        script("machine", 0.5),
-        engines("engine", 4.0),
-        script("compile", 1.0),
+        script("machine", 0.3),
+        engines("engine", 3.0),
+        script("compile", 0.7),
         *(Part(name, command, 2.0, timed=False, records=False) for name, command in pytest_commands().items()),
         script("select", 1.0, *peers),
-        *(script("experts_decode", 1.0, "--model", name, *peers, part=f"decode-{name}") for name in models),
-        *(script("experts_prefill", 0.8, "--model", name, *peers, part=f"prefill-{name}") for name in models),
+        *(script("experts_decode", 1.5, "--model", name, *peers, part=f"decode-{name}") for name in models),
+        *(script("experts_prefill", 1.0, "--model", name, *peers, part=f"prefill-{name}") for name in models),
         engines("end_to_end", 3.0),
     ]
     if options.tune:

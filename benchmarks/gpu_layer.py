@@ -6,6 +6,7 @@ driver. `--jit` lets the Triton language compile and launch them instead; a dry 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -277,8 +278,12 @@ def reference(layer: Layer, batch: Batch) -> Tensor:
 
 
 def error_columns(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The columns of a row: a result's error, PyTorch's, and whether it is at most twice that."""
+    """The columns of a row: a result's error, PyTorch's, and whether it is at most twice that. NaN, which JSON has not
+    and which is never right, is None.
+    """
     if name not in found:
         return {}
     error, usual = found[name]["error"], found["pytorch"]["error"]
-    return {"error": error, "error_pytorch": usual, "right": bool(error <= 2 * usual)}
+    columns = {"error": error, "worst": found[name]["worst"], "error_pytorch": usual}
+    shown = {key: float(f"{value:.4g}") if math.isfinite(value) else None for key, value in columns.items()}
+    return {**shown, "right": bool(error <= 2 * usual)}

@@ -62,7 +62,8 @@ def rows_of(parts: Mapping[str, Any], benchmark: str) -> list[Row]:
 def engine(part: Row) -> list[Verdict]:
     """What the engine's part answered."""
     result = part.get("result", {})
-    verdicts = [Verdict("does TensorRT run on this SM?", "an answer", str(result.get("answer", "not measured")), None)]
+    answer = result.get("answer") or part.get("summary") or "not measured"
+    verdicts = [Verdict("does TensorRT run on this SM?", "an answer", str(answer), None)]
     if result.get("rows"):
         passed = [bool(row.get("passed")) for row in result["rows"]]
         failed = ", ".join(row["name"] for row in result["rows"] if not row.get("passed"))

@@ -15,7 +15,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +37,7 @@ from lynx_trt.plugins.launch import (
     shared_bytes,
     tokens_bucket,
 )
+from lynx_trt.plugins.launch_source import ExpertsKey, SelectKey, render_table
 from lynx_trt.plugins.plan import Kernel, Plan, Step, experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
 
 DEVICE = "cuda"  # a name, so that the tests can run all but the timing without one
 TABLE = Path(__file__).with_name("launch_table.py")
-
-ExpertsKey = tuple[int, str, int, int, int, int]
-SelectKey = tuple[int, int, int, int]
 
 _ROUNDS = 5
 # Batches in a graph.
@@ -334,49 +332,6 @@ def select_neighbours(launch: SelectLaunch, tokens: int) -> Iterable[SelectLaunc
         if block_t >= 1 and not (one_program and tokens > 512):
             block = max(launch.tokens, block_t)
             yield replace(launch, one_program=one_program, block_t=block_t, warps=warps, tokens=block)
-
-
-def render_table(gpu: str, experts: dict[ExpertsKey, ExpertsLaunch], select: dict[SelectKey, SelectLaunch]) -> str:
-    """The source of `launch_table.py`."""
-    lines = [
-        '"""Measured launches, written by `python -m lynx_trt.plugins.tune`: edit nothing here, run it again.',
-        "",
-        "EXPERTS is keyed by (SM, dtype, E, H, I, tokens per expert bucket), SELECT by (SM, E, K, tokens bucket). Last",
-        f"measured on: {gpu}.",
-        '"""',
-        "",
-        "from __future__ import annotations",
-        "",
-        f"from lynx_trt.plugins.launch import ExpertsLaunch, {'MatmulLaunch, ' if experts else ''}SelectLaunch",
-        "",
-        f"EXPERTS: dict[tuple[int, str, int, int, int, int], ExpertsLaunch] = {_entries(experts)}",
-        f"SELECT: dict[tuple[int, int, int, int], SelectLaunch] = {_entries(select)}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _entries(table: Mapping[Any, object]) -> str:
-    rows = [f"    {_source(key)}: {_source(launch)},\n" for key, launch in sorted(table.items())]
-    return "{\n" + "".join(rows) + "}" if rows else "{}"
-
-
-def _source(value: object, indent: int = 4) -> str:
-    """A value as formatted Python source; of a launch, a line for each field that is not at its default."""
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, tuple):
-        return "(" + ", ".join(map(_source, value)) + ")"
-    if isinstance(value, MatmulLaunch | ExpertsLaunch | SelectLaunch):
-        shown = {each.name: getattr(value, each.name) for each in fields(value)}
-        defaults = {each.name: each.default for each in fields(value)}
-        margin = " " * indent
-        lines = [
-            f"{margin}    {name}={_source(each, indent + 4)},\n"
-            for name, each in shown.items()
-            if each != defaults[name]
-        ]
-        return f"{type(value).__name__}(\n{''.join(lines)}{margin})"
-    return repr(value)
 
 
 app = new_app()

@@ -265,8 +265,9 @@ def test_one_wrong_result_is_named() -> None:
 
 
 def test_nan_is_no_error_that_passes() -> None:
-    found = gpu_layer.error_columns({"lynx": {"error": float("nan")}, "pytorch": {"error": 0.1}}, "lynx")
-    assert found["right"] is False
+    nan = float("nan")
+    found = gpu_layer.error_columns({"lynx": {"error": nan, "worst": nan}, "pytorch": {"error": 0.1}}, "lynx")
+    assert found == {"error": None, "worst": None, "error_pytorch": 0.1, "right": False}
 
 
 def test_engines_and_tests() -> None:

@@ -31,6 +31,7 @@ from lynx_trt.plugins.launch import (
     shared_bytes,
     tokens_bucket,
 )
+from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import (
     ALIGNMENT,
     MODULES,
@@ -273,7 +274,7 @@ def test_the_table_is_python(tmp_path: Path) -> None:
     }
     select = {(90, 8, 2, 16): replace(select_launch(16, 8, 2, 90), microseconds=5.5)}
     path = tmp_path / "table.py"
-    path.write_text(tune.render_table("a GPU", experts, select))
+    path.write_text(render_table("a GPU", experts, select))
     table = runpy.run_path(str(path))
     assert table["EXPERTS"] == experts
     assert table["SELECT"] == select
