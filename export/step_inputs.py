@@ -61,6 +61,7 @@ class Step:
         graph.inputs.append(self.budgets)
         if self._nodes:
             graph.insert_before(graph[0], self._nodes)
+        self._nodes = []
 
     @property
     def phase_known(self) -> bool:
