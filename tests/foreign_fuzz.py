@@ -98,8 +98,11 @@ def _in_another_order(nodes: list[onnx.NodeProto], known: set[str], choose: rand
     return order
 
 
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A bfloat16 model in float32, with the same numbers: ONNX Runtime's CPU can't multiply in bfloat16."""
+    """A model of halves in float32, with the same numbers: rounding plays no part, and ONNX Runtime's CPU runs it."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for graph in (result.graph, *result.functions):
@@ -107,7 +110,7 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in result.graph.initializer:
         _widen(tensor)
     for value in (*result.graph.input, *result.graph.output, *result.graph.value_info):
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+        if value.type.tensor_type.elem_type in _HALVES:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     return result
 
@@ -117,14 +120,14 @@ def _widen_nodes(nodes: object) -> None:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _widen(attribute.t)
-            if attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+            if attribute.name == "to" and attribute.i in _HALVES:
                 attribute.i = TensorProto.FLOAT
             if attribute.HasField("g"):
                 _widen_nodes(attribute.g.node)
 
 
 def _widen(tensor: onnx.TensorProto) -> None:
-    if tensor.data_type == TensorProto.BFLOAT16:
+    if tensor.data_type in _HALVES:
         array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
