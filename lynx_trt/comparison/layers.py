@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lynx_trt.artifact import Artifact
-from lynx_trt.comparison.runners import OrtRunner, Spec
+from lynx_trt.comparison.runners import BackendRunner, Spec, open_ort
 from lynx_trt.console import Progress
 from lynx_trt.runtime.backend import Array
 
@@ -41,12 +41,13 @@ def times(
 
 def _profile(artifact: Artifact, spec: Spec, ids: Array, options: CompareOptions) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        runner = OrtRunner(artifact, spec, len(ids), options.threads, profile=Path(folder) / "step")
+        backend = open_ort(artifact, spec, len(ids), options.threads, profile=Path(folder) / "step")
+        runner = BackendRunner(backend, artifact, spec.budgets)
         runner.prefill(np.ascontiguousarray(ids[:, : options.prompt]))
         steps = min(STEPS, ids.shape[1] - options.prompt)
         for step in range(steps):
             runner.decode(np.ascontiguousarray(ids[:, options.prompt + step]))
-        files = [json.loads(Path(name).read_text(encoding="utf-8")) for name in runner.backend.end_profile()]
+        files = [json.loads(Path(name).read_text(encoding="utf-8")) for name in backend.end_profile()]
     # A prefill restricts nothing, so it is the first run of the last graph.
     starts = [0] * len(files)
     starts[-1] = _runs(files[-1])[0]["ts"] + _runs(files[-1])[0]["dur"]

@@ -85,22 +85,13 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
     report["samples"] = _with_text_keys(asdict(samples))
     report["summary"] = summarize(report)
     report["layers"] = layers.times(artifact, [item.spec for item in opened if item.runner], ids, options, progress)
-    del runners
+    runners.clear()
     for item in opened:
-        item.runner = None if item.runner is None else _Gone()
+        if item.runner:
+            item.runner.close()
+            item.runner = None
     report["runners"] = _describe_runners(artifact, opened, options, progress)
     return report
-
-
-class _Gone:
-    """Stands for a runner whose memory was given back."""
-
-    active = None
-
-    def prefill(self, ids: Array) -> Array:
-        raise NotImplementedError
-
-    decode = prefill
 
 
 def check(options: CompareOptions) -> None:

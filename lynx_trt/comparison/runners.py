@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +12,10 @@ import numpy as np
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.errors import CheckpointError, LynxError
-from lynx_trt.runtime.backend import Array
+from lynx_trt.preflight import engine_problems
+from lynx_trt.runtime.backend import Array, Backend
+from lynx_trt.runtime.open import backend_available, open_backend
+from lynx_trt.runtime.ort import OrtBackend
 
 if TYPE_CHECKING:
     from lynx_trt.runtime.lowering import Form
@@ -31,6 +34,10 @@ class Runner(Protocol):
 
     def decode(self, tokens: Array) -> Array:
         """One token [B] i64 for each sequence; returns logits [B,V]."""
+        ...
+
+    def close(self) -> None:
+        """The runner is not used any more."""
         ...
 
     @property
@@ -64,34 +71,48 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
-class OrtRunner:
-    """The artifact's graph in ONNX Runtime on the CPU."""
+class BackendRunner:
+    """The artifact on one of our own backends, in steps that it is prepared for."""
 
-    def __init__(
-        self, artifact: Artifact, spec: Spec, slots: int, threads: int | None, profile: Path | None = None
-    ) -> None:
-        from lynx_trt.runtime.ort import OrtBackend
-
-        form: Form | None = spec.form  # type: ignore[assignment]  # a Spec also describes what is no graph
-        self.backend = OrtBackend(artifact, slots, threads=threads, form=form, profile=profile)
-        self._budgets = np.array(spec.budgets, np.int32)
+    def __init__(self, backend: Backend, artifact: Artifact, budgets: Sequence[int]) -> None:
+        """`budgets` [N] are those of decode steps; a prefill has all experts."""
+        self.backend = backend
+        self._budgets = np.array(budgets, np.int32)
         self._everything = np.array([layer.experts for layer in artifact.manifest.model.moe_layers], np.int32)
         self._past = np.zeros(0, np.int64)
         self._active: Array | None = None
 
     def prefill(self, ids: Array) -> Array:
         """See Runner."""
-        lengths = np.full(len(ids), ids.shape[1], np.int64)
-        result = self.backend.step(ids, np.zeros_like(lengths), lengths, self._everything)
-        self._past = lengths
-        return result.logits
+        sizes, logits = self.backend.sizes, []
+        for first in range(0, len(ids), sizes.prefill_rows):
+            rows = ids[first : first + sizes.prefill_rows]
+            for start in range(0, ids.shape[1], sizes.prefill_length):
+                chunk = np.ascontiguousarray(rows[:, start : start + sizes.prefill_length])
+                past, lengths = (np.full(len(rows), value, np.int64) for value in (start, chunk.shape[1]))
+                result = self.backend.step(chunk, past, lengths, self._everything, first=first)
+            logits.append(np.array(result.logits))
+        self._past = np.full(len(ids), ids.shape[1], np.int64)
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def decode(self, tokens: Array) -> Array:
-        """See Runner."""
-        result = self.backend.step(tokens[:, None], self._past, np.ones_like(self._past), self._budgets)
+        """See Runner; a batch between two sizes that the backend is prepared for is filled up with idle rows."""
+        batch = len(tokens)
+        idle = next((rows for rows in self.backend.sizes.decode_rows if rows >= batch), batch) - batch
+        lengths = np.ones(batch, np.int64)
+        past = self._past
+        if idle:
+            tokens, past, lengths = (np.pad(values, (0, idle)) for values in (tokens, past, lengths))
+        result = self.backend.step(tokens[:, None], past, lengths, self._budgets)
         self._past = self._past + 1
         self._active = result.active
-        return result.logits
+        return result.logits[:batch]
+
+    def close(self) -> None:
+        """Give back what the backend holds beyond this process's own memory."""
+        close = getattr(self.backend, "close", None)
+        if close:
+            close()
 
     @property
     def active(self) -> Array | None:
@@ -136,6 +157,10 @@ class HuggingFaceRunner:
         logits: Array = out.logits[:, -1].float().numpy()
         return logits
 
+    def close(self) -> None:
+        """See Runner."""
+        del self._model, self._cache
+
     @property
     def active(self) -> Array | None:
         """See Runner."""
@@ -164,12 +189,20 @@ def specs(
         ),
     }
     found = [known[name] for name in baselines]
-    for budget in budgets:
-        chosen = _budgets(artifact, budget)
-        name = "ONNX Runtime, lowered, " + ("selection off" if budget == "off" else f"budget {budget}")
-        found.append(Spec(f"{PREFIX}{budget}", name, False, "ort", chosen, "auto"))
-    found = list(dict.fromkeys(found))
-    return [*found, Spec(TENSORRT, "TensorRT engine", False, "tensorrt", absent=_no_tensorrt(artifact))]
+    chosen = {budget: _budgets(artifact, budget) for budget in dict.fromkeys(budgets)}
+    for budget, values in chosen.items():
+        what = f"ONNX Runtime, lowered, {_say(budget)}"
+        found.append(Spec(f"{PREFIX}{budget}", what, False, "ort", values, "auto"))
+    absent = _no_tensorrt(artifact)
+    if absent:
+        return [*found, Spec(TENSORRT, "TensorRT engine", False, "tensorrt", absent=absent)]
+    for budget, values in chosen.items():
+        found.append(Spec(f"{TENSORRT}@{budget}", f"TensorRT engine, {_say(budget)}", False, "tensorrt", values))
+    return found
+
+
+def _say(budget: str) -> str:
+    return "selection off" if budget == "off" else f"budget {budget}"
 
 
 def _budgets(artifact: Artifact, budget: str) -> tuple[int, ...]:
@@ -180,14 +213,13 @@ def _budgets(artifact: Artifact, budget: str) -> tuple[int, ...]:
     return tuple(budgets_for(artifact.manifest, None if budget == "own" else budget))
 
 
-def _no_tensorrt(artifact: Artifact) -> str:
-    from lynx_trt.tensorrt.gpu import compute_capabilities
-
+def _no_tensorrt(artifact: Artifact) -> str | None:
+    """Why the artifact's engine can't be a candidate here; None if nothing is known to hinder it."""
     if artifact.manifest.engine is None:
         return f"the artifact has no engine ({artifact.manifest.engine_absent})"
-    if not compute_capabilities():
-        return "no GPU on this machine"
-    return "this version of lynx-trt can't run engines in a comparison yet"
+    if not backend_available("tensorrt"):
+        return "no GPU on this machine, or no TensorRT"
+    return "; ".join(engine_problems(artifact)) or None
 
 
 def open_runner(artifact: Artifact, spec: Spec, slots: int, threads: int | None) -> Opened:
@@ -196,15 +228,24 @@ def open_runner(artifact: Artifact, spec: Spec, slots: int, threads: int | None)
         return Opened(spec, None, spec.absent)
     start = time.perf_counter()
     try:
-        runner = _make(artifact, spec, slots, threads)()
+        runner = _make(artifact, spec, slots, threads)
     except LynxError as error:
         return Opened(spec, None, str(error))
     return Opened(spec, runner, None, time.perf_counter() - start)
 
 
-def _make(artifact: Artifact, spec: Spec, slots: int, threads: int | None) -> Callable[[], Runner]:
+def open_ort(
+    artifact: Artifact, spec: Spec, slots: int, threads: int | None, profile: Path | None = None
+) -> OrtBackend:
+    """The backend of a Spec of kind `ort`."""
+    form: Form | None = spec.form  # type: ignore[assignment]  # a Spec also describes what is no graph
+    return OrtBackend(artifact, slots, threads=threads, form=form, profile=profile)
+
+
+def _make(artifact: Artifact, spec: Spec, slots: int, threads: int | None) -> Runner:
     if spec.kind == "hf":
         assert spec.source is not None
-        source = spec.source
-        return lambda: HuggingFaceRunner(source, threads)
-    return lambda: OrtRunner(artifact, spec, slots, threads)
+        return HuggingFaceRunner(spec.source, threads)
+    if spec.kind == "tensorrt":
+        return BackendRunner(open_backend(artifact, slots, name="tensorrt"), artifact, spec.budgets)
+    return BackendRunner(open_ort(artifact, spec, slots, threads), artifact, spec.budgets)

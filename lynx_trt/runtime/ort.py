@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lynx_trt.runtime.lowering import Form
 
+# Precisions that ONNX Runtime has on the CPU; a lowered graph is float32 whatever it was built in.
 ELEMENT = {"fp32": np.float32, "fp16": np.float16}
 ONNX_FILE = "model.onnx"
 # Where a graph that is loaded from memory has its external data.
@@ -48,13 +49,13 @@ class OrtBackend:
             profile: where ONNX Runtime writes the time of each node, up to `end_profile`; the name gets a suffix.
 
         Raises:
-            ArtifactError: onnxruntime is missing, can't load the graph, or the precision is none it has on the CPU.
+            ArtifactError: onnxruntime is missing, can't load the graph, or its own precision is none it has on the CPU.
         """
         model = artifact.manifest.model
-        if model.precision not in ELEMENT:
+        if form in (None, "body") and model.precision not in ELEMENT:
             raise ArtifactError(
                 f"{artifact.folder} is built in {model.precision}, which ONNX Runtime can't compute on the CPU; "
-                "build it with --precision fp16 or fp32 to run it here"
+                "build it with --precision fp16 or fp32 to run its graph as it is"
             )
         self.slots, self.sizes = slots, StepSizes()
         self._artifact = artifact
