@@ -466,7 +466,8 @@ def test_full_queue_and_three_ends(long_artifact: Artifact, tmp_path: Path) -> N
 def _check_full_queue_and_dead_model(server: Server) -> None:
     _check_full_queue(server)
     server.model().kill()
-    assert server.process.wait(30) == 0
+    # It is ended, or gives up by itself first: its Python backend may trip over what the dead process left.
+    assert server.process.wait(30) in (0, -signal.SIGABRT)
 
 
 def _check_kill(server: Server) -> None:
