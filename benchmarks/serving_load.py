@@ -1,14 +1,14 @@
 """What does a served model give at 1 to 64 requests at once, and what does the server cost? One command, 6 minutes:
 
     python benchmarks/serving_load.py
-    python benchmarks/serving_load.py --show     # tables and plot of what is recorded, nothing measured
+    python benchmarks/serving_load.py --show     # only tables and plot of what is recorded
 
 It builds the shipped model, serves it on free ports of loopback, and measures three things. *Load*: so many clients
 ask one request after the other, of mixed lengths, for each quality; tokens a second, and percentiles of the time to the
 first token (TTFT) and of each further one (TPOT). *Batching*: one client against sixteen, in turn, with short prompts
 and long answers. *Overhead*: batches of requests, in turn to the server and to `lynx_trt.generate` in this process; the
-ratio of their times per token. Everything goes to benchmarks/results/serving_load.json with what it ran on; tables
-and plot come from that file alone.
+ratio of their times per token. Everything goes to benchmarks/results/serving_load.json with what it ran on; the
+tables in docs/serving.md and the plot come from that file alone.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ import numpy as np
 import psutil
 from http_stream import Answer, ask
 from serving_common import RESULTS, Target, metric, where
-from serving_report import plot, tables
+from serving_report import insert, plot, tables
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 QUALITIES = ("max", "balanced", "fast")
 COUNTERS = ("lynx_output_tokens_total", "lynx_decode_steps_total", "lynx_decode_seconds_total")
 FLUSH_SECONDS = 1.5  # counters are handed over once a second
 NAME = "lynx-tiny"
-PLOT = Path(__file__).parent.parent / "docs" / "images" / "serving_load.png"
+DOCS = Path(__file__).parent.parent / "docs"
+PLOT, PAGE = DOCS / "images" / "serving_load.png", DOCS / "serving.md"
 
 
 def prompts(seed: int, count: int, most: int = 600) -> list[str]:
@@ -287,6 +288,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_load.json")
     parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--page", type=Path, default=PAGE, help="where the tables go")
     parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
     if not options.show:
@@ -296,6 +298,7 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     record = json.loads(options.output.read_text(encoding="utf-8"))
     plot(record, options.plot)
+    insert(record, options.page)
     print(tables(record))
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables and a plot of what benchmarks/serving_load.py has recorded."""
+"""Markdown tables and a plot of what benchmarks/serving_load.py has recorded, and their place in docs/serving.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+BEGIN, END = "<!-- begin: benchmarks/serving_load.py -->", "<!-- end -->"
+
+
+def insert(record: Record, page: Path) -> None:
+    """Put the tables between the two marks of a page, in the place of what is there."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{tables(record)}\n\n{END}{after}", encoding="utf-8")
 
 
 def tables(record: Record) -> str:
