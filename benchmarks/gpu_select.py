@@ -6,7 +6,8 @@ selection off (a budget of all experts). Contenders:
     lynx           LynxSelect as in an engine
     lynx_metadata  LynxSelect with the complete metadata: the list of active experts, the tokens of each
     sort           PyTorch's sort, histogram and running sum, as transformers' experts use them: metadata, no selection
-    vllm           vLLM's alignment of tokens to blocks, where it can be had: metadata, no selection
+
+The inputs are in L2, as a router has just left them there.
 
     python benchmarks/gpu_select.py --output FILE.json [--model NAME] [--seconds N] [--dry-run]
 """

@@ -370,7 +370,9 @@ def main(
                 select[chosen] = selection
                 bars.say(f"{name}, {tokens} tokens, selection: {selection.microseconds} us; {selection.reason}")
                 # Written as it grows: what has been measured survives an interruption.
-                output.write_text(render_table(gpu.name, experts, select))
+                aside = output.with_name(f"{output.name}.part")
+                aside.write_text(render_table(gpu.name, experts, select), encoding="utf-8")
+                aside.replace(output)
                 update(number / len(sizes))
 
 
