@@ -90,8 +90,8 @@ def test_a_failed_part_is_written_down_and_the_next_begins(tmp_path: Path) -> No
 def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     """What it had recorded stays, and the rest of the time is the next one's."""
     started = time.monotonic()
-    found = run(tmp_path, [fake(tmp_path, "hangs", HANGS), fake(tmp_path, "good", GOOD)], minutes=0.1)["parts"]
-    assert time.monotonic() - started < 30
+    found = run(tmp_path, [fake(tmp_path, "hangs", HANGS), fake(tmp_path, "good", GOOD)], minutes=0.3)["parts"]
+    assert time.monotonic() - started < 60
     assert found["hangs"]["status"] == "timed out"
     assert found["hangs"]["exit_code"] is None
     child = found["hangs"]["result"]["child"]
