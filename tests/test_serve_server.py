@@ -466,8 +466,9 @@ def test_full_queue_and_three_ends(long_artifact: Artifact, tmp_path: Path) -> N
 def _check_full_queue_and_dead_model(server: Server) -> None:
     _check_full_queue(server)
     server.model().kill()
-    # It is ended, or gives up by itself first: its Python backend may trip over what the dead process left.
-    assert server.process.wait(30) in (0, -signal.SIGABRT)
+    # How differs: its Python backend may unload the model, wait for it as long as --drain allows, or abort by itself.
+    server.process.wait(60)
+    assert not server.ready()
 
 
 def _check_kill(server: Server) -> None:
