@@ -76,8 +76,8 @@ def sum_by_kind(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def _kind(name: str, op: str) -> str:
-    if "lowered/" in name or op in ("MoE", "Loop", "If", "TopK") or "Lynx" in name:
-        return KINDS[0]
-    if op in ATTENTION:
+    if op in ATTENTION or "lowered/attention" in name:
         return KINDS[1]
+    if "lowered/experts" in name or op in ("MoE", "Loop", "If", "TopK") or "Lynx" in name:
+        return KINDS[0]
     return KINDS[2] if op in DENSE else KINDS[3]

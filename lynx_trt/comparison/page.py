@@ -23,13 +23,15 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; m
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #d5dae0; text-align: right; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #d5dae0; text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; } .words td:nth-child(2) { text-align: left; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 .baseline { color: #57606a; } .better { color: #0a6b33; font-weight: 600; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 44rem; }
 figcaption, .small { color: #57606a; font-size: .9rem; }
 ul.problems { background: #fff8e6; padding: .7rem 1.8rem; border-left: 4px solid #E69F00; }
-@media print { body { max-width: none; } h2, figure { break-inside: avoid; } .scroll { overflow: visible; } }
+@media print { body { max-width: none; } table { font-size: .75rem; }
+  h2, figure { break-inside: avoid; } .scroll { overflow: visible; } }
 """
 
 
@@ -84,13 +86,13 @@ def _problems(report: Mapping[str, Any]) -> str:
     return f'<p>Not in this comparison:</p><ul class="problems">{items}</ul>'
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Rows are (class, cells)."""
+def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], kind: str = "") -> str:
+    """Rows are (class, cells); a table of the class `words` has words in its second column."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for kind, cells in rows
+        f'<tr class="{row}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for row, cells in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _speed_table(report: Mapping[str, Any]) -> str:
@@ -147,7 +149,7 @@ def _size_table(report: Mapping[str, Any]) -> str:
             )
         )
     files = ", ".join(f"{escape(name)} {size(count)}" for name, count in report["artifact"]["files"].items())
-    table = _table(["", "", "load s", "memory at its peak", "memory after a step"], rows)
+    table = _table(["", "", "load s", "memory at its peak", "memory after a step"], rows, "words")
     return f'{table}<p class="small">Files of the artifact: {files}.</p>'
 
 

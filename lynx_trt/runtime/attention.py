@@ -64,7 +64,7 @@ class _Cached:
         edit.take(self.key)
         edit.take(self.value)
         place = edit.take(self.node)
-        with edit.inserting(place):
+        with edit.inserting(place, "attention"):
             query = self._flat(edit, self.node.input[0], self.heads)
             key = self._flat(edit, self.key.input[1], self.key_heads)
             value = self._flat(edit, self.value.input[1], self.key_heads)
@@ -144,7 +144,7 @@ def _lengths(edit: GraphEdit, ends: str) -> tuple[str, str, str]:
 
 def _trim(edit: GraphEdit, node: onnx.NodeProto) -> None:
     """Let an Attention see the cache up to the longest sequence, not to its end."""
-    with edit.inserting(edit.take(node)):
+    with edit.inserting(edit.take(node), "attention"):
         ends = node.input[6]
         rows = edit.once(f"rows/{ends}", lambda: _rows(edit, ends))
         copy = onnx.NodeProto()

@@ -31,7 +31,7 @@ class GraphEdit:
         self._places = {id(node): place for place, node in enumerate(model.graph.node)}
         self._removed: set[int] = set()
         self._inserted: dict[int, list[onnx.NodeProto]] = {}
-        self._place = len(model.graph.node)
+        self._place, self._scope = len(model.graph.node), "rest"
         self._known: dict[Any, str] = {}
         self._counter = 0
 
@@ -68,11 +68,12 @@ class GraphEdit:
         return place
 
     @contextmanager
-    def inserting(self, place: int) -> Iterator[None]:
-        """New nodes go to this place of the graph."""
-        before, self._place = self._place, place
+    def inserting(self, place: int, scope: str) -> Iterator[None]:
+        """New nodes go to this place of the graph, their names begin with `lowered/` and the scope."""
+        before = self._place, self._scope
+        self._place, self._scope = place, scope
         yield
-        self._place = before
+        self._place, self._scope = before
 
     def add(self, op: str, inputs: Sequence[str], *, outputs: Sequence[str] | None = None, **attributes: Any) -> str:
         """A node with one output; returns its name."""
@@ -147,7 +148,7 @@ class GraphEdit:
     def name(self, what: str) -> str:
         """A new name."""
         self._counter += 1
-        return f"lowered/{what}_{self._counter}"
+        return f"lowered/{self._scope}/{what}_{self._counter}"
 
 
 def _slice(tensor: onnx.TensorProto, index: int, name: str) -> onnx.TensorProto:

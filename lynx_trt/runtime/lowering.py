@@ -137,7 +137,7 @@ def _count_active(edit: GraphEdit, logits: Sequence[str], experts: int, k: int) 
     """`active_experts` [N] from all layers' logits at once: ten nodes a step instead of ten a layer."""
     last = edit.producer(ACTIVE)
     assert last is not None
-    with edit.inserting(edit.take(last)):
+    with edit.inserting(edit.take(last), "experts"):
         add, number = edit.add, edit.integers
         _, index = edit.add_many("TopK", [add("Concat", list(logits), axis=0), number([k])], 2, axis=1)
         table = add("Reshape", [index, number([len(logits), -1])])
@@ -175,7 +175,7 @@ class _Layer:
         shape = self.edit.shape(self.down)
         self.e, self.h, self.i = (shape[0], shape[2], shape[1]) if self.form["transposed"] else shape
         at = self.edit.take(self.experts)
-        with self.edit.inserting(at):
+        with self.edit.inserting(at, "experts"):
             if form in ("baseline", "unrestricted"):
                 self._baseline()
             elif form == "fused":
