@@ -59,13 +59,13 @@ def silent(_: str) -> Callable[[float], None]:
 
 def main(
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 16,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0,1,2",
     count: Annotated[int, typer.Option(help="Sequences: half to choose on, half held out.")] = 64,
     journal: Annotated[Path | None, typer.Option(help="Folder to go on in after an interruption.")] = None,
 ) -> None:
     """Run every target with every seed; exit 1 if a promise is broken."""
     probed, rows = shipped(), []
-    for seed in range(seeds):
+    for seed in (int(part) for part in seeds.split(",")):
         identity = {"batch": batch, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
         log = Journal(journal / str(seed), identity, resume=True) if journal else None
         meters = zip(parts(probed, count, seed), ("choose", "check", "more"), strict=True)
