@@ -26,7 +26,7 @@ def _place(record: Record) -> str:
     return (
         f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
         f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']} with "
-        f"{record['threads']} thread(s), "
+        f"{record['threads']} thread(s), load average {record['load_before']} before, "
         f"Python {record['python']}, {record['server']}, commit {record['commit']}, {record['time'][:10]}; "
         f"`{record['command']}`."
     )
