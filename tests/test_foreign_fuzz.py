@@ -34,7 +34,8 @@ def _tolerance(spec: Spec) -> float:
     return TOLERANCE if spec.dtype == "fp32" else 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("seed", range(START, STOP))
+# 161: one expert a token in bfloat16, whose weight is 1 and whose unrenormalised score is nearly that.
+@pytest.mark.parametrize("seed", [*range(START, STOP), 161])
 def test_rewritten_models_give_the_same_numbers(seed: int, tmp_path: Path) -> None:
     spec = _spec(seed)
     foreign, rewritten = rewrite(original(spec, seed), tmp_path)

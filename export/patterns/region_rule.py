@@ -121,7 +121,11 @@ class _Layout:
             if len(self._firsts) == 1 and not self._found.swapped:
                 gate_up = self._stored(self._firsts[0], transposed)
             as_stored[transposed] = (gate_up, self._stored(self._down, transposed))
-        transposed = max((False, True), key=lambda way: sum(weight is not None for weight in as_stored[way]))
+        rows = [group[0].strides[-1] == 1 for group in (*self._firsts, self._down)]
+        moved = {False: rows.count(False), True: rows.count(True)}  # matrices that would have to be transposed
+        transposed = max(
+            (False, True), key=lambda way: (sum(weight is not None for weight in as_stored[way]), -moved[way])
+        )
         gate_up, down = as_stored[transposed]
         return gate_up or self._gate_up(transposed), down or self._stack([self._down], transposed), transposed
 

@@ -48,11 +48,12 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The form, whether up comes before gate, and the weights [T,K] of the experts in `index` order."""
+    """The form, whether up comes before gate, the weights [T,K] of the experts in `index` order, what they leave."""
 
     form: ExpertsForm
     swapped: bool
     weight: Array
+    error: float
 
 
 def fit_form(
@@ -77,7 +78,7 @@ def fit_form(
             continue
         found = coefficients(weights, form, swapped, hidden, index, output, tolerance)
         if found is not None and (best is None or found.error < best[0] / 3):
-            best = (found.error, Fitted(form, swapped, found.weight))
+            best = (found.error, Fitted(form, swapped, found.weight, found.error))
             if found.error <= _EXACT:
                 break
     return None if best is None else best[1]

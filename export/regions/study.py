@@ -243,8 +243,9 @@ class _Probe:
         order: tuple[int, ...] | None,
     ) -> Understood:
         """Find the weights among the region's values, and the rule that they follow."""
-        weight = self._find_weight(observed, fitted.weight)
-        rule = fit_rule(fitted.weight, index, self._sources(observed), self._scalars, self._tolerance)
+        tolerance = self._as_exact_as(fitted.error)
+        weight = self._find_weight(observed, fitted.weight, tolerance)
+        rule = fit_rule(fitted.weight, index, self._sources(observed), self._scalars, tolerance)
         if weight is None and rule is None:
             raise RefusedError("how its router weighs the experts is no known rule, and no value of the graph holds it")
         natural = tuple(range(self._sizes.experts))
@@ -257,14 +258,21 @@ class _Probe:
         shapes = self._region.shapes_of.items()
         return next((name for name, value in shapes if self._prober.shape(value) == output.shape), None)
 
-    def _find_weight(self, observed: Observed, weight: Array) -> str | None:
+    def _as_exact_as(self, error: float) -> float:
+        """How far weights may be off that were told with this error.
+
+        Not the type's whole tolerance: a sigmoid is within 3% of 1 for many a score.
+        """
+        return min(self._tolerance, max(TOLERANCES["FLOAT"], 10 * error))
+
+    def _find_weight(self, observed: Observed, weight: Array, tolerance: float) -> str | None:
         """The earliest value that holds the weights [..,K] that the experts are summed with."""
         told = ~np.isnan(weight).any(axis=1)
         for name in self._names():
             array = observed.get(name, weight.shape[1])
             if array is None or array.dtype.kind != "f" or len(array) != len(weight):
                 continue
-            if np.allclose(array[told], weight[told], rtol=self._tolerance, atol=1e-3 * self._tolerance):
+            if np.allclose(array[told], weight[told], rtol=tolerance, atol=1e-3 * tolerance):
                 return name
         return None
 
@@ -393,9 +401,8 @@ class _Probe:
             expected = observed.get(found.weight, self._anchor.count)
         elif found.rule is not None:
             expected = predict(found.rule, index, dict(self._sources(observed)))
-        if expected is None or not np.allclose(
-            expected[told], used[told], rtol=10 * self._tolerance, atol=self._tolerance
-        ):
+        tolerance = self._as_exact_as(fitted.error)
+        if expected is None or not np.allclose(expected[told], used[told], rtol=10 * tolerance, atol=tolerance):
             raise RefusedError("its router weighs otherwise where some experts have no token")
 
 
