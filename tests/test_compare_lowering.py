@@ -11,7 +11,7 @@ import pytest
 
 from lynx_trt.artifact import Artifact, check_files
 from lynx_trt.errors import ArtifactError
-from lynx_trt.runtime.lowering import Form, lower, restricts_nothing
+from lynx_trt.runtime.lowering import Form, Unrestricted, lower
 from lynx_trt.runtime.ort import OrtBackend
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -99,7 +99,7 @@ def test_what_restricts_nothing(artifact: Callable[..., Artifact]) -> None:
     one = np.ones(2, np.int64)
 
     def free(budget: int, lengths: Array = one, width: int = 1, artifact: Artifact = built) -> bool:
-        return restricts_nothing(artifact, lengths, width, np.full(2, budget, np.int32))
+        return Unrestricted(artifact).holds(lengths, width, np.full(2, budget, np.int32))
 
     assert free(4)  # two tokens have four experts at most
     assert not free(3)

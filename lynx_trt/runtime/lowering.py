@@ -61,23 +61,29 @@ class Lowered:
     forms: tuple[str, ...]
 
 
-def restricts_nothing(artifact: Artifact, lengths: Array, width: int, budgets: Array) -> bool:
-    """Whether a step is the model's own routing: no padding, and budgets [N] that all of its experts fit in.
+class Unrestricted:
+    """Tells the steps that are the model's own routing: no padding, and budgets that all of its experts fit in.
 
     T tokens have at most T K experts. (An expert of weight exactly 0 has no vote and could still lose its place;
     what it adds is 0 either way.) Where votes go to all experts, a token's own can lose against others.
     """
-    if not (lengths == width).all():
-        return False
-    model = artifact.manifest.model
-    if width > model.decode_max_length:
-        return True
-    votes_for_own = artifact.manifest.selection.parameters["vote"] != "score"
-    tokens = len(lengths) * width
-    return all(
-        budget >= (min(layer.experts, tokens * layer.experts_per_token) if votes_for_own else layer.experts)
-        for layer, budget in zip(model.moe_layers, budgets.tolist(), strict=True)
-    )
+
+    def __init__(self, artifact: Artifact) -> None:
+        """For the steps of one artifact."""
+        model = artifact.manifest.model
+        self._longest_decode = model.decode_max_length
+        self._experts = np.array([layer.experts for layer in model.moe_layers])
+        self._k = np.array([layer.experts_per_token for layer in model.moe_layers])
+        self._votes_for_own = artifact.manifest.selection.parameters["vote"] != "score"
+
+    def holds(self, lengths: Array, width: int, budgets: Array) -> bool:
+        """Whether a step of rows of `width` tokens, `lengths` [B] of them real, is one under `budgets` [N]."""
+        if not (lengths == width).all():
+            return False
+        if width > self._longest_decode:
+            return True
+        own = np.minimum(self._experts, len(lengths) * width * self._k) if self._votes_for_own else self._experts
+        return bool((budgets >= own).all())
 
 
 class NoFitError(Exception):
@@ -91,7 +97,7 @@ def lower(artifact: Artifact, *, form: Form = "auto") -> Lowered:
         artifact: the artifact; its files are only read.
         form: how every MoE layer is computed. `auto` chooses by shape; `baseline` is what a user would have without
             us, `com.microsoft.MoE` straight from the router's logits and no selection; `unrestricted` is the same
-            with a count of the active experts, right where `restricts_nothing`; `body` keeps the functions.
+            with a count of the active experts, right where `Unrestricted` holds; `body` keeps the functions.
 
     Raises:
         ArtifactError: the graph can't be read, or a layer can't be computed in the form that was asked for; the

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Precisions that ONNX Runtime has on the CPU; a lowered graph is float32 whatever it was built in.
 ELEMENT = {"fp32": np.float32, "fp16": np.float16}
 ONNX_FILE = "model.onnx"
+IDS, BUDGETS = "input_ids", "budgets"
+INPUTS = (IDS, "past_lengths", "lengths")
+BINDINGS = 256  # of decode steps that are kept: one for each batch size, and more where slots in the middle decode
 # Where a graph that is loaded from memory has its external data.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -51,6 +54,8 @@ class OrtBackend:
         Raises:
             ArtifactError: onnxruntime is missing, can't load the graph, or its own precision is none it has on the CPU.
         """
+        from lynx_trt.runtime.lowering import Unrestricted
+
         model = artifact.manifest.model
         if form in (None, "body") and model.precision not in ELEMENT:
             raise ArtifactError(
@@ -58,9 +63,9 @@ class OrtBackend:
                 "build it with --precision fp16 or fp32 to run its graph as it is"
             )
         self.slots, self.sizes = slots, StepSizes()
-        self._artifact = artifact
         self._session, self._free = _sessions(artifact, threads, form, profile)
         element = ELEMENT[model.precision] if form is None else np.float32
+        self._unrestricted = Unrestricted(artifact)
         self._caches: dict[str, Array] = {}
         for layer, cache in enumerate(model.caches):
             shapes = {"key": (cache.key_heads, cache.key_size), "value": (cache.value_heads, cache.value_size)}
@@ -69,6 +74,13 @@ class OrtBackend:
                 buffer = np.zeros((slots, heads, model.cache_rows, size), dtype=element)
                 self._caches[f"key_values.{layer}.{part}"] = buffer
         self._rows = model.max_length
+        # A decode step's inputs and outputs stay where they are, so that it is bound once: binding some 30 values
+        # took as long as the nodes of lynx-tiny at batch 1.
+        self._inputs = {name: np.zeros((slots, 1) if name == IDS else slots, np.int64) for name in INPUTS}
+        self._inputs[BUDGETS] = np.zeros(len(model.moe_layers), np.int32)
+        self._logits = np.zeros((slots, model.vocabulary), np.float32)
+        self._active = np.zeros(len(model.moe_layers), np.int32)
+        self._bindings: dict[tuple[bool, int, int], Any] = {}
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
@@ -85,27 +97,40 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
-        session = self._session
-        if self._free is not session:
-            from lynx_trt.runtime.lowering import restricts_nothing
+        free = self._free is not self._session and self._unrestricted.holds(lengths, length, budgets)
+        values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets}
+        if length == 1:
+            for name, value in values.items():
+                self._inputs[name][: len(value)] = value
+            binding = self._bound(free, first, batch)
+        else:
+            inputs = {n: np.ascontiguousarray(v, self._inputs[n].dtype) for n, v in values.items()}
+            binding = self._bind(free, rows, inputs)
+        (self._free if free else self._session).run_with_iobinding(binding)
+        return StepResult(self._logits[:batch].copy(), self._active.copy())
 
-            if restricts_nothing(self._artifact, lengths, length, budgets):
-                session = self._free
-        binding = session.io_binding()
-        feeds = {"input_ids": input_ids, "past_lengths": past_lengths, "lengths": lengths}
-        dtypes = {"budgets": np.int32}
-        if session is not self._free or session is self._session:
-            feeds["budgets"] = budgets
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value, dtype=dtypes.get(name, np.int64)))
+    def _bound(self, free: bool, first: int, batch: int) -> Any:
+        """The binding of a decode step."""
+        key = free, first, batch
+        if key not in self._bindings:
+            if len(self._bindings) >= BINDINGS:
+                self._bindings.clear()
+            inputs = {name: value[:batch] if name != BUDGETS else value for name, value in self._inputs.items()}
+            self._bindings[key] = self._bind(free, slice(first, first + batch), inputs)
+        return self._bindings[key]
+
+    def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> Any:
+        """Inputs that live as long as the binding, and outputs of every step in the same memory."""
+        binding = (self._free if free else self._session).io_binding()
+        for name, value in inputs.items():
+            if not (free and name == BUDGETS):
+                _bind(binding.bind_input, name, value)
         for name, cache in self._caches.items():
             _bind(binding.bind_input, f"past_{name}", cache[rows])
             _bind(binding.bind_output, f"present_{name}", cache[rows])
-        binding.bind_output("logits", "cpu")
-        binding.bind_output("active_experts", "cpu")
-        session.run_with_iobinding(binding)
-        outputs = dict(zip(self._output_names(), binding.get_outputs(), strict=True))
-        return StepResult(outputs["logits"].numpy(), outputs["active_experts"].numpy())
+        _bind(binding.bind_output, "logits", self._logits[: rows.stop - rows.start])
+        _bind(binding.bind_output, "active_experts", self._active)
+        return binding
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
@@ -121,10 +146,6 @@ class OrtBackend:
         """Stop profiling; returns the files' paths, one for each graph."""
         return [str(session.end_profiling()) for session in dict.fromkeys((self._session, self._free))]
 
-    def _output_names(self) -> list[str]:
-        """Names in the order in which `step` binds them."""
-        return [*(f"present_{name}" for name in self._caches), "logits", "active_experts"]
-
 
 def _bind(bind: Any, name: str, array: Array) -> None:
     bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
@@ -135,11 +156,11 @@ def _sessions(artifact: Artifact, threads: int | None, form: Form | None, profil
 
     There the selection's nodes cost more than the experts, and a second copy of the weights is little.
     """
+    from lynx_trt.runtime.lowering import lower
+
     if form is None:
         session = _session(artifact, str(artifact.path(ONNX_FILE)), threads, profile)
         return session, session
-    from lynx_trt.runtime.lowering import lower
-
     lowered = lower(artifact, form=form)
     session = _session(artifact, lowered.model.SerializeToString(), threads, profile)
     if form != "auto" or set(lowered.forms) != {"fused"}:
