@@ -23,7 +23,9 @@ def tables(record: Record) -> str:
 
 
 def _place(record: Record) -> str:
-    return (
+    busy = record["load_before"] > record["cores"] / 2
+    warning = "**The machine was busy with other work meanwhile, so these figures say little.** " if busy else ""
+    return warning + (
         f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
         f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']} with "
         f"{record['threads']} thread(s), load average {record['load_before']} before, "
