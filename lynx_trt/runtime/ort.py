@@ -54,7 +54,7 @@ class OrtBackend:
         Raises:
             ArtifactError: onnxruntime is missing, can't load the graph, or its own precision is none it has on the CPU.
         """
-        from lynx_trt.runtime.lowering import Unrestricted
+        from lynx_trt.runtime.lowering import Unrestricted, count_active
 
         model = artifact.manifest.model
         if form in (None, "body") and model.precision not in ELEMENT:
@@ -65,7 +65,7 @@ class OrtBackend:
         self.slots, self.sizes = slots, StepSizes()
         self._session, self._free = _sessions(artifact, threads, form, profile)
         element = ELEMENT[model.precision] if form is None else np.float32
-        self._unrestricted = Unrestricted(artifact)
+        self._unrestricted, self._count = Unrestricted(artifact), count_active
         self._caches: dict[str, Array] = {}
         for layer, cache in enumerate(model.caches):
             shapes = {"key": (cache.key_heads, cache.key_size), "value": (cache.value_heads, cache.value_size)}
@@ -80,7 +80,8 @@ class OrtBackend:
         self._inputs[BUDGETS] = np.zeros(len(model.moe_layers), np.int32)
         self._logits = np.zeros((slots, model.vocabulary), np.float32)
         self._active = np.zeros(len(model.moe_layers), np.int32)
-        self._bindings: dict[tuple[bool, int, int], Any] = {}
+        self._experts, self._k = model.moe_layers[0].experts, model.moe_layers[0].experts_per_token
+        self._bindings: dict[tuple[bool, int, int], tuple[Any, Array]] = {}
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
@@ -102,15 +103,16 @@ class OrtBackend:
         if length == 1:
             for name, value in values.items():
                 self._inputs[name][: len(value)] = value
-            binding = self._bound(free, first, batch)
+            binding, routers = self._bound(free, first, batch)
         else:
             inputs = {n: np.ascontiguousarray(v, self._inputs[n].dtype) for n, v in values.items()}
-            binding = self._bind(free, rows, inputs)
+            binding, routers = self._bind(free, rows, inputs)
         (self._free if free else self._session).run_with_iobinding(binding)
-        return StepResult(self._logits[:batch].copy(), self._active.copy())
+        active = self._count(routers, len(self._active), self._k) if free else self._active.copy()
+        return StepResult(self._logits[:batch].copy(), active)
 
-    def _bound(self, free: bool, first: int, batch: int) -> Any:
-        """The binding of a decode step."""
+    def _bound(self, free: bool, first: int, batch: int) -> tuple[Any, Array]:
+        """The binding of a decode step, as `_bind` makes it."""
         key = free, first, batch
         if key not in self._bindings:
             if len(self._bindings) >= BINDINGS:
@@ -119,8 +121,8 @@ class OrtBackend:
             self._bindings[key] = self._bind(free, slice(first, first + batch), inputs)
         return self._bindings[key]
 
-    def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> Any:
-        """Inputs that live as long as the binding, and outputs of every step in the same memory."""
+    def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
+        """Inputs that live as long as the binding, and outputs of every step in the same memory; routers' logits."""
         binding = (self._free if free else self._session).io_binding()
         for name, value in inputs.items():
             if not (free and name == BUDGETS):
@@ -129,8 +131,12 @@ class OrtBackend:
             _bind(binding.bind_input, f"past_{name}", cache[rows])
             _bind(binding.bind_output, f"present_{name}", cache[rows])
         _bind(binding.bind_output, "logits", self._logits[: rows.stop - rows.start])
-        _bind(binding.bind_output, "active_experts", self._active)
-        return binding
+        routers = np.zeros((len(self._active) * inputs[IDS].size if free else 0, self._experts), np.float32)
+        if free:
+            _bind(binding.bind_output, "router_logits", routers)
+        else:
+            _bind(binding.bind_output, "active_experts", self._active)
+        return binding, routers
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
