@@ -44,17 +44,17 @@ def costs(probed: Probed, hardware: str = "h100") -> CostModel:
     return cost_model(hardware, sizes, other)
 
 
-def sequences(count: int, seed: int, more: int = 0) -> Sequences:
+def sequences(count: int, seed: int, more: int = 0, length: int = LENGTH) -> Sequences:
     """Sequences of the text that the shipped model was not trained on."""
     tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
     text = Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
-    return cut(text, tokenizer, separator=0, count=count, length=LENGTH, seed=seed, more=more)
+    return cut(text, tokenizer, separator=0, count=count, length=length, seed=seed, more=more)
 
 
-def parts(probed: Probed, count: int, seed: int) -> tuple[Meter, Meter, Meter]:
+def parts(probed: Probed, count: int, seed: int, length: int = LENGTH) -> tuple[Meter, Meter, Meter]:
     """Meters for the part that choices are made on, for the held-out part, and for the text of neither."""
     half = count // 2
-    drawn = sequences(count, seed, MORE * half)
+    drawn = sequences(count, seed, MORE * half, length)
     first, second, rest = (
         Meter(probed, drawn[rows], prompt=PROMPT, cost=costs(probed), seed=seed)
         for rows in (slice(0, half), slice(half, count), slice(count, len(drawn)))

@@ -100,6 +100,7 @@ def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, var
     return {
         "batch": check.batch,
         "sequences": meter.sequences,
+        "steps": meter.steps,
         "natural_active": [float(value) for value in natural.mean((1, 2))],
         "natural_p99": float(np.percentile(natural, 99)),
         "unrestricted": brief(check.measure([meter.unrestricted()])[0]),
@@ -138,6 +139,7 @@ def transfer(check: Measured) -> dict[str, list[dict[str, Any]]]:
 def main(
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "4,16,64",
     shares: Annotated[str, typer.Option(help="Shares of the natural bytes at which to search by layer.")] = "0.5,0.7",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = LENGTH,
     journal: Annotated[Path | None, typer.Option(help="Folder to go on in after an interruption.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which text is drawn.")] = 0,
 ) -> None:
@@ -145,8 +147,8 @@ def main(
     probed = shipped()
     for size in (int(part) for part in batch.split(",")):
         count = max(64, 2 * size)
-        meters = parts(probed, count, seed)[:2]
-        identity = {"batch": size, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
+        meters = parts(probed, count, seed, length)[:2]
+        identity = {"batch": size, "count": count, "seed": seed, "length": length, "prompt": PROMPT}
         log = Journal(journal / str(size), identity, resume=True) if journal else None
         choose, check = (
             Measured(part, size, name, log) for part, name in zip(meters, ("choose", "check"), strict=True)

@@ -130,7 +130,7 @@ def draw(study: dict[str, Any]) -> None:
         **study,
         "uniform": {n: v for n, v in study["uniform"].items() if n in PUBLISHED or n == "lynx"},
         "frontier": by_layer["budgets by layer"],
-        "others": {"floors by layer": by_layer["floors by layer"]},
+        "others": {name: by_layer[name] for name in ("floors by layer",) if name in by_layer},
         "held_out": None,
     }
     IMAGES.mkdir(parents=True, exist_ok=True)
