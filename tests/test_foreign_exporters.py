@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import foreign_exporters
 import numpy as np
 import onnx
 import pytest
@@ -191,3 +193,18 @@ def test_every_stored_file_is_tested() -> None:
     stored = {path.name.removesuffix(".onnx.xz") for path in FOLDER.glob("*.xz")}
     assert stored == {*FILES, *REFUSED}
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", foreign_exporters.FILES)
+def test_exporters_themselves(name: str, tmp_path: Path) -> None:
+    """The exporters' packages as they are installed, their own weights and all."""
+    folder = os.environ.get("LYNX_EXPORTERS")
+    if folder is None:
+        pytest.skip("python tests/foreign_exporters.py FOLDER makes the files; LYNX_EXPORTERS=FOLDER names them")
+    original = onnx.load(Path(folder) / name / "model.onnx")
+    foreign, rewritten = rewrite(original, tmp_path)
+    *_, pattern = foreign_exporters.FILES[name]
+    assert set(foreign.counts) == {pattern}
+    assert difference(original, rewritten, foreign.experts, length=6) < TOLERANCE
+    assert difference(original, rewritten, foreign.experts, length=1, past=5) < TOLERANCE
