@@ -162,14 +162,15 @@ class View:
         return None if strides is None else View(self.tensor, self.offset, wanted, strides)
 
     def read(self) -> Array:
-        """The elements, contiguous. Of a tensor in a data file, only the span they lie in is read."""
+        """The elements, to be read alone. Of a tensor in a data file, only the span they lie in is read."""
         if not all(self.shape):
             return np.empty(self.shape, self.tensor.dtype.numpy())
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         flat = read_elements(self.tensor, self.offset, span)
         itemsize = flat.dtype.itemsize
         strides = tuple(stride * itemsize for stride in self.strides)
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False))
+        # Not copied: what is stored transposed and wanted so is then moved once, and not twice.
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
