@@ -97,6 +97,9 @@ def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, var
         uniform["floor"] = check.measure([level((n,) * len(experts)) for n in UNIFORM_LEVELS])
         by_layer |= search(choose, "floors", own, shares)[1]
     points = {name: check.measure(settings) for name, settings in by_layer.items()}
+    uses = {"unrestricted": meter.uses(check.batch, None)}
+    if points["budgets by layer"]:  # none where more experts are guaranteed than the share leaves
+        uses["chosen"] = meter.uses(check.batch, points["budgets by layer"][0].setting)
     return {
         "batch": check.batch,
         "sequences": meter.sequences,
@@ -114,10 +117,7 @@ def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, var
             for name in PRESETS
             if name not in ("off", "lynx")
         },
-        "uses": {
-            "unrestricted": meter.uses(check.batch, None),
-            "chosen": meter.uses(check.batch, points["budgets by layer"][0].setting),
-        },
+        "uses": uses,
         "transfer": transfer(check),
     }
 

@@ -54,7 +54,7 @@ def at_half(study: dict[str, Any]) -> Iterator[str]:
     ]
     missing = [name for name, value in study["at_half"].items() if not value]
     for name, items in study["by_layer"].items():
-        rows.append((name, f"{items[0]['active'][0]:.2f}", interval(items[0]["kl"])))
+        rows += [(name, f"{item['active'][0]:.2f}", interval(item["kl"])) for item in items[:1]]
     yield f"Batch of {study['batch']}; {natural:.2f} of 32 experts active by themselves.\n"
     yield from table(("policy", "active", "KL, nats a token"), rows)
     if missing:
