@@ -58,10 +58,9 @@ def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]
         problems.append('ONNX Runtime is not installed, so nothing here can run the graph; pip install "lynx-trt[cpu]"')
     elif tuple(int(part) for part in found.split(".")[:2]) < (1, 32):
         problems.append(f"ONNX Runtime {found} is too old for opset 24; install 1.32 or later")
-    if artifact.manifest.model.precision == "bf16":
-        notes.append(
-            "built in bf16, which ONNX Runtime can't compute on the CPU; build with fp16 or fp32 to run it there"
-        )
+    if artifact.manifest.model.precision != "fp32":
+        precision = artifact.manifest.model.precision
+        notes.append(f"built in {precision}: ONNX Runtime computes it in float32 on the CPU, with float32's memory")
 
 
 def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
