@@ -23,7 +23,7 @@ def tables(record: Record) -> str:
 
 
 def _place(record: Record) -> str:
-    busy = record["load_before"] > record["cores"] / 2
+    busy = record["load_before"] > 0.75 * record["cores"]
     warning = "**The machine was busy with other work meanwhile, so these figures say little.** " if busy else ""
     return warning + (
         f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
