@@ -115,6 +115,7 @@ class Runner:
 
     def run(self, every: list[Part]) -> list[Verdict]:
         """All parts, then the verdicts."""
+        links()
         with tempfile.TemporaryDirectory(prefix="lynx-gpu-") as scratch:
             for number, part in enumerate(every):
                 left = self.end - time.monotonic()
@@ -298,7 +299,6 @@ def main() -> int:
     if options.merge:
         found = merge(options.merge, options.output)
     else:
-        links()
         options.tune = options.tune or "tune" in (options.part or ())
         with (options.output / "log.txt").open("w", encoding="utf-8") as log:
             runner = Runner(options.output, options.minutes, log, dry=options.dry_run)
