@@ -46,7 +46,11 @@ def main(
         typer.Option(help="Sequences of the batch in which logits and text are judged, at least the largest --batch."),
     ] = 4,
     provider: Annotated[
-        list[str] | None, typer.Option(help="ONNX Runtime provider, cpu or cuda; repeatable [default: cpu].")
+        list[str] | None,
+        typer.Option(
+            help="Where ONNX Runtime runs, cpu or cuda; repeatable [default: cpu]. cuda wants onnxruntime-gpu, and has "
+            "not been run on a GPU yet."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
     memory: Annotated[bool, typer.Option(help="Measure each runner's memory in a process of its own.")] = True,
@@ -126,6 +130,9 @@ def _tell(report: Mapping[str, Any], folder: Path) -> None:
     console.print(_table(report["baseline"], report["summary"], report["right"]))
     for problem in report["problems"]:
         console.print(f"Not compared: {problem}", markup=False)
+    for row in report["runners"]:
+        for note in row["notes"]:
+            console.print(f"{row['name']}: {note}", markup=False)
     for row in report.get("against", {}).get("changes", ()):
         ratio = "other baseline" if row["decode_ratio"] is None else " -> ".join(map(_number, row["decode_ratio"]))
         perplexity = " -> ".join(map(_number, row["perplexity"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lynx_trt.comparison.run import SCHEMA
+from lynx_trt.comparison.runners import baseline_of
 from lynx_trt.errors import UsageError
 
 
@@ -32,15 +33,15 @@ def read_report(path: Path) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each runner and batch that both have: ratio to its own run's baseline, and perplexity, of both.
 
-    Ratios are left out (None) where the two runs have different baselines.
+    Ratios are left out (None) where they are to different baselines.
     """
-    same = before["baseline"] == after["baseline"]
     old = {(row["runner"], row["batch"]): row for row in before["summary"]}
     rows = []
     for row in after["summary"]:
         past = old.get((row["runner"], row["batch"]))
         if past is None:
             continue
+        same = _baseline(before, row["runner"]) == _baseline(after, row["runner"])
         rows.append(
             {
                 "runner": row["runner"],
@@ -50,3 +51,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
             }
         )
     return rows
+
+
+def _baseline(report: Mapping[str, Any], runner: str) -> str | None:
+    return baseline_of(runner, report["baseline"], report["samples"]["decode"])

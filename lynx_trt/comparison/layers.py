@@ -32,7 +32,8 @@ def times(
     update = progress.phase("Time by layer")
     batch = min(max(options.batches), len(ids))
     found = {}
-    graphs = [spec for spec in specs if spec.kind == "ort"]
+    # On a GPU the profile has the time that a kernel's launch took.
+    graphs = [spec for spec in specs if spec.kind == "ort" and spec.provider == "cpu"]
     for number, spec in enumerate(graphs):
         found[spec.name] = _profile(artifact, spec, ids[:batch], options)
         update((number + 1) / len(graphs))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from lynx_trt.comparison.runners import baseline_of
 from lynx_trt.console import size
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def _headline(report: Mapping[str, Any]) -> str:
         return "<p>No candidate could be compared with a baseline.</p>"
     best = max(rows, key=lambda row: row["decode_ratio"])
     quality = report["right"][best["runner"]]
+    baseline = baseline_of(best["runner"], report["baseline"], report["samples"]["decode"])
+    assert baseline is not None  # the ratio is to it
     return (
         f"<p><strong>{escape(what[best['runner']])}</strong> decodes at best "
-        f"<strong>{best['decode_ratio']:.2f} times</strong> as fast as {escape(what[report['baseline']])}: at batch "
+        f"<strong>{best['decode_ratio']:.2f} times</strong> as fast as {escape(what[baseline])}: at batch "
         f"{best['batch']}, with perplexity {quality['perplexity']:.3f} against "
         f"{report['right'][report['reference']]['perplexity']:.3f} of {escape(report['reference'])}.</p>"
     )
@@ -141,7 +144,7 @@ def _size_table(report: Mapping[str, Any]) -> str:
                 "",
                 [
                     item["name"],
-                    item["what"],
+                    "; ".join([item["what"], *item["notes"]]),
                     number(item["load_seconds"], ".2f"),
                     size(memory["peak"] - memory["before"]) if memory else "-",
                     size(memory["after"] - memory["before"]) if memory else "-",

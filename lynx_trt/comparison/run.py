@@ -13,11 +13,12 @@ import numpy as np
 
 from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.comparison import footprint, layers, right, speed
-from lynx_trt.comparison.runners import BASELINES, Opened, Runner, open_runner, specs
+from lynx_trt.comparison.runners import BASELINES, CUDA, Opened, Runner, open_runner, specs, try_out
 from lynx_trt.comparison.summary import summarize
 from lynx_trt.console import Progress
 from lynx_trt.errors import LynxError, UsageError
 from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.ort import PROVIDERS, Device, device_problem
 
 SCHEMA = 1
 
@@ -49,18 +50,21 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
         LynxError: an option is out of its range, or nothing at all could be run.
     """
     check(options)
-    problems = _missing_providers(options.providers)
+    providers, problems = _providers(options.providers)
     checkpoint = options.checkpoint or shipped_checkpoint(artifact)
-    rows = specs(artifact, baselines=options.baselines, budgets=options.budgets, checkpoint=checkpoint)
+    rows = specs(
+        artifact, baselines=options.baselines, budgets=options.budgets, checkpoint=checkpoint, providers=providers
+    )
     batches = _batches(artifact, options, problems)
     slots = max(*batches, options.sequences)
-    if "cpu" not in options.providers:
+    if not providers:
         raise LynxError("nothing can be compared: " + "; ".join(problems))
     ids, text = _tokens(artifact, options, slots, problems)
     opened = []
     update = progress.phase("Loading")
     for number, spec in enumerate(rows):
         opened.append(open_runner(artifact, spec, slots, options.threads))
+        try_out(opened[-1], ids[:, : options.prompt])
         update((number + 1) / len(rows))
     runners: dict[str, Runner] = {item.spec.name: item.runner for item in opened if item.runner}
     problems += [f"{item.spec.name}: {item.absent}" for item in opened if item.absent]
@@ -73,7 +77,7 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
         "options": _plain(options),
         "machine": _machine(),
         "text": text,
-        "baseline": next((name for name in BASELINES if name in runners), None),
+        "baseline": next((name for name in BASELINES if name in runners or f"{name}{CUDA}" in runners), None),
         "problems": problems,
         "runners": [],
     }
@@ -118,19 +122,20 @@ def shipped_checkpoint(artifact: Artifact) -> Path | None:
     return folder if artifact.manifest.model.name == SHIPPED and folder.is_dir() else None
 
 
-def _missing_providers(providers: Sequence[str]) -> list[str]:
-    import onnxruntime
-
-    has = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-    missing = []
-    for provider in providers:
-        if provider not in has:
-            raise UsageError(f"--provider {provider} is not known; choose of {', '.join(has)}")
-        if has[provider] not in onnxruntime.get_available_providers():
-            missing.append(f"provider {provider}: this onnxruntime {onnxruntime.__version__} has no {has[provider]}")
-        elif provider == "cuda":
-            missing.append("provider cuda: comparisons run on the CPU only in this version of lynx-trt")
-    return missing
+def _providers(asked: Sequence[str]) -> tuple[list[Device], list[str]]:
+    """Those that can be used here, and a line for each that can't."""
+    there: list[Device] = []
+    problems = []
+    for name in dict.fromkeys(asked):
+        device = next((known for known in PROVIDERS if known == name), None)
+        if device is None:
+            raise UsageError(f"--provider {name} is not known; choose of {', '.join(PROVIDERS)}")
+        problem = device_problem(device)
+        if problem:
+            problems.append(f"provider {name}: {problem}")
+        else:
+            there.append(device)
+    return there, problems
 
 
 def _batches(artifact: Artifact, options: CompareOptions, problems: list[str]) -> list[int]:
@@ -186,7 +191,8 @@ def _judge(
 
     At the largest batch, where a budget restricts most: a quality at a small one would flatter the speed at a large.
     """
-    reference = next((name for name in reversed(BASELINES) if name in runners), next(iter(runners)))
+    order = [name for base in reversed(BASELINES) for name in (base, f"{base}{CUDA}")]
+    reference = next((name for name in order if name in runners), next(iter(runners)))
     update = progress.phase("Logits and text")
     report["reference"], report["judged_batch"] = reference, len(ids)
     report["right"] = right.judge(runners, ids, prompt=options.prompt, reference=reference, on_progress=update)
@@ -220,11 +226,12 @@ def _describe_runners(
             "what": spec.what,
             "baseline": spec.baseline,
             "absent": item.absent,
+            "notes": item.notes,
             "budgets": list(spec.budgets),
             "load_seconds": None if item.absent else item.seconds,
             "memory": None,
         }
-        if options.memory and not item.absent:
+        if options.memory and not item.absent and spec.provider == "cpu":  # a GPU's memory is not the process's
             row["memory"] = footprint.measure(artifact, spec, options.threads)
         rows.append(row)
         update((number + 1) / len(opened))
@@ -244,7 +251,7 @@ def _package_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("onnxruntime", "torch", "transformers", "polygraphy", "numpy"):
+    for package in ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "polygraphy", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ from lynx_trt.errors import CheckpointError, LynxError
 from lynx_trt.preflight import engine_problems
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.open import backend_available, open_backend
-from lynx_trt.runtime.ort import OrtBackend
+from lynx_trt.runtime.ort import Device, OrtBackend
 
 if TYPE_CHECKING:
     from lynx_trt.runtime.lowering import Form
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOE, PLAIN, HF, TENSORRT = "ort-moe", "ort-plain", "hf-eager", "tensorrt"
 BASELINES = (MOE, PLAIN, HF)
 PREFIX = "lynx@"
+CUDA = "/cuda"  # behind the name of a runner of ONNX Runtime that is on a GPU
 
 
 class Runner(Protocol):
@@ -48,7 +49,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the comparison. `budgets` [N] for ONNX Runtime; `form` as in runtime/lowering.py."""
+    """One row of the comparison. `budgets` [N] for ONNX Runtime; `form` and `provider` as in runtime."""
 
     name: str
     what: str
@@ -58,11 +59,12 @@ class Spec:
     form: str | None = None
     source: Path | None = None
     absent: str | None = None
+    provider: Device = "cpu"
 
 
 @dataclass
 class Opened:
-    """A runner, or the reason why there is none. Seconds are those of loading."""
+    """A runner and what is worth knowing of it, or the reason why there is none. Seconds are those of loading."""
 
     spec: Spec
     runner: Runner | None
@@ -107,6 +109,11 @@ class BackendRunner:
         self._past = self._past + 1
         self._active = result.active
         return result.logits[:batch]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the backend has to say of itself."""
+        return list(getattr(self.backend, "notes", ()))
 
     def close(self) -> None:
         """Give back what the backend holds beyond this process's own memory."""
@@ -168,9 +175,14 @@ class HuggingFaceRunner:
 
 
 def specs(
-    artifact: Artifact, *, baselines: Sequence[str], budgets: Sequence[str], checkpoint: Path | None
+    artifact: Artifact,
+    *,
+    baselines: Sequence[str],
+    budgets: Sequence[str],
+    checkpoint: Path | None,
+    providers: Sequence[Device] = ("cpu",),
 ) -> list[Spec]:
-    """Everything that is to be compared, baselines first, also what can't be.
+    """Everything that is to be compared, baselines first, also what can't be; ONNX Runtime's on each of `providers`.
 
     Raises:
         UsageError: a budget is out of its range.
@@ -188,17 +200,37 @@ def specs(
             absent=None if checkpoint else "no checkpoint: pass its folder with --checkpoint",
         ),
     }
-    found = [known[name] for name in baselines]
+    found = [spec for name in baselines for spec in _on(providers, known[name])]
     chosen = {budget: _budgets(artifact, budget) for budget in dict.fromkeys(budgets)}
     for budget, values in chosen.items():
         what = f"ONNX Runtime, lowered, {_say(budget)}"
-        found.append(Spec(f"{PREFIX}{budget}", what, False, "ort", values, "auto"))
+        found += _on(providers, Spec(f"{PREFIX}{budget}", what, False, "ort", values, "auto"))
     absent = _no_tensorrt(artifact)
     if absent:
         return [*found, Spec(TENSORRT, "TensorRT engine", False, "tensorrt", absent=absent)]
     for budget, values in chosen.items():
         found.append(Spec(f"{TENSORRT}@{budget}", f"TensorRT engine, {_say(budget)}", False, "tensorrt", values))
     return found
+
+
+def _on(providers: Sequence[Device], spec: Spec) -> list[Spec]:
+    if spec.kind != "ort":
+        return [spec]
+    return [
+        spec if one == "cpu" else replace(spec, name=f"{spec.name}{CUDA}", what=f"{spec.what}, on CUDA", provider=one)
+        for one in providers
+    ]
+
+
+def baseline_of(runner: str, baseline: str | None, there: Container[str]) -> str | None:
+    """Of which runner a runner's ratios are, None if it isn't there: `baseline` on the same kind of device.
+
+    So a ratio says what the experts cost, not what a GPU is worth. TensorRT without a CUDA baseline has the CPU's.
+    """
+    on_cuda = f"{baseline}{CUDA}"
+    gpu = runner.endswith(CUDA) or (runner.startswith(TENSORRT) and on_cuda in there)
+    name = on_cuda if gpu else baseline
+    return name if name in there else None
 
 
 def _say(budget: str) -> str:
@@ -231,7 +263,23 @@ def open_runner(artifact: Artifact, spec: Spec, slots: int, threads: int | None)
         runner = _make(artifact, spec, slots, threads)
     except LynxError as error:
         return Opened(spec, None, str(error))
-    return Opened(spec, runner, None, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Opened(spec, runner, None, seconds, runner.notes if isinstance(runner, BackendRunner) else [])
+
+
+def try_out(opened: Opened, prompts: Array) -> None:
+    """One prefill [B,S] i64 and one decode step; a runner that fails in it, in whatever way, is absent from there on.
+
+    For CUDA, where a kernel may refuse a shape, or the GPU's memory end, no sooner than in a step.
+    """
+    if opened.runner is None or opened.spec.provider == "cpu":
+        return
+    try:
+        opened.runner.prefill(np.ascontiguousarray(prompts))
+        opened.runner.decode(np.ascontiguousarray(prompts[:, 0]))
+    except Exception as error:
+        opened.absent = f"a step fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        opened.runner = None
 
 
 def open_ort(
@@ -239,7 +287,7 @@ def open_ort(
 ) -> OrtBackend:
     """The backend of a Spec of kind `ort`."""
     form: Form | None = spec.form  # type: ignore[assignment]  # a Spec also describes what is no graph
-    return OrtBackend(artifact, slots, threads=threads, form=form, profile=profile)
+    return OrtBackend(artifact, slots, threads=threads, form=form, profile=profile, device=spec.provider)
 
 
 def _make(artifact: Artifact, spec: Spec, slots: int, threads: int | None) -> Runner:

@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from lynx_trt.comparison.runners import baseline_of
+
 
 def summarize(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each runner and batch; times in seconds, rates in tokens a second.
 
     A ratio is the median over samples of baseline seconds over this runner's, taken in pairs (the same round and
-    step): above 1 is faster than the baseline. Both sides always come from the same run.
+    step): above 1 is faster than the baseline. Both sides always come from the same run, on the same kind of device.
     """
     rows = []
-    samples, baseline = report["samples"], report["baseline"]
+    samples = report["samples"]
     for name, batches in samples["decode"].items():
+        baseline = baseline_of(name, report["baseline"], samples["decode"])
         for batch, decode in batches.items():
             prefill = samples["prefill"][name][batch]
             row = {

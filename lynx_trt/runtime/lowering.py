@@ -90,7 +90,7 @@ class NoFitError(Exception):
     """A layer can't be computed in a form; the text is the reason, a clause."""
 
 
-def lower(artifact: Artifact, *, form: Form = "auto") -> Lowered:
+def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) -> Lowered:
     """Rewrite the lynx ops of an artifact's graph, and compute in float32 whatever its precision.
 
     Args:
@@ -98,6 +98,8 @@ def lower(artifact: Artifact, *, form: Form = "auto") -> Lowered:
         form: how every MoE layer is computed. `auto` chooses by shape; `baseline` is what a user would have without
             us, `com.microsoft.MoE` straight from the router's logits and no selection; `unrestricted` is the same
             with the routers' logits for `count_active`, right where `Unrestricted` holds; `body` keeps the functions.
+        attention: lower attention and the cache as well. Not for CUDA, whose GroupQueryAttention has no float32: on
+            the CPU instead, it would fetch the whole cache at every step.
 
     Raises:
         ArtifactError: the graph can't be read, or a layer can't be computed in the form that was asked for; the
@@ -125,7 +127,8 @@ def lower(artifact: Artifact, *, form: Form = "auto") -> Lowered:
         if len({(record.experts, record.experts_per_token) for record in records}) > 1:
             raise ArtifactError(f"{artifact.folder} has layers of different sizes, which have no unrestricted form")
         _give_router_logits(edit, model.graph, logits)
-    lower_attention(edit, model.graph)
+    if attention:
+        lower_attention(edit, model.graph)
     edit.finish()
     drop_dead(model)
     widen(model)

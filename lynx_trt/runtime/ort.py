@@ -1,8 +1,14 @@
-"""ONNX Runtime on the CPU: what runs where there is no GPU, with the lynx ops lowered to what is fastest there."""
+"""ONNX Runtime: what runs where there is no GPU, with the lynx ops lowered to what is fastest on the CPU.
+
+For comparisons it also runs on CUDA (`device`), where the caches stay on the GPU.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +21,8 @@ if TYPE_CHECKING:
 
     from lynx_trt.runtime.lowering import Form
 
+Device = Literal["cpu", "cuda"]
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Precisions that ONNX Runtime has on the CPU; a lowered graph is float32 whatever it was built in.
 ELEMENT = {"fp32": np.float32, "fp16": np.float16}
 ONNX_FILE = "model.onnx"
@@ -23,6 +31,7 @@ INPUTS = (IDS, "past_lengths", "lengths")
 BINDINGS = 256  # of decode steps that are kept: one for each batch size, and more where slots in the middle decode
 # Where a graph that is loaded from memory has its external data.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
 class OrtBackend:
@@ -40,6 +49,7 @@ class OrtBackend:
         threads: int | None = None,
         form: Form | None = None,
         profile: Path | None = None,
+        device: Device = "cpu",
     ) -> None:
         """Load the graph and allocate caches for `slots` sequences.
 
@@ -50,29 +60,33 @@ class OrtBackend:
             form: what the lynx ops become (lowering.py), computed in float32, `auto` for speed; None runs
                 `model.onnx` as it is, the functions in it and its own precision: the reference.
             profile: where ONNX Runtime writes the time of each node, up to `end_profile`; the name gets a suffix.
+            device: where it runs and the caches are; `notes` says what of the graph runs on the CPU all the same.
 
         Raises:
-            ArtifactError: onnxruntime is missing, can't load the graph, or its own precision is none it has on the CPU.
+            ArtifactError: onnxruntime is missing, can't load the graph or use the device, or the graph's own precision
+                is none it has on the CPU.
         """
         from lynx_trt.runtime.lowering import Unrestricted, count_active
 
         model = artifact.manifest.model
         if form in (None, "body") and model.precision not in ELEMENT:
             raise ArtifactError(
-                f"{artifact.folder} is built in {model.precision}, which ONNX Runtime can't compute on the CPU; "
-                "build it with --precision fp16 or fp32 to run its graph as it is"
+                f"{artifact.folder} is built in {model.precision}, in which ONNX Runtime can't compute on the CPU and "
+                "NumPy has no caches; build it with --precision fp16 or fp32 to run its graph as it is"
             )
         self.slots, self.sizes = slots, StepSizes()
-        self._session, self._free = _sessions(artifact, threads, form, profile)
+        self._device = device
+        self._session, self._free = _sessions(artifact, threads, form, profile, device)
+        self.notes = [] if device == "cpu" else _left_to_cpu((self._session, self._free), device)
         element = ELEMENT[model.precision] if form is None else np.float32
         self._unrestricted, self._count = Unrestricted(artifact), count_active
-        self._caches: dict[str, Array] = {}
+        self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
         for layer, cache in enumerate(model.caches):
             shapes = {"key": (cache.key_heads, cache.key_size), "value": (cache.value_heads, cache.value_size)}
             for part, (heads, size) in shapes.items():
                 # Zeros and not garbage: a masked row times a NaN would still be a NaN.
                 buffer = np.zeros((slots, heads, model.cache_rows, size), dtype=element)
-                self._caches[f"key_values.{layer}.{part}"] = buffer
+                self._caches[f"key_values.{layer}.{part}"] = buffer if device == "cpu" else on_device(buffer, device)
         self._rows = model.max_length
         # A decode step's inputs and outputs stay where they are, so that it is bound once: binding some 30 values
         # took as long as the nodes of lynx-tiny at batch 1.
@@ -117,19 +131,22 @@ class OrtBackend:
         if key not in self._bindings:
             if len(self._bindings) >= BINDINGS:
                 self._bindings.clear()
-            inputs = {name: value[:batch] if name != BUDGETS else value for name, value in self._inputs.items()}
-            self._bindings[key] = self._bind(free, slice(first, first + batch), inputs)
+            self._bindings[key] = self._bind(free, slice(first, first + batch), self._decode_inputs(batch))
+        elif self._device != "cpu":
+            # What lies elsewhere than the graph wants it is copied when it is bound, not when it runs: the inputs
+            # always, and the cache of a layer whose attention runs on the CPU.
+            self._bind_inputs(self._bindings[key][0], free, slice(first, first + batch), self._decode_inputs(batch))
         return self._bindings[key]
+
+    def _decode_inputs(self, batch: int) -> dict[str, Array]:
+        return {name: value[:batch] if name != BUDGETS else value for name, value in self._inputs.items()}
 
     def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
         """Inputs that live as long as the binding, and outputs of every step in the same memory; routers' logits."""
         binding = (self._free if free else self._session).io_binding()
-        for name, value in inputs.items():
-            if not (free and name == BUDGETS):
-                _bind(binding.bind_input, name, value)
+        self._bind_inputs(binding, free, rows, inputs)
         for name, cache in self._caches.items():
-            _bind(binding.bind_input, f"past_{name}", cache[rows])
-            _bind(binding.bind_output, f"present_{name}", cache[rows])
+            _bind_rows(binding.bind_output, f"present_{name}", cache, rows)
         _bind(binding.bind_output, "logits", self._logits[: rows.stop - rows.start])
         routers = np.zeros((len(self._active) * inputs[IDS].size if free else 0, self._experts), np.float32)
         if free:
@@ -138,26 +155,96 @@ class OrtBackend:
             _bind(binding.bind_output, "active_experts", self._active)
         return binding, routers
 
+    def _bind_inputs(self, binding: Any, free: bool, rows: slice, inputs: dict[str, Array]) -> None:
+        for name, value in inputs.items():
+            if not (free and name == BUDGETS):
+                _bind(binding.bind_input, name, value)
+        for name, cache in self._caches.items():
+            _bind_rows(binding.bind_input, f"past_{name}", cache, rows)
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
         for cache in self._caches.values():
-            cache[target, :, :length] = cache[source, :, :length]
+            with _writable(cache) as values:
+                values[target, :, :length] = values[source, :, :length]
 
     def clear_slot(self, slot: int) -> None:
         """See Backend."""
         for cache in self._caches.values():
-            cache[slot] = 0
+            with _writable(cache) as values:
+                values[slot] = 0
 
     def end_profile(self) -> list[str]:
         """Stop profiling; returns the files' paths, one for each graph."""
         return [str(session.end_profiling()) for session in dict.fromkeys((self._session, self._free))]
 
 
+def device_problem(device: Device) -> str | None:
+    """Why ONNX Runtime can't run on a device here, a clause; None where it can, as far as one small copy shows."""
+    import onnxruntime
+
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        return f"this onnxruntime {onnxruntime.__version__} has no {PROVIDERS[device]}"
+    try:
+        on_device(np.zeros(1, np.float32), device)
+    except Exception as error:
+        return f"onnxruntime {onnxruntime.__version__} can't use a GPU here: {_first_line(error)}"
+    return None
+
+
+def on_device(array: Array, device: Device) -> Any:
+    """An OrtValue with a copy of an array."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
 def _bind(bind: Any, name: str, array: Array) -> None:
     bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
 
-def _sessions(artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None) -> tuple[Any, Any]:
+def _bind_rows(bind: Any, name: str, cache: Any, rows: slice) -> None:
+    """Bind rows of a cache where it lies; by address, since an OrtValue has no slices."""
+    if isinstance(cache, np.ndarray):
+        _bind(bind, name, cache[rows])
+        return
+    slots, *shape = cache.shape()
+    address = cache.data_ptr() + rows.start * (cache.tensor_size_in_bytes() // slots)
+    bind(name, cache.device_name(), 0, cache.element_type(), [rows.stop - rows.start, *shape], address)
+
+
+@contextmanager
+def _writable(cache: Any) -> Iterator[Array]:
+    """A cache as an array. From a device all of it comes and goes: comparisons, which run there, change no slots."""
+    if isinstance(cache, np.ndarray):
+        yield cache
+        return
+    values = cache.numpy()
+    yield values
+    cache.update_inplace(values)
+
+
+def _left_to_cpu(sessions: tuple[Any, Any], device: Device) -> list[str]:
+    """A line for each graph of which a part runs on the CPU, though another device was asked for."""
+    lines = []
+    for session in dict.fromkeys(sessions):
+        parts = session.get_provider_graph_assignment_info()
+        left = Counter(n.op_type for part in parts if part.ep_name != PROVIDERS[device] for n in part.get_nodes())
+        if left:
+            count = sum(len(part.get_nodes()) for part in parts)
+            kinds = ", ".join(f"{number} {kind}" for kind, number in left.most_common())
+            graph = " of the graph without selection" if session is not sessions[0] else ""
+            lines.append(f"{left.total()} of {count} nodes{graph} run on the CPU: {kinds}")
+    return lines
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sessions(
+    artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None, device: Device
+) -> tuple[Any, Any]:
     """The session, and one for steps that restrict nothing where that is worth it: small experts, fused.
 
     There the selection's nodes cost more than the experts, and a second copy of the weights is little.
@@ -165,20 +252,21 @@ def _sessions(artifact: Artifact, threads: int | None, form: Form | None, profil
     from lynx_trt.runtime.lowering import lower
 
     if form is None:
-        session = _session(artifact, str(artifact.path(ONNX_FILE)), threads, profile)
+        session = _session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device)
         return session, session
-    lowered = lower(artifact, form=form)
-    session = _session(artifact, lowered.model.SerializeToString(), threads, profile)
+    attention = device == "cpu"
+    lowered = lower(artifact, form=form, attention=attention)
+    session = _session(artifact, lowered.model.SerializeToString(), threads, profile, device)
     if form != "auto" or set(lowered.forms) != {"fused"}:
         return session, session
     try:
-        free = lower(artifact, form="unrestricted").model.SerializeToString()
+        free = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
     except ArtifactError:  # another routing rule: the selection stays in every step
         return session, session
-    return session, _session(artifact, free, threads, profile and profile.with_name(f"{profile.name}-free"))
+    return session, _session(artifact, free, threads, profile and profile.with_name(f"{profile.name}-free"), device)
 
 
-def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None) -> Any:
+def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None, device: Device) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -191,10 +279,20 @@ def _session(artifact: Artifact, source: str | bytes, threads: int | None, profi
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if isinstance(source, bytes):
         options.add_session_config_entry(WEIGHTS_FOLDER, str(artifact.folder.resolve()))
+    if device != "cpu":
+        if problem := device_problem(device):
+            raise ArtifactError(f"{artifact.folder} can't run on {device}: {problem}")
+        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+    providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
         raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {first}"
+            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {_first_line(error)}"
         ) from None
+    # Without CUDA's libraries it goes on with the CPU and says so in its log only.
+    if PROVIDERS[device] not in session.get_providers():
+        raise ArtifactError(
+            f"{artifact.folder} can't run on {device}: ONNX Runtime could not set up {PROVIDERS[device]}"
+        )
+    return session
