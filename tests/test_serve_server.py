@@ -178,6 +178,7 @@ def test_http_and_grpc_equal_generate_in_a_crowd(server: Server, alone: Callable
             if number % 5 == 0 and answer["text_output"]:
                 return
 
+    in_pieces = 0
     with ThreadPoolExecutor(12) as crowd:
         neighbours = [crowd.submit(neighbour, number) for number in range(24)]
         for prompt in PROMPTS:
@@ -192,9 +193,11 @@ def test_http_and_grpc_equal_generate_in_a_crowd(server: Server, alone: Callable
             ):
                 answers = list(streamed)
                 assert "".join(answer["text_output"] for answer in answers) == expected
-                assert len(answers) > 1
+                in_pieces += len(answers) > 1
         for one in neighbours:
             one.result()
+    # Not each: 40 tokens of this model can be there before the first piece is sent.
+    assert in_pieces
 
 
 def test_64_streams_of_mixed_length(server: Server, long_artifact: Artifact) -> None:

@@ -91,13 +91,23 @@ class Served:
         self.parser = Parser(Tokenizer(artifact.path(TOKENIZER)), limits_of(artifact.manifest), dial, settings)
         self.sink = Sink()
         layers = [layer.name for layer in artifact.manifest.model.moe_layers]
-        backend = open_backend(artifact, settings.slots, threads=1)
-        self.service = Service(backend, self.parser, Metrics(self.sink, layers, dial), dial_file)
+        self.backend = open_backend(artifact, settings.slots, threads=1)
+        self.service = Service(self.backend, self.parser, Metrics(self.sink, layers, dial), dial_file)
 
     def ask(self, parameters: str = "{}", **values: Any) -> Reply:
         reply = Reply()
         self.service.accept(tensors(**values), parameters, reply)
         return reply
+
+
+def slowly(step: Callable[..., Any], seconds: float = 0.005) -> Callable[..., Any]:
+    """A backend's step that takes longer."""
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return step(*arguments, **options)
+
+    return slow
 
 
 def tensors(**values: Any) -> dict[str, Array]:
@@ -144,9 +154,15 @@ def test_equals_generate(served: Served, text_artifact: Artifact) -> None:
     assert final["token_seconds"][0] > 0
 
 
-def test_stream_is_the_same_text_in_pieces(served: Served, serve: Callable[..., Served]) -> None:
+def test_stream_is_the_same_text_in_pieces(
+    served: Served, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are slowed down: this model writes 30 tokens before the other thread looks twice."""
     whole = served.ask(text_input=PROMPT, max_tokens=30).wait()
-    every = serve(stream_interval=0.0).ask(text_input=PROMPT, max_tokens=30, stream=True).wait()
+    eager = serve(stream_interval=0.0)
+    for one in (eager, served):
+        monkeypatch.setattr(one.backend, "step", slowly(one.backend.step))
+    every = eager.ask(text_input=PROMPT, max_tokens=30, stream=True).wait()
     some = served.ask(text_input=PROMPT, max_tokens=30, stream=True).wait()
     assert whole.text == every.text == some.text
     assert len(every.responses) > len(some.responses) >= 1
