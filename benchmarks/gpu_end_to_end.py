@@ -22,7 +22,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from lynx_trt.artifact import Artifact, EngineRecord, read
+from lynx_trt.artifact import Artifact, read
+from lynx_trt.build import engine_record
 from lynx_trt.console import new_app, run
 
 LARGE = "qwen3-30b-a3b"
@@ -67,8 +68,6 @@ def write_weights(folder: Path, experts: frozenset[str]) -> None:
 
 def build(folder: Path, sm: int, say: Any) -> Artifact:
     """The artifact with its engine."""
-    from dataclasses import asdict
-
     from lynx_trt.tensorrt.build import build_engine
     from lynx_trt.tensorrt.prepare import input_dims, prepare
     from lynx_trt.tensorrt.prepare import read as read_onnx
@@ -91,23 +90,8 @@ def build(folder: Path, sm: int, say: Any) -> Artifact:
     )
     report = build_engine(path, folder / "engine.plan", profiles, expert_weights="external", sms=[sm])
     say(f"engine: {report.seconds:.1f} s, {report.plan_bytes / 1e9:.2f} GB, peak {report.peak_bytes / 1e9:.1f} GB")
-    record = EngineRecord(
-        flavor=report.flavor,
-        tensorrt=report.version,
-        expert_weights="external",
-        compute_capabilities=list(report.kernels.sms),
-        kernels=asdict(report.kernels),
-        seconds=report.seconds,
-        peak_bytes=report.peak_bytes,
-        plan_bytes=report.plan_bytes,
-        plugin_layers=report.plugin_layers,
-        profiles=[asdict(profile) for profile in report.profiles],
-        tensors=[asdict(item) for item in report.io],
-        external=[asdict(item) for item in report.external],
-        warnings=[],
-    )
     artifact = read(folder)
-    return Artifact(folder, artifact.manifest.model_copy(update={"engine": record}))
+    return Artifact(folder, artifact.manifest.model_copy(update={"engine": engine_record(report, "external")}))
 
 
 def backend_of(artifact: Artifact, slots: int, **where: Any) -> Any:

@@ -114,7 +114,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, checkpoint, exported, max_length, weight_bytes),
             selection=artifacts.SelectionRecord(preset=options.preset, parameters=asdict(selection), budgets=budgets),
-            engine=_engine_record(options, report) if report else None,
+            engine=engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
             versions=_versions(report),
@@ -370,13 +370,14 @@ def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     return [int(token) for token in (found if isinstance(found, list) else [found])]
 
 
-def _engine_record(options: BuildOptions, report: EngineReport) -> EngineRecord:
+def engine_record(report: EngineReport, expert_weights: Literal["engine", "external"]) -> EngineRecord:
+    """What the manifest says of an engine that was built."""
     from lynx_trt.artifact import EngineRecord
 
     return EngineRecord(
         flavor=report.flavor,
         tensorrt=report.version,
-        expert_weights=options.expert_weights,
+        expert_weights=expert_weights,
         compute_capabilities=list(report.kernels.sms),
         kernels=asdict(report.kernels),
         seconds=round(report.seconds, 2),
