@@ -1,4 +1,7 @@
-"""Random foreign models are rewritten to the same numbers; `LYNX_FUZZ=START:STOP` runs other seeds, any number."""
+"""Random foreign models are rewritten to the same numbers; `LYNX_FUZZ=START:STOP` runs other seeds, any number.
+
+The seeds that run by themselves are all rewritten. Of others some few may be refused: of 400 to 899 it was 13.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from foreign_graphs import Spec, make_model
 from foreign_run import TOLERANCE, error, feeds, rewrite, run, session
 from onnx import TensorProto
 
-from lynx_trt.errors import LynxError
+from lynx_trt.errors import LynxError, UnsupportedModelError
 
+OTHERS = "LYNX_FUZZ" in os.environ
 START, STOP = (int(text) for text in os.environ.get("LYNX_FUZZ", "0:24").split(":"))
 
 
@@ -44,7 +48,12 @@ def _tolerance(spec: Spec) -> float:
 @pytest.mark.parametrize("seed", [*range(START, STOP), 161])
 def test_rewritten_models_give_the_same_numbers(seed: int, tmp_path: Path) -> None:
     spec = _spec(seed)
-    foreign, rewritten = rewrite(original(spec, seed), tmp_path)
+    try:
+        foreign, rewritten = rewrite(original(spec, seed), tmp_path)
+    except UnsupportedModelError as refusal:
+        if OTHERS:
+            pytest.skip(f"refused: {refusal}")
+        raise
     assert sum(foreign.counts.values()) == spec.layers, spec
     assert [(b.experts, b.experts_per_token) for b in foreign.blocks] == [(spec.experts, spec.count)] * spec.layers
     reference = make_model(runnable(spec))
