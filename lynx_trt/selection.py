@@ -144,6 +144,7 @@ def select(
     topk_weight: ArrayLike,
     *,
     budget: int,
+    floor: float = 0.0,
     token_mask: ArrayLike | None = None,
     renormalize: bool = True,
     scale: float = 1.0,
@@ -157,6 +158,9 @@ def select(
         topk_index: int [T,K], the model's own routing: K distinct experts a token.
         topk_weight: [T,K], its weights.
         budget: the number of experts to keep; E and above change nothing.
+        floor: votes that an expert needs for each voting token, beside its place among the first `budget`: it is kept
+            if its votes are above floor * (number of voting tokens). Guaranteed experts and those of sensitive tokens
+            need none. 0: any vote will do.
         token_mask: bool [T], False for padding. Such a row, and one with a value that is not finite, never votes
             and loads nothing.
         renormalize: the model divides the weights of the chosen experts by their sum.
@@ -165,12 +169,12 @@ def select(
     Floats are taken as float32, the type of the op's inputs.
 
     Raises:
-        UsageError: shapes that don't fit each other, a negative budget, an expert index out of range or twice in
-            a row.
+        UsageError: shapes that don't fit each other, a negative budget, a floor that is negative or not finite, an
+            expert index out of range or twice in a row.
     """
     batch = _batch(choice, combine, topk_index, topk_weight, token_mask)
     _require(math.isfinite(scale), f"scale is {scale!r}: it has to be finite.")
-    kept = _kept_set(selection, batch, _budget(budget))
+    kept = _kept_set(selection, batch, _budget(budget), _floor(floor))
     # Padding rows may hold any index: those of `batch.index` are safe to look up.
     unchanged = (batch.counts & kept[batch.index].all(axis=1))[:, None]
     allowed = batch.counts[:, None] & kept
@@ -189,6 +193,7 @@ def kept_set(
     topk_weight: ArrayLike,
     *,
     budget: int,
+    floor: float = 0.0,
     token_mask: ArrayLike | None = None,
 ) -> Bools:
     """The experts that a restricted token may use, bool [E]; arguments and errors are those of `select`.
@@ -196,7 +201,8 @@ def kept_set(
     `Selected.kept` is the part of it that is used: a kept expert can go unused when the tokens that voted for it
     prefer others.
     """
-    return _kept_set(selection, _batch(choice, combine, topk_index, topk_weight, token_mask), _budget(budget))
+    batch = _batch(choice, combine, topk_index, topk_weight, token_mask)
+    return _kept_set(selection, batch, _budget(budget), _floor(floor))
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def _batch(
     )
 
 
-def _kept_set(selection: Selection, batch: _Batch, budget: int) -> Bools:
+def _kept_set(selection: Selection, batch: _Batch, budget: int, floor: np.float32) -> Bools:
     """Steps 1 to 5 of the selection, bool [E]."""
     experts = batch.choice.shape[1]
     if budget >= experts:
@@ -245,12 +251,15 @@ def _kept_set(selection: Selection, batch: _Batch, budget: int) -> Bools:
     own_forced = batch.counts[:, None] & (_guaranteed(selection, batch) | _sensitive(selection, batch)[:, None])
     forced = np.zeros(experts, np.bool_)
     forced[batch.index[own_forced]] = True
-    votes = _votes(selection, batch)
-    # Ranked as float32 (see the module's docstring); lexsort is stable, so a tie goes to the lower expert.
-    order = np.lexsort((-votes.astype(np.float32), ~(votes > 0), ~forced))
+    # Ranked, and held to the floor, as float32 (see the module's docstring). The product is rounded once.
+    votes = _votes(selection, batch).astype(np.float32)
+    with np.errstate(over="ignore"):
+        enough = votes > floor * np.float32(batch.counts.sum())
+    # lexsort is stable, so a tie goes to the lower expert.
+    order = np.lexsort((-votes, ~enough, ~forced))
     kept = np.zeros(experts, np.bool_)
     kept[order[:budget]] = True
-    return forced | (kept & (votes > 0))
+    return forced | (kept & enough)
 
 
 def _guaranteed(selection: Selection, batch: _Batch) -> Bools:
@@ -379,3 +388,11 @@ def _budget(budget: int) -> int:
         raise UsageError(f"budget is {budget!r}: it has to be a whole number of experts from 0.") from None
     _require(value >= 0, f"budget is {value}: it has to be a whole number of experts from 0.")
     return value
+
+
+def _floor(floor: float) -> np.float32:
+    _require(
+        _is_number(floor) and 0 <= _float32(floor) < math.inf,
+        f"floor is {floor!r}: it has to be a number of votes for each voting token, from 0 (any vote will do).",
+    )
+    return np.float32(floor)

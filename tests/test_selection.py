@@ -53,9 +53,9 @@ class Batch:
             warnings.simplefilter("error")  # what NumPy thinks of NaN and zero sums is not for a caller
             return select(selection, *inputs, budget=budget, token_mask=self.token_mask, **rule)
 
-    def kept_set(self, selection: Selection, budget: int) -> Array:
+    def kept_set(self, selection: Selection, budget: int, floor: float = 0.0) -> Array:
         inputs = (self.choice, self.combine, self.topk_index, self.topk_weight)
-        return kept_set(selection, *inputs, budget=budget, token_mask=self.token_mask)
+        return kept_set(selection, *inputs, budget=budget, floor=floor, token_mask=self.token_mask)
 
     def rows(self, rows: Any) -> Batch:
         """The same batch with these rows, in this order."""
@@ -110,6 +110,8 @@ selections = st.sampled_from(list(PRESETS.values())) | st.builds(
     beta=st.sampled_from([0, 1, 4]),
 )
 budgets = st.sampled_from(range(9))
+# Votes for each voting token: none needed, some experts fall below, all do.
+floors = st.sampled_from([0.0, 1e-6, 0.05, 0.25, 1 / 3, 0.5, 2.0])
 
 
 # -------------------------------------------------------------------------------------------- worked by hand
@@ -304,12 +306,46 @@ def test_guaranteed(guarantee: float, width: int, expected: int) -> None:
     assert isinstance(got, int)
 
 
-def test_a_vote_that_is_0_as_a_float32_is_still_a_vote() -> None:
-    # Shares of 1e-30 to the power 3 are 0 in float32: expert 2 is wanted, expert 0 is not.
+def test_a_vote_that_is_0_as_a_float32_is_none() -> None:
+    # Shares of 1e-30 to the power 3 are 0 in float32; to the power 1 they are not.
     weight = np.array([[1.0, 1e-30]], np.float32)
     batch = Batch(np.zeros((1, 3)), np.zeros((1, 3)), np.array([[1, 2]]), weight)
-    kept = batch.kept_set(Selection(vote="weight", guarantee=0, sensitivity=0.0, remap=True, power=3.0), 2)
-    np.testing.assert_array_equal(kept, [False, True, True])
+    voting = Selection(vote="weight", guarantee=0, sensitivity=0.0, remap=True, power=3.0)
+    np.testing.assert_array_equal(batch.kept_set(voting, 2), [False, True, False])
+    np.testing.assert_array_equal(batch.kept_set(replace(voting, power=1.0), 2), [False, True, True])
+
+
+def test_a_floor_is_votes_for_each_voting_token() -> None:
+    # Experts 0 and 2 have two votes of three tokens, 1 and 3 one. A tie with the floor is not above it.
+    for floor, kept in [
+        (0.0, [0, 1, 2]),  # the budget alone: 1 and 3 tie for its last place
+        (0.33, [0, 1, 2]),  # 0.99 votes
+        (0.5, [0, 2]),
+        (np.nextafter(np.float32(2 / 3), 1), []),  # over 2 votes: no expert is left
+    ]:
+        assert np.flatnonzero(WORKED.kept_set(PLAIN, 3, float(floor))).tolist() == kept, floor
+    two = WORKED.rows([0, 1])
+    assert np.flatnonzero(two.kept_set(PLAIN, 3, 0.5)).tolist() == [0]  # 1 vote is not above 0.5 * 2
+    assert np.flatnonzero(two.kept_set(PLAIN, 3, 0.49)).tolist() == [0, 1, 2]
+    # Padding doesn't vote: the same as without its rows.
+    padded = replace(WORKED, token_mask=np.array([True, True, False]))
+    assert np.flatnonzero(padded.kept_set(PLAIN, 3, 0.49)).tolist() == [0, 1, 2]
+    # The budget is the cap, the guaranteed need no votes, and all experts are all experts.
+    assert np.flatnonzero(WORKED.kept_set(PLAIN, 1, 0.33)).tolist() == [0]
+    assert np.flatnonzero(WORKED.kept_set(replace(PLAIN, guarantee=1), 3, 2.0)).tolist() == [0, 3]
+    assert WORKED.kept_set(PLAIN, 4, 2.0).all()
+
+
+def test_a_floor_is_compared_as_float32() -> None:
+    # Three shares of about 0.1, and three times 0.1: not equal in float64.
+    weight = np.array([[0.9, 0.1]] * 3, np.float32)
+    batch = Batch(np.zeros((3, 3)), np.zeros((3, 3)), np.array([[0, 1]] * 3), weight)
+    votes = np.float32(3 * (float(weight[0, 1]) / float(weight[0].astype(float).sum())))
+    floor = np.float32(0.1)
+    assert votes == floor * np.float32(3)  # a tie only as float32
+    assert not batch.kept_set(replace(PLAIN, vote="weight"), 2, float(floor))[1]
+    below = float(np.nextafter(floor, np.float32(0)))
+    assert batch.kept_set(replace(PLAIN, vote="weight"), 2, below)[1]
 
 
 def test_an_expert_with_no_vote_is_not_kept() -> None:
@@ -327,7 +363,9 @@ def test_ties_do_not_depend_on_the_order_of_addition() -> None:
 # ----------------------------------------------------------------------------- a literal transcription of the steps
 
 
-def _literal(s: Selection, batch: Batch, budget: int, renormalize: bool, scale: float) -> tuple[Array, Array]:
+def _literal(
+    s: Selection, batch: Batch, budget: int, renormalize: bool, scale: float, floor: float = 0.0
+) -> tuple[Array, Array]:
     """The steps one by one, one token after another, with exact sums (`math.fsum`)."""
     f32 = np.float32
     tokens, experts, width = batch.sizes
@@ -365,9 +403,10 @@ def _literal(s: Selection, batch: Batch, budget: int, renormalize: bool, scale: 
                 level = f32(float(f32(s.alpha)) * math.log(combine[t][e] / top))
                 vote = float(len(rows)) ** min(max(math.floor(level), -s.beta), 0)
             votes[e].append(vote)
-    summed = [math.fsum(v) for v in votes]
+    summed = [f32(math.fsum(v)) for v in votes]
+    enough = f32(float(f32(floor)) * len(rows))
     others = sorted(
-        (e for e in range(experts) if summed[e] > 0 and e not in forced), key=lambda e: (-f32(summed[e]), e)
+        (e for e in range(experts) if summed[e] > enough and e not in forced), key=lambda e: (-summed[e], e)
     )
     kept = forced | set(others[: max(budget - len(forced), 0)])
 
@@ -386,12 +425,12 @@ def _literal(s: Selection, batch: Batch, budget: int, renormalize: bool, scale: 
 
 
 @property_test
-@given(selections, batches(), budgets, st.booleans(), st.sampled_from([1.0, 2.5]))
+@given(selections, batches(), budgets, st.booleans(), st.sampled_from([1.0, 2.5]), floors)
 def test_equals_a_literal_transcription(
-    selection: Selection, batch: Batch, budget: int, renormalize: bool, scale: float
+    selection: Selection, batch: Batch, budget: int, renormalize: bool, scale: float, floor: float
 ) -> None:
-    index, weight = _literal(selection, batch, budget, renormalize, scale)
-    got = batch.select(selection, budget, renormalize=renormalize, scale=scale)
+    index, weight = _literal(selection, batch, budget, renormalize, scale, floor)
+    got = batch.select(selection, budget, renormalize=renormalize, scale=scale, floor=floor)
     np.testing.assert_array_equal(got.index, index)
     np.testing.assert_allclose(got.weight, weight, rtol=1e-6, atol=1e-44)  # atol: float32's last denormal bits
     np.testing.assert_array_equal(got.kept, np.unique(index[index >= 0]))
@@ -406,10 +445,11 @@ def test_equals_a_literal_transcription_at_a_real_size(preset: str) -> None:
     index = np.argsort(-logits, axis=1)[:, :8]
     weight = np.take_along_axis(combine, index, axis=1)
     batch = Batch(logits, combine, index, weight / weight.sum(axis=1, keepdims=True))
-    expected = _literal(PRESETS[preset], batch, 40, True, 1.0)
-    got = batch.select(PRESETS[preset], 40)
-    np.testing.assert_array_equal(got.index, expected[0])
-    np.testing.assert_allclose(got.weight, expected[1], rtol=1e-6)
+    for floor in (0.0, 0.01, 0.1):
+        expected = _literal(PRESETS[preset], batch, 40, True, 1.0, floor)
+        got = batch.select(PRESETS[preset], 40, floor=floor)
+        np.testing.assert_array_equal(got.index, expected[0])
+        np.testing.assert_allclose(got.weight, expected[1], rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- invariants
@@ -514,9 +554,20 @@ def test_raising_the_budget_never_removes_an_expert(selection: Selection, batch:
 
 @property_test
 @given(selections, batches(), budgets)
-def test_rows_that_do_not_count_change_nothing(selection: Selection, batch: Batch, budget: int) -> None:
+def test_raising_the_floor_never_adds_an_expert(selection: Selection, batch: Batch, budget: int) -> None:
+    kept = [batch.kept_set(selection, budget, floor) for floor in (0.0, 0.01, 0.1, 0.3, 0.6, 3e38)]
+    for lower, higher in itertools.pairwise(kept):
+        assert (lower | ~higher).all()
+    if budget < batch.choice.shape[1]:  # what is left is the guaranteed and the sensitive
+        np.testing.assert_array_equal(kept[-1], batch.kept_set(selection, 0))
+
+
+@property_test
+@given(selections, batches(), budgets, floors)
+def test_rows_that_do_not_count_change_nothing(selection: Selection, batch: Batch, budget: int, floor: float) -> None:
     # Left out altogether, the others get the same.
-    got, alone = batch.select(selection, budget), batch.rows(batch.counts).select(selection, budget)
+    got = batch.select(selection, budget, floor=floor)
+    alone = batch.rows(batch.counts).select(selection, budget, floor=floor)
     np.testing.assert_array_equal(got.index[batch.counts], alone.index)
     _same_bits(got.weight[batch.counts], alone.weight)
     np.testing.assert_array_equal(got.kept, alone.kept)
@@ -594,6 +645,17 @@ def test_wrong_budgets(budget: Any, message: str) -> None:
         WORKED.select(PLAIN, budget)
     with pytest.raises(UsageError, match=message):
         WORKED.kept_set(PLAIN, budget)
+
+
+@pytest.mark.parametrize(
+    ("floor", "message"),
+    [(-0.1, "floor is -0.1.*from 0"), (math.nan, "floor is nan"), (math.inf, "floor is inf"), ("1", "floor is '1'")],
+)
+def test_wrong_floors(floor: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        WORKED.select(PLAIN, 2, floor=floor)
+    with pytest.raises(UsageError, match=message):
+        WORKED.kept_set(PLAIN, 2, floor)
 
 
 def test_budgets_may_be_of_any_integer_type() -> None:
