@@ -172,6 +172,7 @@ SELECT_CONTRACT = Contract(
         Tensor("topk_index", "int64", ("T", "K")),
         Tensor("topk_weight", "float32", ("T", "K")),
         Tensor("budget", "int32", ()),
+        Tensor("floor", "float32", ()),
         Tensor("token_mask", "bool", ("T",)),
     ),
     outputs=(

@@ -51,11 +51,12 @@ def select(
     topk_index: Tensor,
     topk_weight: Tensor,
     budget: Tensor,
+    floor: Tensor,
     token_mask: Tensor,
     *,
     launch: SelectLaunch | None = None,
 ) -> Selected:
-    """LynxSelect: the arguments are the op's inputs, [T,E], [T,E], [T,K], [T,K], [] int32, [T] bool."""
+    """LynxSelect: the arguments are the op's inputs, [T,E], [T,E], [T,K], [T,K], [] int32, [] float32, [T] bool."""
     tokens = len(choice)
     outputs = Selected(
         torch.empty_like(topk_index),
@@ -69,6 +70,7 @@ def select(
         "topk_index": topk_index,
         "topk_weight": topk_weight,
         "budget": budget,
+        "floor": floor,
         "token_mask": token_mask,
         **outputs._asdict(),
     }

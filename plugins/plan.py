@@ -212,6 +212,7 @@ _SELECT_INPUTS = {
     "topk_index": "*i64",
     "topk_weight": "*fp32",
     "budget": "*i32",
+    "floor": "*fp32",
     "token_mask": "*u8",
 }
 
@@ -233,16 +234,16 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, tokens: int) -> li
     few = -(-tokens // launch.tokens) <= BLOCKS_HERE
     blocks = {"BLOCK_T": launch.block_t, "TOKENS": launch.tokens}
     sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": _row(spec)}
-    tables = {"votes": "*fp64", "forced": "*i32"}
+    tables = {"voting": "*i32", "votes": "*fp64", "forced": "*i32"}
     steps = []
     if spec.vote == "affinity":
         constants = {**sizes, "K": spec.experts_per_token, **blocks}
         steps.append(_step("select_voting_kernel", grid, {**_SELECT_INPUTS, "voting": "*i32"}, constants, launch.warps))
-    buffers = {**_SELECT_INPUTS, "voting": "*i32", **tables}
+    buffers = {**_SELECT_INPUTS, **tables}
     steps.append(_step("select_votes_kernel", grid, buffers, {**_vote_constants(spec), **blocks}, launch.warps))
     if not few:
         constants = {**sizes, "TOKENS": launch.tokens}
-        buffers = {"budget": "*i32", **tables, "kept": "*i32"}
+        buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
         steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, launch.warps))
     buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
     constants = {**sizes, **_choice_constants(spec), **blocks, "KEEP_HERE": few}

@@ -27,6 +27,7 @@ def select_voting_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
+    floor,  # [] float32, not read
     token_mask,  # [T] uint8, 0 for padding
     voting,  # [ceil(T / TOKENS)] int32, out: how many of a block's tokens vote
     T,
@@ -40,14 +41,14 @@ def select_voting_kernel(
     if tl.load(budget) >= E:
         return
     block = tl.program_id(0)
-    number = 0
+    voters = tl.zeros([BLOCK_T], tl.int32)
     for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         _, _, _, _, counts = load_tile(
             choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
         )
-        number += tl.sum(counts.to(tl.int32), axis=0)
-    tl.store(voting + block, number)
+        voters += counts.to(tl.int32)
+    tl.store(voting + block, tl.sum(voters, axis=0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -57,8 +58,9 @@ def select_votes_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
+    floor,  # [] float32, not read
     token_mask,  # [T] uint8, 0 for padding
-    voting,  # [ceil(T / TOKENS)] int32; only read for `affinity`
+    voting,  # [ceil(T / TOKENS)] int32: read for `affinity`, otherwise out
     votes,  # [ceil(T / TOKENS), E] float64, out
     forced,  # [ceil(T / TOKENS), E] int32, out
     T,
@@ -84,6 +86,7 @@ def select_votes_kernel(
         for start in range(0, tl.cdiv(T, TOKENS), BLOCK_E):
             here = start + expert < tl.cdiv(T, TOKENS)
             number += tl.sum(tl.load(voting + start + expert, mask=here, other=0), axis=0)
+    voters = tl.zeros([BLOCK_T], tl.int32)
     sums = tl.zeros([BLOCK_E], tl.float64)
     marks = tl.zeros([BLOCK_E], tl.int32)
     for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
@@ -109,15 +112,19 @@ def select_votes_kernel(
         )
         sums += some_votes
         marks = tl.maximum(marks, some_forced)
+        voters += counts.to(tl.int32)
+    if VOTE != "affinity":
+        tl.store(voting + block, tl.sum(voters, axis=0))
     tl.store(votes + block * E + expert, sums, mask=expert < E)
     tl.store(forced + block * E + expert, marks, mask=expert < E)
 
 
 @triton.jit
-def kept_from_blocks(votes, forced, blocks, limit, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def kept_from_blocks(voting, votes, forced, blocks, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Add up the blocks' tables; 1 for each expert that is kept, int32 [BLOCK_E]."""
     expert = tl.arange(0, BLOCK_E)[None, :]
     row = tl.arange(0, ROWS)[:, None]
+    voters = tl.zeros([ROWS], tl.int32)
     sums = tl.zeros([BLOCK_E], tl.float64)
     marks = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, blocks, ROWS):
@@ -125,12 +132,16 @@ def kept_from_blocks(votes, forced, blocks, limit, E: tl.constexpr, BLOCK_E: tl.
         at = (start + row) * E + expert
         sums += tl.sum(tl.load(votes + at, mask=here, other=0.0), axis=0)
         marks = tl.maximum(marks, tl.max(tl.load(forced + at, mask=here, other=0), axis=0))
-    return kept_set(sums, marks, limit, BLOCK_E)
+        block = start + tl.arange(0, ROWS)
+        voters += tl.load(voting + block, mask=block < blocks, other=0)
+    return kept_set(sums, marks, limit, floor, tl.sum(voters, axis=0), BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["T"])
 def select_keep_kernel(
     budget,  # [] int32
+    floor,  # [] float32
+    voting,  # [ceil(T / TOKENS)] int32
     votes,  # [ceil(T / TOKENS), E] float64
     forced,  # [ceil(T / TOKENS), E] int32
     kept,  # [E] int32, out
@@ -144,7 +155,7 @@ def select_keep_kernel(
     if limit >= E:
         return
     expert = tl.arange(0, BLOCK_E)
-    result = kept_from_blocks(votes, forced, tl.cdiv(T, TOKENS), limit, E, BLOCK_E)
+    result = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, tl.load(floor), E, BLOCK_E)
     tl.store(kept + expert, result, mask=expert < E)
 
 
@@ -155,7 +166,9 @@ def select_choice_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
+    floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
+    voting,  # [ceil(T / TOKENS)] int32
     votes,  # [ceil(T / TOKENS), E] float64
     forced,  # [ceil(T / TOKENS), E] int32
     kept,  # [E] int32; not read if KEEP_HERE
@@ -181,7 +194,7 @@ def select_choice_kernel(
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
     if limit < E:
         if KEEP_HERE:
-            kept_here = kept_from_blocks(votes, forced, tl.cdiv(T, TOKENS), limit, E, BLOCK_E)
+            kept_here = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, tl.load(floor), E, BLOCK_E)
         else:
             kept_here = tl.load(kept + expert, mask=expert < E, other=0)
     number = tl.zeros([BLOCK_E], tl.int32)

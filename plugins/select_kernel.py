@@ -150,7 +150,7 @@ def tile_votes(
 ):
     """What some tokens say of each expert: the sum of their votes (float64) and whether one forces it, [BLOCK_E].
 
-    `voting` is the number of tokens that vote in the whole batch; only `affinity` asks for it.
+    `voting` is the number of tokens that vote in the whole batch; only `affinity` asks for it here.
     """
     own = counts[:, None] & (own_slot >= 0)
     if VOTE == "score":
@@ -174,20 +174,24 @@ def tile_votes(
 
 
 @triton.jit
-def kept_set(votes, forced, budget, BLOCK_E: tl.constexpr):
-    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget."""
+def kept_set(votes, forced, budget, floor, voting, BLOCK_E: tl.constexpr):
+    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long
+    as the vote is above `floor` (float32) for each of the `voting` tokens.
+    """
     expert = tl.arange(0, BLOCK_E)
-    some = (votes > 0).to(tl.int64)
+    ballots = votes.to(tl.float32)
     # Votes are not negative, so the bits of the float32 order as it does.
-    bits = votes.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
-    key = (((forced.to(tl.int64) * 2 + some) << 31) | bits) * BLOCK_E + (BLOCK_E - 1 - expert)
+    bits = ballots.to(tl.int32, bitcast=True).to(tl.int64)
+    key = ((forced.to(tl.int64) << 31) | bits) * BLOCK_E + (BLOCK_E - 1 - expert)
     # Ranked by counting the higher keys, some at a time: all of E = 512 at once does not fit registers.
     width: tl.constexpr = BLOCK_E if BLOCK_E < 32 else 32
     rank = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, BLOCK_E, width):
         others = tl.gather(key, start + tl.arange(0, width), axis=0)
         rank += tl.sum((others[:, None] > key[None, :]).to(tl.int32), axis=0)
-    return tl.maximum(forced, ((rank < budget) & (some > 0)).to(tl.int32))
+    # Both factors are exact in float32, and the product is rounded once, as in the reference.
+    enough = ballots > floor * voting.to(tl.float32)
+    return tl.maximum(forced, ((rank < budget) & enough).to(tl.int32))
 
 
 @triton.jit
@@ -267,6 +271,7 @@ def select_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
+    floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
     index,  # [T,K] int64, out
     weight,  # [T,K] float32, out
@@ -303,8 +308,7 @@ def select_kernel(
             choice, combine, topk_index, topk_weight, token_mask, rows, rows < T, E, K, BLOCK_E
         )
         if limit < E:
-            if VOTE == "affinity":
-                voting = tl.sum(counts.to(tl.int32), axis=0)
+            voting = tl.sum(counts.to(tl.int32), axis=0)
             votes, forced = tile_votes(
                 scores,
                 weighing,
@@ -321,7 +325,7 @@ def select_kernel(
                 BETA,
                 BLOCK_E,
             )
-            kept = kept_set(votes, forced, limit, BLOCK_E)
+            kept = kept_set(votes, forced, limit, tl.load(floor), voting, BLOCK_E)
         placed = tile_choice(
             scores,
             weighing,
@@ -350,13 +354,15 @@ def select_kernel(
         tl.store(dispatch + at, rows[:, None] * K + placed, mask=used > 0)
     else:
         if limit < E:
+            voters = tl.zeros([BLOCK_T], tl.int32)
             if VOTE == "affinity":
                 for start in range(0, T, BLOCK_T):
                     token = start + rows
                     _, _, _, _, counts = load_tile(
                         choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
                     )
-                    voting += tl.sum(counts.to(tl.int32), axis=0)
+                    voters += counts.to(tl.int32)
+                voting = tl.sum(voters, axis=0)
             votes = tl.zeros([BLOCK_E], tl.float64)
             forced = tl.zeros([BLOCK_E], tl.int32)
             for start in range(0, T, BLOCK_T):
@@ -382,7 +388,9 @@ def select_kernel(
                 )
                 votes += some_votes
                 forced = tl.maximum(forced, some_forced)
-            kept = kept_set(votes, forced, limit, BLOCK_E)
+                if VOTE != "affinity":
+                    voters += counts.to(tl.int32)
+            kept = kept_set(votes, forced, limit, tl.load(floor), tl.sum(voters, axis=0), BLOCK_E)
         for start in range(0, T, BLOCK_T):
             token = start + rows
             scores, weighing, own_weight, own_slot, counts = load_tile(

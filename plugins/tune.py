@@ -300,6 +300,7 @@ def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[Sel
         "topk_index": index,
         "topk_weight": weight,
         "budget": whole(),
+        "floor": torch.zeros((), dtype=torch.float32, device=DEVICE),
         "token_mask": torch.ones(tokens, dtype=torch.bool, device=DEVICE),
         "index": torch.empty_like(index),
         "weight": torch.empty_like(weight),

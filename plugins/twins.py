@@ -37,16 +37,17 @@ def select_twin(
     topk_index: Tensor,
     topk_weight: Tensor,
     budget: int,
+    floor: float,
     token_mask: Tensor,
 ) -> Selected:
-    """LynxSelect; the arguments are the op's inputs, shapes [T,E], [T,E], [T,K], [T,K], a number, [T] bool."""
+    """LynxSelect; the arguments are the op's inputs: [T,E], [T,E], [T,K], [T,K], a number, another, [T] bool."""
     finite = [torch.isfinite(values).all(dim=1) for values in (choice, combine, topk_weight)]
     counts = token_mask & finite[0] & finite[1] & finite[2]
     column = counts[:, None]
     choice, combine, topk_weight = (torch.where(column, values, 0.0) for values in (choice, combine, topk_weight))
     topk_index = torch.where(column, topk_index, 0)
     own = torch.zeros_like(choice, dtype=torch.bool).scatter_(1, topk_index, True) & column
-    kept = _kept_set(spec, choice, combine, topk_index, topk_weight, counts, own, budget)
+    kept = _kept_set(spec, choice, combine, topk_index, topk_weight, counts, own, budget, floor)
     lost = (own & ~kept).any(dim=1, keepdim=True)
     allowed = column & kept & (own | torch.tensor(spec.remap, device=own.device))
     index, weight = _best(spec, choice, combine, allowed)
@@ -65,17 +66,19 @@ def _kept_set(
     counts: Tensor,
     own: Tensor,
     budget: int,
+    floor: float,
 ) -> Tensor:
     """Steps 1 to 5 of the selection, bool [E]."""
     experts = choice.shape[1]
     if budget >= experts:
         return torch.ones(experts, dtype=torch.bool, device=choice.device)
-    votes = _votes(spec, combine, index, weight, counts)
+    votes = _votes(spec, combine, index, weight, counts).float()
     forced = (own & _forced(spec, choice, index, weight)).any(dim=0)
+    enough = votes > torch.tensor(floor, dtype=torch.float32, device=votes.device) * counts.sum().float()
     kept = forced.clone()
-    ranked = sorted(range(experts), key=lambda e: (not forced[e], not votes[e] > 0, -float(votes.float()[e]), e))
+    ranked = sorted(range(experts), key=lambda e: (not forced[e], -float(votes[e]), e))
     for expert in ranked[: max(budget, 0)]:
-        kept[expert] |= votes[expert] > 0
+        kept[expert] |= enough[expert]
     return kept
 
 

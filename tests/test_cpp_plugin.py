@@ -104,7 +104,7 @@ class Case:
 def select_case(preset: str = "lynx", **changes) -> Case:
     attributes = select_attributes(PRESETS[preset], experts_per_token=2, renormalize=True, scale=2.5)
     kinds = [tensor.type for tensor in CONTRACTS["LynxSelect"].inputs]
-    shapes = [("T", 8), ("T", 8), ("T", 2), ("T", 2), (), ("T",)]
+    shapes = [("T", 8), ("T", 8), ("T", 2), ("T", 2), (), (), ("T",)]
     return Case("LynxSelect", {**attributes, **changes}, list(zip(kinds, shapes, strict=True)))
 
 

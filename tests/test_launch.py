@@ -59,6 +59,7 @@ TENSORS = {
         "topk_index",
         "topk_weight",
         "budget",
+        "floor",
         "token_mask",
         "index",
         "weight",

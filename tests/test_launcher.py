@@ -160,7 +160,7 @@ def test_damaged_kernels_are_refused():
 def test_ops_of_layers():
     """Equal layers are one op; T is that of the input ids."""
     select = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
-    shapes = [[-1, 8], [-1, 8], [-1, 2], [-1, 2], [], [-1]]
+    shapes = [[-1, 8], [-1, 8], [-1, 2], [-1, 2], [], [], [-1]]
     layers = [
         {"name": f"s{n}", "op": "LynxSelect", "attributes": select, "shapes": shapes, "type": "float32"} for n in (0, 1)
     ]
@@ -181,7 +181,7 @@ def test_ops_of_layers():
 def test_spec_of_a_node(spec):
     """A node's fields and shapes give back the spec that the kernels were made for."""
     if isinstance(spec, SelectSpec):
-        shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (5,)]
+        shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (), (5,)]
         values = {name: getattr(spec, name) for name in (field.name for field in CONTRACTS["LynxSelect"].fields)}
         assert spec_of("LynxSelect", values, shapes, "float32") == spec
         return

@@ -71,7 +71,7 @@ def test_required_and_forbidden_values():
 
 def test_output_shapes():
     t, e, k, h, i = 5, 8, 2, 16, 32  # all different, so that no axis can be mistaken for another
-    shapes = [(t, e), (t, e), (t, k), (t, k), (), (t,)]
+    shapes = [(t, e), (t, e), (t, k), (t, k), (), (), (t,)]
     assert SELECT_CONTRACT.output_shapes(shapes) == [(t, k), (t, k), ()]
     shapes = [(t, h), (t, k), (t, k), (e, 2 * i, h), (e, h, i)]
     assert EXPERTS_CONTRACT.output_shapes(shapes) == [(t, h)]
@@ -89,6 +89,26 @@ def test_experts_formats(kind, n_inputs):
         assert not EXPERTS_CONTRACT.supports(position, types, n_inputs, linear=False)
         wrong = [*types[:position], "int8", *types[position + 1 :]]
         assert not EXPERTS_CONTRACT.supports(position, wrong, n_inputs)
+
+
+def test_select_formats():
+    """Each of its inputs and outputs has one type, and the linear format."""
+    inputs = ["float32", "float32", "int64", "float32", "int32", "float32", "bool"]
+    types = [*inputs, "int64", "float32", "int32"]
+    assert SELECT_CONTRACT.output_types(inputs) == types[7:]
+    for position, kind in enumerate(types):
+        for other in (*FLOAT_TYPES, "int32", "int64", "bool"):
+            given = [*types[:position], other, *types[position + 1 :]]
+            assert SELECT_CONTRACT.supports(position, given, 7) == (other == kind)
+        assert not SELECT_CONTRACT.supports(position, types, 7, linear=False)
+
+
+def test_select_without_a_floor():
+    """A node as it was before there were floors."""
+    with pytest.raises(ValueError, match="LynxSelect has 6 inputs; it takes 7"):
+        SELECT_CONTRACT.check_types(["float32", "float32", "int64", "float32", "int32", "bool"])
+    with pytest.raises(ValueError, match="LynxSelect: floor is float16; allowed: float32"):
+        SELECT_CONTRACT.check_types(["float32", "float32", "int64", "float32", "int32", "float16", "bool"])
 
 
 def test_experts_precision_is_one():
@@ -110,9 +130,11 @@ def test_a_lone_bias_is_refused():
 
 
 def test_ranks():
-    SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 0, 1])
+    SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 0, 0, 1])
     with pytest.raises(ValueError, match=r"budget has 1 dimensions; it must be \[\]"):
-        SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 1, 1])
+        SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"floor has 1 dimensions; it must be \[\]"):
+        SELECT_CONTRACT.check_ranks([2, 2, 2, 2, 0, 1, 1])
 
 
 def test_no_heavy_import():
@@ -181,7 +203,7 @@ def test_output_types(trt):
         "node", fields_of(trt, "LynxSelect", SELECT_ATTRIBUTES), trt.TensorRTPhase.BUILD
     )
     f32, i64 = trt.DataType.FLOAT, trt.DataType.INT64
-    given = [f32, f32, i64, f32, trt.DataType.INT32, trt.DataType.BOOL]
+    given = [f32, f32, i64, f32, trt.DataType.INT32, f32, trt.DataType.BOOL]
     assert plugin.get_output_data_types(given) == [i64, f32, trt.DataType.INT32]
     plugin = creator_of(trt, "LynxExperts").create_plugin(
         "node", fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES), trt.TensorRTPhase.BUILD
@@ -249,13 +271,13 @@ def test_kernels_travel_and_run(trt, monkeypatch):
     runner = runner.attach_to_context(None)
     driver = FakeDriver()
     monkeypatch.setattr(type(runner), "driver", staticmethod(lambda: driver))
-    shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (5,)]
+    shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (), (5,)]
     descs = [SimpleNamespace(dims=shape, type=trt.DataType.FLOAT) for shape in shapes]
     runner.on_shape_change(descs, [])
-    pointers = [256 * n for n in range(1, 7)]
+    pointers = [256 * n for n in range(1, 8)]
     runner.enqueue(descs, [], pointers, pointers[:3], 4096, 77)
     (launch,) = driver.launched
-    assert launch["words"][:6] == pointers
+    assert launch["words"][:7] == pointers
     assert launch["stream"] == 77
     dynamic = [SimpleNamespace(max=(64, *shape[1:]), desc=desc) for shape, desc in zip(shapes, descs, strict=True)]
     assert runner.get_workspace_size(dynamic, []) == launcher.workspace_bytes(kernels, select.key, 64) > 0
@@ -268,9 +290,9 @@ def test_another_gpu_is_told(trt, monkeypatch):
         "n", with_kernels(trt, "LynxSelect", "for 80 and 90", blob), trt.TensorRTPhase.RUNTIME
     )
     monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: FakeDriver(sm=120)))
-    descs = [SimpleNamespace(dims=(5, 8), type=trt.DataType.FLOAT)] * 6
+    descs = [SimpleNamespace(dims=(5, 8), type=trt.DataType.FLOAT)] * 7
     descs[2] = SimpleNamespace(dims=(5, 2))
     python_plugin.take_refusals()
     with pytest.raises(ArtifactError, match="are for SM 80, 90, and this GPU is SM 120"):
-        plugin.enqueue(descs, [], [0] * 6, [0] * 3, 0, 0)
+        plugin.enqueue(descs, [], [0] * 7, [0] * 3, 0, 0)
     assert "this GPU is SM 120" in python_plugin.take_refusals()[0]

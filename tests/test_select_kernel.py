@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_process import on_device
 from numpy.typing import NDArray
-from test_selection import Batch, batches, budgets, selections
+from test_selection import Batch, batches, budgets, floors, selections
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.plugins import execute, plan
@@ -51,19 +51,22 @@ def _spec(
     )
 
 
-def _tensors(batch: Batch, budget: int) -> list[torch.Tensor]:
+def _tensors(batch: Batch, budget: int, floor: float = 0.0) -> list[torch.Tensor]:
     floats = [torch.tensor(np.asarray(a, np.float32)) for a in (batch.choice, batch.combine, batch.topk_weight)]
     mask = np.ones(batch.sizes[0], np.bool_) if batch.token_mask is None else batch.token_mask
     index = torch.tensor(np.asarray(batch.topk_index, np.int64))
-    return [*floats[:2], index, floats[2], torch.tensor(budget, dtype=torch.int32), torch.tensor(mask)]
+    limits = [torch.tensor(budget, dtype=torch.int32), torch.tensor(floor, dtype=torch.float32)]
+    return [*floats[:2], index, floats[2], *limits, torch.tensor(mask)]
 
 
-def _check(batch: Batch, selection: Selection, budget: int, launch: SelectLaunch, **rule: Any) -> None:
+def _check(
+    batch: Batch, selection: Selection, budget: int, launch: SelectLaunch, floor: float = 0.0, **rule: Any
+) -> None:
     """The kernels give what the reference gives."""
     _, experts, width = batch.sizes
     spec = _spec(selection, experts, width, **rule)
-    got = on_device(execute.select, spec, *_tensors(batch, budget), launch=launch)
-    want = batch.select(selection, budget, **rule)
+    got = on_device(execute.select, spec, *_tensors(batch, budget, floor), launch=launch)
+    want = batch.select(selection, budget, floor=floor, **rule)
     np.testing.assert_array_equal(got.index.numpy(), want.index)
     # The sum of weights may differ in a float64's last bits.
     np.testing.assert_allclose(got.weight.numpy(), want.weight, rtol=2e-7)
@@ -86,24 +89,26 @@ def _check_dispatch(got: torch.Tensor, index: torch.Tensor, experts: int) -> Non
     assert torch.equal(got[written], want[written])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(batches(min_tokens=1), selections, budgets, st.sampled_from(list(WAYS)), st.booleans())
-def test_odd_batches(batch: Batch, selection: Selection, budget: int, way: str, renormalize: bool) -> None:
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(batches(min_tokens=1), selections, budgets, floors, st.sampled_from(list(WAYS)), st.booleans())
+def test_odd_batches(
+    batch: Batch, selection: Selection, budget: int, floor: float, way: str, renormalize: bool
+) -> None:
     """T=1, K=1, K=E, E=1, ties, zeros, masks, NaN, Inf, sums at the ends of float32."""
-    _check(batch, selection, budget, WAYS[way], renormalize=renormalize, scale=1.5)
+    _check(batch, selection, budget, WAYS[way], floor, renormalize=renormalize, scale=1.5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(batches(min_tokens=1), selections, budgets)
-def test_twin(batch: Batch, selection: Selection, budget: int) -> None:
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(batches(min_tokens=1), selections, budgets, floors)
+def test_twin(batch: Batch, selection: Selection, budget: int, floor: float) -> None:
     _, experts, width = batch.sizes
-    choice, combine, index, weight, _, mask = _tensors(batch, budget)
+    choice, combine, index, weight, _, _, mask = _tensors(batch, budget)
     index = torch.where(mask[:, None], index, 0)  # indexing with what padding may hold is no part of a plain twin
-    got = select_twin(_spec(selection, experts, width), choice, combine, index, weight, budget, mask)
-    want = batch.select(selection, budget)
+    got = select_twin(_spec(selection, experts, width), choice, combine, index, weight, budget, floor, mask)
+    want = batch.select(selection, budget, floor=floor)
     np.testing.assert_array_equal(got.index.numpy(), want.index)
     np.testing.assert_allclose(got.weight.numpy(), want.weight, rtol=2e-7)
-    np.testing.assert_array_equal(got.kept.numpy(), batch.kept_set(selection, budget))
+    np.testing.assert_array_equal(got.kept.numpy(), batch.kept_set(selection, budget, floor))
     assert int(got.active) == len(want.kept)
 
 
@@ -136,13 +141,28 @@ def _router(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
 )
 @pytest.mark.parametrize("preset", ["lynx", "lynx-accuracy", "lynx-affinity", "oea", "xshare"])
 def test_routers(preset: str, tokens: int, experts: int, width: int) -> None:
-    """The estimated launch on batches of real models' sizes, at a budget that takes experts away."""
-    _check(
-        _router(tokens, experts, width),
-        PRESETS[preset],
-        max(experts // 4, 2),
-        select_estimate(tokens, experts, width),
-    )
+    """The estimated launch on batches of real models' sizes: a budget takes experts away, and a floor some more."""
+    batch, selection, budget = _router(tokens, experts, width), PRESETS[preset], max(experts // 4, 2)
+    for floor in (0.0, *_edge(batch, selection, budget)):
+        _check(batch, selection, budget, select_estimate(tokens, experts, width), floor)
+
+
+def _edge(batch: Batch, selection: Selection, budget: int) -> tuple[float, float]:
+    """Two neighbours in float32, the higher of which leaves at most half of the experts that the budget keeps.
+
+    It is as near to an expert's vote as a floor can be. (Where more than half is guaranteed, the higher one is 2.)
+    """
+
+    def floor(bits: int) -> float:
+        return float(np.array(bits, np.int32).view(np.float32))
+
+    most = int(batch.kept_set(selection, budget).sum()) // 2
+    low, high = 0, int(np.float32(2.0).view(np.int32))
+    while high - low > 1:
+        middle = (low + high) // 2
+        few = int(batch.kept_set(selection, budget, floor(middle)).sum()) <= most
+        low, high = (low, middle) if few else (middle, high)
+    return floor(low), floor(high)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -192,12 +212,14 @@ def test_no_token_counts(way: str) -> None:
     _check(batch, PRESETS["lynx"], 2, WAYS[way])
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])
-def test_many_blocks(preset: str) -> None:
+def test_many_blocks(preset: str, floor: float) -> None:
     """Blocks that are too many for each program to add up: the kept set and the scan are launches of their own."""
-    batch = _router(9, 16, 3)
-    got = on_device(with_many_blocks, execute.select, _spec(PRESETS[preset], 16, 3), *_tensors(batch, 5), launch=BLOCKS)
-    want = batch.select(PRESETS[preset], 5)
+    batch = _router(19, 16, 3)  # ten blocks: tables of more rows than are added at a time
+    given = (_spec(PRESETS[preset], 16, 3), *_tensors(batch, 5, floor))
+    got = on_device(with_many_blocks, execute.select, *given, launch=BLOCKS)
+    want = batch.select(PRESETS[preset], 5, floor=floor)
     np.testing.assert_array_equal(got.index.numpy(), want.index)
     assert int(got.active) == len(want.kept)
     _check_dispatch(got.dispatch, torch.from_numpy(want.index), 16)
@@ -207,6 +229,50 @@ def with_many_blocks(function: Any, *arguments: Any, **options: Any) -> Any:
     """Call it as if two blocks were too many; truly too many would take the interpreter half a minute."""
     with mock.patch.object(plan, "BLOCKS_HERE", 1):
         return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("vote", ["count", "weight", "affinity", "score"])
+def test_floors_between_on_and_above_votes(vote: str, way: str) -> None:
+    """Six rows, of which a NaN and padding leave four to vote, each with 1 for one expert under every kind of vote."""
+    index = np.array([[0], [0], [1], [2], [3], [3]])
+    votes = np.array([0.5, 0.25, 0.25, 0.0], np.float32)  # over the number of voting rows
+    scores = np.zeros((6, 4), np.float32)
+    scores[np.arange(6), index[:, 0]] = 1.0
+    mask = np.array([True] * 5 + [False])
+    scores[4, 0] = np.nan
+    batch = Batch(scores, scores, index, np.ones((6, 1), np.float32), mask)
+    selection = replace(PRESETS["lynx-latency"], vote=vote)
+    for floor, kept in [
+        (0.0, 3),
+        (0.2, 3),  # a fifth of four is below a vote; of five or six it would not be
+        (np.nextafter(np.float32(0.25), np.float32(0)), 3),
+        (0.25, 1),  # a tie is not above
+        (np.nextafter(np.float32(0.25), np.float32(1)), 1),
+        (np.nextafter(np.float32(0.5), np.float32(0)), 1),
+        (0.5, 0),
+        (3e38, 0),  # times 4 is infinite
+    ]:
+        assert int(batch.kept_set(selection, 3, float(floor)).sum()) == kept == int((votes > floor).sum()), floor
+        _check(batch, selection, 3, WAYS[way], float(floor))
+    # Off is off, and what is guaranteed needs no votes.
+    _check(batch, selection, 4, WAYS[way], 0.25)
+    _check(batch, replace(selection, guarantee=1), 3, WAYS[way], 0.25)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_floor_is_multiplied_and_compared_as_float32(way: str) -> None:
+    """Three tenths are 0.3 in float32, above the float64 product of 0.1 and 3, and not above the float32 one."""
+    weight = np.array([[1.0, 9.0]] * 3, np.float32)
+    scores = np.zeros((3, 4), np.float32)
+    batch = Batch(scores, scores, np.array([[0, 1]] * 3), weight)
+    selection = replace(PRESETS["lynx-latency"], vote="weight")
+    floor = float(np.float32(0.1))
+    assert list(batch.kept_set(selection, 2, floor)) == [False, True, False, False]
+    _check(batch, selection, 2, WAYS[way], floor)
+    below = float(np.nextafter(np.float32(floor), np.float32(0)))
+    assert list(batch.kept_set(selection, 2, below)) == [True, True, False, False]
+    _check(batch, selection, 2, WAYS[way], below)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -83,9 +83,10 @@ class GraphMaker:
         self.node("Softmax", [f"logits32{n}"], [f"scores{n}"], axis=-1)
         self.node("TopK", [f"scores{n}", "experts_per_token"], [f"topk_weight{n}", f"topk_index{n}"], axis=-1)
         self.node("Gather", ["budgets", self.constant(f"layer{n}", layer)], [f"budget{n}"], axis=0)
+        self.node("Gather", ["floors", f"layer{n}"], [f"floor{n}"], axis=0)
         self.node(
             SELECT,
-            [f"scores{n}", f"scores{n}", f"topk_index{n}", f"topk_weight{n}", f"budget{n}", "token_mask"],
+            [f"scores{n}", f"scores{n}", f"topk_index{n}", f"topk_weight{n}", f"budget{n}", f"floor{n}", "token_mask"],
             [f"index{n}", f"weight{n}", f"active{n}"],
             domain=DOMAIN,
             **select_attributes(PRESETS[preset], experts_per_token=K, renormalize=True, scale=1.0),
@@ -114,6 +115,7 @@ class GraphMaker:
             tensor("past_lengths", TensorProto.INT64, ["batch"]),
             tensor("lengths", TensorProto.INT64, ["batch"]),
             tensor("budgets", TensorProto.INT32, [layers]),
+            tensor("floors", TensorProto.FLOAT, [layers]),
             *cache,
         ]
         present = [tensor(f"present.0.{p}", self.elem, ["batch", HEADS, CACHE, HEAD_SIZE]) for p in ("key", "value")]

@@ -56,6 +56,7 @@ Contract const& selectContract() {
             typed("topk_index", DataType::kINT64, "TK"),
             typed("topk_weight", DataType::kFLOAT, "TK"),
             typed("budget", DataType::kINT32, ""),
+            typed("floor", DataType::kFLOAT, ""),
             typed("token_mask", DataType::kBOOL, "T"),
         },
         {
