@@ -10,11 +10,9 @@ buffers are below 8 GB.
 from __future__ import annotations
 
 import torch
-from gpu_common import Clock, Options, Report, benchmark
-from gpu_experts_decode import check, columns
-from gpu_layer import MODELS, Kernels, Layer, error_columns, make_batch, make_layer, ops_for, ours
+from gpu_common import benchmark
+from gpu_layer import MODELS, Bench, Layer, make_batch, make_layer, ops_for, ours
 from gpu_peers import peers
-from gpu_timing import Ceilings, Timing, ceilings, measure
 
 # By what is judged first.
 TOKENS = (4096, 16384, 8192, 2048, 1024, 512, 256)
@@ -24,40 +22,30 @@ def main() -> None:
     """Batches, then models."""
     with benchmark(__doc__, "experts_prefill", 180, MODELS) as (chosen, report, clock):
         tokens = (5,) if chosen.dry else TOKENS
-        limits = ceilings(chosen.device)
-        report.extra["ceilings"] = {"bandwidth": limits.bandwidth, "matmul": limits.matmul}
         layers = [make_layer(name, chosen) for name in chosen.models]
-        kernels = Kernels(ops_for([(each.experts, each.select) for each in layers], tokens, handed=False), chosen)
-        report.extra["kernels"] = kernels.how
-        report.write()
+        ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=False)
+        bench = Bench.start(layers, ops, chosen, report, clock)
         for count in tokens:
             for layer in layers:
-                point(layer, count, kernels, limits, chosen, report, clock)
+                point(layer, count, bench)
 
 
-def point(
-    layer: Layer, tokens: int, kernels: Kernels, limits: Ceilings, chosen: Options, report: Report, clock: Clock
-) -> None:
+def point(layer: Layer, tokens: int, bench: Bench) -> None:
     """One batch on one layer: a row for each contender."""
+    chosen = bench.chosen
     label = f"{layer.name}, {tokens} tokens"
-    if clock.left() == 0:
-        report.left_out.append(label)
+    if not bench.has_time(label):
         return
     batch = make_batch(layer, tokens, 0, chosen.device)
     runs, absent = peers(layer, [batch], chosen.vllm)
-    report.absent |= {f"{name} at {tokens} tokens of {layer.name}": why for name, why in absent.items()}
-    runs["lynx"] = ours(kernels, layer, [batch], whole=False)
-    runs["lynx_layer"] = ours(kernels, layer, [batch], whole=True)
-    found, broken = check(layer, batch, runs)
-    timings: dict[str, Timing | str] = dict(broken)
-    timings |= measure({n: run for n, run in runs.items() if n not in broken}, chosen.device, seconds=1.0)
-    needed, flops = layer.bytes_read(batch.active), layer.flops(batch.index.numel())
-    common = {"active": batch.active, "bytes": needed, "flops": flops}
-    common["floor_us"] = round(limits.floor(needed, flops), 3)
-    row = {"model": layer.name, "tokens": tokens, "dtype": chosen.dtype}
-    for name, timing in timings.items():
-        report.add(row | columns(name, timing, common, limits, error_columns(found, name)))
-    print(f"{label}: {timings.get('lynx')}", flush=True)
+    bench.report.absent |= {f"{name} at {tokens} tokens of {layer.name}": why for name, why in absent.items()}
+    runs["lynx"] = ours(bench.kernels, layer, [batch], whole=False)
+    runs["lynx_layer"] = ours(bench.kernels, layer, [batch], whole=True)
+    rows = bench.measure_layer(layer, [batch], runs, seconds=1.0)
+    for each in rows:
+        bench.report.add({"model": layer.name, "tokens": tokens, "dtype": chosen.dtype, **each})
+    ours_us = next((each.get("us") for each in rows if each["contender"] == "lynx"), None)
+    print(f"{label}: lynx {ours_us} us", flush=True)
     if chosen.device.type == "cuda":
         torch.cuda.empty_cache()  # the graphs' pools, gigabytes each at the largest sizes
 

@@ -1,4 +1,4 @@
-"""One MoE layer for the GPU benchmarks: random weights and batches, our kernels on them, and the errors.
+"""One MoE layer for the GPU benchmarks: random weights and batches, our kernels on them, times and errors.
 
 Our kernels run as an engine runs them: compiled ahead of time, all at once on all cores, and launched through the CUDA
 driver. `--jit` lets the Triton language compile and launch them instead; a dry run on a CPU interprets them.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gpu_common import Options
-from gpu_timing import reason
+from gpu_common import Clock, Options, Report
+from gpu_timing import Ceilings, Timing, ceilings, measure, reason, sticky
 from torch import Tensor
 
 from lynx_trt.errors import LynxError
@@ -75,6 +75,7 @@ class Batch:
     index: Tensor
     weight: Tensor
     budget: Tensor
+    floor: Tensor
     token_mask: Tensor
 
     @property
@@ -131,16 +132,17 @@ def make_batch(layer: Layer, tokens: int, seed: int, device: torch.device) -> Ba
     weight = weight / weight.sum(dim=1, keepdim=True)
     hidden = torch.randn((tokens, spec.hidden), device=device, generator=generator).to(getattr(torch, spec.dtype))
     budget = torch.tensor(spec.experts, dtype=torch.int32, device=device)
+    floor = torch.zeros((), dtype=torch.float32, device=device)
     mask = torch.ones(tokens, dtype=torch.bool, device=device)
-    return Batch(hidden, choice, index, weight, index, weight, budget, mask)
+    return Batch(hidden, choice, index, weight, index, weight, budget, floor, mask)
 
 
-def restrict(layer: Layer, batch: Batch, budget: int) -> Batch:
-    """The same under a budget; the routing by the selection's twin."""
-    kept = select_twin(
-        layer.select, batch.choice, batch.choice, batch.topk_index, batch.topk_weight, budget, batch.token_mask
-    )
-    return replace(batch, index=kept.index, weight=kept.weight, budget=torch.full_like(batch.budget, budget))
+def restrict(layer: Layer, batch: Batch, budget: int, floor: float = 0.0) -> Batch:
+    """The same under a budget and a floor; the routing by the selection's twin."""
+    routing = (batch.choice, batch.choice, batch.topk_index, batch.topk_weight)
+    kept = select_twin(layer.select, *routing, budget, floor, batch.token_mask)
+    limits = {"budget": torch.full_like(batch.budget, budget), "floor": torch.full_like(batch.floor, floor)}
+    return replace(batch, index=kept.index, weight=kept.weight, **limits)
 
 
 class Kernels:
@@ -215,6 +217,7 @@ def selection_tensors(batch: Batch, spec: SelectSpec) -> dict[str, Tensor]:
         "topk_index": batch.topk_index.contiguous(),
         "topk_weight": batch.topk_weight.contiguous(),
         "budget": batch.budget,
+        "floor": batch.floor,
         "token_mask": batch.token_mask,
         "index": torch.empty_like(batch.topk_index),
         "weight": torch.empty_like(batch.topk_weight),
@@ -234,6 +237,87 @@ def ops_for(layers: Sequence[tuple[ExpertsSpec, SelectSpec]], tokens: Sequence[i
         ops += [Op(replace(experts, dispatch_given=True), ranges) for experts, _ in layers]
         ops += [Op(replace(select, dispatch_taken=True), ranges) for _, select in layers]
     return ops
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a script measures with: layers, their kernels, the machine's ceilings, and where the rows go."""
+
+    layers: Sequence[Layer]
+    kernels: Kernels
+    limits: Ceilings
+    chosen: Options
+    report: Report
+    clock: Clock
+
+    @classmethod
+    def start(cls, layers: Sequence[Layer], ops: Sequence[Op], chosen: Options, report: Report, clock: Clock) -> Bench:
+        """Measure the ceilings and compile the kernels; the record says so."""
+        limits = ceilings(chosen.device)
+        report.extra["ceilings"] = {"bandwidth": limits.bandwidth, "matmul": limits.matmul}
+        kernels = Kernels(ops, chosen)
+        report.extra["kernels"] = kernels.how
+        report.write()
+        return cls(layers, kernels, limits, chosen, report, clock)
+
+    def has_time(self, label: str) -> bool:
+        """Whether a point can still be measured; the record names those that can't."""
+        if self.clock.left() == 0:
+            self.report.left_out.append(label)
+            return False
+        return True
+
+    def measure_layer(
+        self, layer: Layer, batches: Sequence[Batch], runs: Mapping[str, Run], seconds: float
+    ) -> list[dict[str, Any]]:
+        """A row for each contender: errors on the first of the batches, then times on all, in turn."""
+        found, broken = check(layer, batches[0], runs)
+        timings: dict[str, Timing | str] = dict(broken)
+        works = {name: run for name, run in runs.items() if name not in broken}
+        timings |= measure(works, self.chosen.device, calls=len(batches), seconds=seconds)
+        active = sum(batch.active for batch in batches) / len(batches)
+        pairs = sum(int((batch.index >= 0).sum()) for batch in batches) / len(batches)
+        common = {"active": active, "bytes": layer.bytes_read(active), "flops": layer.flops(int(pairs))}
+        common["floor_us"] = round(self.limits.floor(common["bytes"], common["flops"]), 3)
+        rows = []
+        for name, timing in timings.items():
+            row = {"contender": name, **common, **times(timing)}
+            if not isinstance(timing, str):
+                row |= {**self._shares(timing, common), **error_columns(found, name)}
+            rows.append(row)
+        return rows
+
+    def _shares(self, timing: Timing, common: Mapping[str, float]) -> dict[str, float]:
+        """What a time is of the bandwidth, of the matmul rate and of the roofline."""
+        seconds = 1e-6 * timing.median
+        return {
+            "bandwidth_share": round(common["bytes"] / self.limits.bandwidth / seconds, 4),
+            "matmul_share": round(common["flops"] / self.limits.matmul / seconds, 4),
+            "roofline_share": round(common["floor_us"] / timing.median, 4),
+        }
+
+
+def times(timing: Timing | str) -> dict[str, Any]:
+    """The columns of a time, or why there is none."""
+    if isinstance(timing, str):
+        return {"failed": timing}
+    columns = timing.to_dict()
+    return {"us": columns.pop("median"), **columns}
+
+
+def check(layer: Layer, batch: Batch, runs: Mapping[str, Run]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Each contender's error on the first of its batches, and why some don't run."""
+    outputs, broken = {}, {}
+    for name, run in runs.items():
+        try:
+            outputs[name] = run()[0].clone()
+            if batch.hidden.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # of a peer as well as of ours: it is what the row says
+            broken[name] = reason(error)
+            if sticky(error):
+                raise
+    return errors(layer, batch, outputs), broken
 
 
 def errors(layer: Layer, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The selection alone: how long does one step of one layer take, with and without the dispatch metadata?
 
-Batches of 1 to 512 tokens on the routers of known models, at half of the natural number of active experts and with the
-selection off (a budget of all experts). Contenders:
+Batches of 1 to 512 tokens on the routers of known models, at half of the natural number of active experts, once by a
+budget and once by a floor of votes, and with the selection off (a budget of all experts). Contenders:
 
     lynx           LynxSelect as in an engine
     lynx_metadata  LynxSelect with the complete metadata: the list of active experts, the tokens of each
@@ -18,12 +18,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_common import Clock, Options, Report, benchmark
-from gpu_layer import MODELS, Batch, Kernels, Layer, Run, make_batch, ops_for, restrict, selection_tensors, specs_of
-from gpu_timing import Ceilings, Timing, ceilings, measure, reason, sticky
+from gpu_common import benchmark
+from gpu_layer import (
+    MODELS,
+    Batch,
+    Bench,
+    Kernels,
+    Layer,
+    Run,
+    make_batch,
+    ops_for,
+    restrict,
+    selection_tensors,
+    specs_of,
+    times,
+)
+from gpu_timing import measure, reason, sticky
 from torch import Tensor
 
+from lynx_trt.plugins.specs import SelectSpec
+
 TOKENS = (16, 128, 1, 512, 32, 64, 8, 256, 2, 4)
+# The share of the natural experts, and by what the others are left out.
+SETTINGS = ((0.5, "budget"), (0.5, "floor"), (1.0, "budget"))
 # Calls in a graph: a call is shorter than a graph's start.
 CALLS = 20
 
@@ -32,57 +49,45 @@ def main() -> None:
     """Batches, then models."""
     with benchmark(__doc__, "select", 60, MODELS) as (chosen, report, clock):
         tokens = (3,) if chosen.dry else TOKENS
-        limits = ceilings(chosen.device)
-        report.extra["ceilings"] = {"bandwidth": limits.bandwidth, "matmul": limits.matmul}
         layers = [Layer(name, *specs_of(name, chosen.dtype, dry=chosen.dry), {}) for name in chosen.models]
         ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=True)
-        kernels = Kernels([op for op in ops if type(op.spec) is type(layers[0].select)], chosen)
-        report.extra["kernels"] = kernels.how
-        report.write()
+        bench = Bench.start(layers, [op for op in ops if isinstance(op.spec, SelectSpec)], chosen, report, clock)
         for count in tokens:
             for layer in layers:
-                for fraction in (0.5, 1.0):
-                    point(layer, count, fraction, kernels, limits, chosen, report, clock)
+                for fraction, by in SETTINGS:
+                    point(layer, count, fraction, by, bench)
 
 
-def point(
-    layer: Layer,
-    tokens: int,
-    fraction: float,
-    kernels: Kernels,
-    limits: Ceilings,
-    chosen: Options,
-    report: Report,
-    clock: Clock,
-) -> None:
+def point(layer: Layer, tokens: int, fraction: float, by: str, bench: Bench) -> None:
     """One batch on one router."""
-    label = f"{layer.name}, {tokens} tokens, {fraction:.0%}"
-    if clock.left() == 0:
-        report.left_out.append(label)
+    label = f"{layer.name}, {tokens} tokens, {fraction:.0%} by {by}"
+    if not bench.has_time(label):
         return
-    batch = make_batch(layer, tokens, 0, chosen.device)
+    device, dry = bench.chosen.device, bench.chosen.dry
+    batch = make_batch(layer, tokens, 0, device)
     natural = batch.active
-    if fraction < 1:
+    if by == "floor":
+        batch = floored(layer, batch, natural * fraction)
+    elif fraction < 1:
         batch = restrict(layer, batch, max(round(natural * fraction), 1))
-    runs, right = contenders(layer, batch, kernels)
-    calls = 1 if chosen.dry else CALLS
-    timings = measure(
-        {name: repeated(run, calls) for name, run in runs.items()}, chosen.device, calls=calls, seconds=0.2
-    )
+    runs, right = contenders(layer, batch, bench.kernels)
+    calls = 1 if dry else CALLS
+    timings = measure({name: repeated(run, calls) for name, run in runs.items()}, device, calls=calls, seconds=0.2)
     needed = 8 * batch.choice.numel() + 24 * batch.topk_index.numel()
-    row = {"model": layer.name, "tokens": tokens, "fraction": fraction, "natural": natural, "active": batch.active}
-    row |= {"bytes": needed, "floor_us": round(limits.floor(needed, 0), 4)}
+    row = {"model": layer.name, "tokens": tokens, "fraction": fraction, "by": by, "vote_floor": float(batch.floor)}
+    row |= {"budget": int(batch.budget), "natural": natural, "active": batch.active}
+    row |= {"bytes": needed, "floor_us": round(bench.limits.floor(needed, 0), 4)}
     for name, timing in timings.items():
-        report.add(row | columns(name, timing) | ({"right": right[name]} if name in right else {}))
+        columns = {"contender": name, **times(timing)} | ({"right": right[name]} if name in right else {})
+        bench.report.add(row | columns)
     print(f"{label}: {timings.get('lynx_metadata')}", flush=True)
 
 
-def columns(name: str, timing: Timing | str) -> dict[str, Any]:
-    """Times, or why there are none."""
-    if isinstance(timing, str):
-        return {"contender": name, "failed": timing}
-    times = timing.to_dict()
-    return {"contender": name, "us": times.pop("median"), **times}
+def floored(layer: Layer, batch: Batch, wanted: float) -> Batch:
+    """The same with no cap, under the highest floor of powers of two that leaves as many experts as are wanted."""
+    floors = (2.0**-n for n in range(31))
+    tried = (restrict(layer, batch, layer.experts.experts - 1, floor) for floor in floors)
+    return next(each for each in tried if each.active >= wanted)
 
 
 def repeated(run: Run, calls: int) -> Run:

@@ -129,7 +129,8 @@ def of(rows: Iterable[Row], contender: str) -> list[Row]:
 def place(row: Row) -> str:
     """A row's point in words."""
     fraction = f", {row['fraction']:.0%}" if row.get("fraction", 1.0) != 1.0 else ""
-    return f"{row['model']}, T={row['tokens']}{fraction}"
+    by = " by floor" if row.get("by") == "floor" else ""
+    return f"{row['model']}, T={row['tokens']}{fraction}{by}"
 
 
 def shares(rows: Sequence[Row], model: str, tokens: tuple[int, int]) -> dict[str, float]:

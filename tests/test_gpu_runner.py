@@ -20,6 +20,7 @@ from fake_kernels import FakeDriver, fake_kernels
 # isort: split
 import gpu
 import gpu_layer
+import gpu_select
 import gpu_targets
 import gpu_vllm
 from gpu import Part, Runner
@@ -368,6 +369,10 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
     contenders = {each["contender"] for each in rows}
     if script == "select":
         assert contenders == {"lynx", "lynx_metadata", "sort"}
+        half, floored, off = (next(r for r in rows if (r["fraction"], r["by"]) == each) for each in gpu_select.SETTINGS)
+        assert half["vote_floor"] == off["vote_floor"] == 0 < floored["vote_floor"]
+        assert half["budget"] == half["active"] < floored["budget"] == off["budget"] - 1
+        assert 0 < floored["active"] < off["active"] == off["natural"]
         assert all(each["right"] is True for each in rows if each["contender"] != "sort")
         return
     assert {"lynx", "lynx_layer", "grouped_mm", "dense"} <= contenders
