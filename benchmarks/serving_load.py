@@ -150,6 +150,7 @@ def batching(target: Target, quality: str, rounds: int, seconds: float, many: in
 def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, threads: int) -> dict[str, Any]:
     """Time per token of the server over that of `lynx_trt.generate`: the same prompts, all experts, in turns."""
     from lynx_trt.artifact import TOKENIZER, read
+    from lynx_trt.budgets import Restriction
     from lynx_trt.runtime.decode import generate
     from lynx_trt.runtime.open import limits_of, open_backend
     from lynx_trt.runtime.sampling import Sampling
@@ -162,7 +163,13 @@ def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, 
 
     def here() -> float:
         sequences, _ = generate(
-            backend, tokenizer, limits, texts, budgets=limits.experts, max_new_tokens=new, sampling=Sampling()
+            backend,
+            tokenizer,
+            limits,
+            texts,
+            restriction=Restriction(limits.experts),
+            max_new_tokens=new,
+            sampling=Sampling(),
         )
         spans = [(one.times.ended or 0) - (one.times.first_token or 0) for one in sequences]
         return statistics.median(span / (len(one.tokens) - 1) for span, one in zip(spans, sequences, strict=True))
@@ -259,6 +266,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "precision": manifest.model.precision,
         "experts": [layer.experts for layer in manifest.model.moe_layers],
         "budgets": manifest.selection.budgets,
+        "floors": manifest.selection.floors,
         "threads": options.threads,
         "seconds": options.seconds,
     }

@@ -1,8 +1,8 @@
 """Somebody else's ONNX to lynx ONNX: every MoE block found, rewritten to LynxSelect + LynxExperts, and counted.
 
-The graph keeps its inputs, its outputs and the way it keeps its cache. It gains the input `budgets`, where it has to
-`token_mask`, and the output `active_experts`. Weights stay in their data files unless a block needs them in another
-layout; those are streamed, an expert at a time (`foreign_files`).
+The graph keeps its inputs, its outputs and the way it keeps its cache. It gains the inputs `budgets` and `floors`,
+where it has to `token_mask`, and the output `active_experts`. Weights stay in their data files unless a block needs
+them in another layout; those are streamed, an expert at a time (`foreign_files`).
 """
 
 from __future__ import annotations

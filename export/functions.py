@@ -24,6 +24,7 @@ from lynx_trt.selection import TINY
 # Functions with overloads came with this version of the format.
 _IR_VERSION = 10
 
+_SELECT_INPUTS = ("choice", "combine", "topk_index", "topk_weight", "budget", "floor", "token_mask")
 _EXPERTS_INPUTS = ("hidden", "index", "weight", "gate_up", "down")
 _BIASES = ("gate_up_bias", "down_bias")
 
@@ -105,7 +106,6 @@ def select_function(attributes: Attributes) -> onnx.FunctionProto:
         ExportError: an attribute is missing.
     """
     _require(attributes, SELECT, "vote guarantee sensitivity remap power alpha beta renormalize scale")
-    inputs = ("choice", "combine", "topk_index", "topk_weight", "budget", "token_mask")
     body = f"""
         {_SELECT_CONSTANTS}
         {_SELECT_ROWS}
@@ -123,7 +123,7 @@ def select_function(attributes: Attributes) -> onnx.FunctionProto:
         >
         {_SELECT_ACTIVE}
     """
-    return _function(SELECT, inputs, ("index", "weight", "active"), body, attributes)
+    return _function(SELECT, _SELECT_INPUTS, ("index", "weight", "active"), body, attributes)
 
 
 _SELECT_CONSTANTS = f"""
@@ -155,13 +155,16 @@ _SELECT_ROWS = """
     unlimited = GreaterOrEqual (room, experts)
 """
 
-# Steps 2 and 3 come as votes of infinity. Experts are ranked by the sum as float32; one that nobody voted for is -1.
+# Steps 2 and 3 come as votes of infinity. Experts are ranked by the sum as float32; one that has too few votes is -1.
 _SELECT_KEPT = """
+    ballots32 = Cast<to = 1> (counts)
+    voting32 = ReduceSum<keepdims = 0> (ballots32)
+    enough = Mul (floor, voting32)
     positions = Reshape (own, flat)
     voices = Reshape (voice, flat)
     votes = ScatterElements<axis = 0, reduction = "add"> (others_votes, positions, voices)
     votes32 = Cast<to = 1> (votes)
-    wanted = Greater (votes, zero64)
+    wanted = Greater (votes32, enough)
     unwanted = ConstantOfShape<value = float[1] {-1}> (experts)
     ranking = Where (wanted, votes32, unwanted)
     best_votes, best_experts = TopK<axis = 0> (ranking, room)
@@ -506,7 +509,8 @@ def _lynx_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def _has_bias(node: onnx.NodeProto) -> bool:
     """Whether a LynxExperts has biases; also checks how many inputs a lynx node has."""
     present = sum(1 for name in node.input if name)
-    allowed = (6,) if node.op_type == SELECT else (len(_EXPERTS_INPUTS), len(_EXPERTS_INPUTS + _BIASES))
+    possible = (_SELECT_INPUTS,) if node.op_type == SELECT else (_EXPERTS_INPUTS, _EXPERTS_INPUTS + _BIASES)
+    allowed = [len(names) for names in possible]
     if present not in allowed or present != len(node.input):
         raise ExportError(
             f"Node {node.name!r} ({node.op_type}) has the inputs {list(node.input)}: it has to have "

@@ -6,6 +6,7 @@ Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers
     past_lengths [B] i64       tokens of each sequence that the cache already holds
     lengths [B] i64            tokens of each row that are real in this step (0: the whole row is padding)
     budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
+    floors [N] f32             votes for each voting token that an expert needs there (0: any vote will do)
     past_key_values.I.key, .value [B,h,L,d]
 
 Outputs: logits [B,V] of each row's last real token, active_experts [N] i32, and the caches as
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Steps of up to this many tokens a sequence are decode steps, to which the budgets apply.
 DECODE_MAX_LENGTH = 1
+_INPUTS = ("input_ids", "past_lengths", "lengths", "budgets", "floors")
 PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
 
 
@@ -102,6 +104,7 @@ class _StepModule(nn.Module):
         past_lengths: torch.Tensor,
         lengths: torch.Tensor,
         budgets: torch.Tensor,
+        floors: torch.Tensor,
         past: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         length = input_ids.shape[1]
@@ -113,6 +116,7 @@ class _StepModule(nn.Module):
         moe_step = moe.MoeStep(
             selection=self.selection,
             budgets=torch.where(is_decode, budgets, all_experts),
+            floors=floors,
             token_mask=(offsets < lengths[:, None]).reshape(-1),
             active={},
         )
@@ -267,12 +271,14 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
             torch.zeros(batch, dtype=torch.int64),
             torch.ones(batch, dtype=torch.int64),
             torch.ones(len(module.layers), dtype=torch.int32),
+            torch.zeros(len(module.layers), dtype=torch.float32),
             past,
         )
     dynamic: tuple[Any, ...] = (
         {0: batch_dim, 1: length_dim},
         {0: batch_dim},
         {0: batch_dim},
+        {},
         {},
         [({0: batch_dim}, {0: batch_dim})] * len(caches),
     )
@@ -289,7 +295,7 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
                 verbose=False,
                 custom_translation_table=exporter_onnx._ONNX_TRANSLATION_TABLE,
                 dynamic_shapes=dynamic,
-                input_names=["input_ids", "past_lengths", "lengths", "budgets", *(f"past_{name}" for name in names)],
+                input_names=[*_INPUTS, *(f"past_{name}" for name in names)],
                 output_names=["logits", "active_experts", *(f"present_{name}" for name in names)],
             )
     except ExportError:

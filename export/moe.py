@@ -50,6 +50,7 @@ class MoeStep:
 
     selection: Selection
     budgets: torch.Tensor  # [layers] i32; already E where the step is a prefill
+    floors: torch.Tensor  # [layers] f32; they mean nothing where the budget is E
     token_mask: torch.Tensor  # [T] bool
     active: dict[int, torch.Tensor]  # layer position -> [] i32
 
@@ -265,7 +266,7 @@ def _select(
     )
     index, weight, active = torch.onnx.ops.symbolic_multi_out(
         f"{ops.DOMAIN}::{ops.SELECT}",
-        (choice, combine, index, weight, step.budgets[layer.position], step.token_mask),
+        (choice, combine, index, weight, step.budgets[layer.position], step.floors[layer.position], step.token_mask),
         {**attributes},
         dtypes=(torch.int64, torch.float32, torch.int32),
         shapes=(index.shape, weight.shape, ()),

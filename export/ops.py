@@ -1,7 +1,8 @@
 """The two custom ops, domain `lynx`, version 1: names, inputs, outputs and attributes, in one place.
 
     LynxSelect(choice[T,E] f32, combine[T,E] f32, topk_index[T,K] i64, topk_weight[T,K] f32,
-               budget[] i32, token_mask[T] bool) -> (index[T,K] i64, weight[T,K] f32, active[] i32)
+               budget[] i32, floor[] f32, token_mask[T] bool)
+        -> (index[T,K] i64, weight[T,K] f32, active[] i32)
 
     LynxExperts(hidden[T,H], index[T,K] i64, weight[T,K] f32, gate_up, down
                 [, gate_up_bias[E,2I], down_bias[E,H]]) -> [T,H]

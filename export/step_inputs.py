@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 BUDGETS = "budgets"
+FLOORS = "floors"
 TOKEN_MASK = "token_mask"  # noqa: S105 - a tensor's name
 ACTIVE = "active_experts"
 # As for graphs from checkpoints: steps of up to this many tokens a sequence are decode steps.
@@ -56,9 +57,10 @@ class Step:
         self.active: list[ir.Value] = []
         tokens = tokens_input(graph)
         self.budgets = self._input(BUDGETS, ir.DataType.INT32)
+        self.floors = self._input(FLOORS, ir.DataType.FLOAT)
         self._decode = self._phase(tokens)
         self._rows = self._mask(tokens)
-        graph.inputs.append(self.budgets)
+        graph.inputs.extend((self.budgets, self.floors))
         if self._nodes:
             graph.insert_before(graph[0], self._nodes)
         self._nodes = []
@@ -68,30 +70,36 @@ class Step:
         """Whether a prefill is told from a decode step by the graph itself."""
         return self._decode is not None
 
-    def layer(self, op: Any, number: int, experts: int) -> tuple[ir.Value, ir.Value]:
-        """Budget [] i32 and token mask [T] bool of MoE block `number`, as nodes of `op`."""
-        budget = op.Gather(self.budgets, op.Constant(value_int=number), axis=0)
+    def layer(self, op: Any, number: int, experts: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Budget [] i32, floor [] f32 and token mask [T] bool of MoE block `number`, as nodes of `op`."""
+        position = op.Constant(value_int=number)
+        budget, floor = op.Gather(self.budgets, position, axis=0), op.Gather(self.floors, position, axis=0)
         everything = op.Constant(value=ir.tensor(np.array(experts, np.int32)))
         if self._decode is not None:
             budget = op.Where(self._decode, budget, everything)
         off = op.GreaterOrEqual(budget, everything)
-        return budget, op.Or(self._rows, off)
+        return budget, floor, op.Or(self._rows, off)
 
     def finish(self, experts: list[int]) -> None:
-        """Shape the budgets for blocks of `experts` [N] experts each, and make the output `active_experts` [N] i32."""
-        self.budgets.shape = ir.Shape([len(experts)])
+        """Shape the dials for blocks of `experts` [N] experts each, and make the output `active_experts` [N] i32."""
+        self.budgets.shape = self.floors.shape = ir.Shape([len(experts)])
         applies = (
             "a decode step (one token a sequence)" if self.phase_known else "every step (the caller tells prefill)"
         )
-        self.added.insert(
-            0,
+        self.added[:0] = [
             AddedInput(
                 str(self.budgets.name),
                 "int32",
                 (len(experts),),
                 f"experts that each MoE block may load in {applies}; the number of experts turns the selection off",
             ),
-        )
+            AddedInput(
+                str(self.floors.name),
+                "float32",
+                (len(experts),),
+                "votes for each voting token that an expert needs while the selection is on; 0: any vote will do",
+            ),
+        ]
         one_each = [self._node("Unsqueeze", value, self._constant([0])) for value in self.active]
         joined = ir.node("Concat", one_each, {"axis": 0}) if len(one_each) > 1 else ir.node("Identity", one_each)
         (output,) = joined.outputs

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lynx_trt import __version__
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, UsageError
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
@@ -74,20 +75,27 @@ class ModelRecord(_Record):
 
 
 class SelectionRecord(_Record):
-    """The selection: the preset's name, its parameters, and the budgets of each MoE layer."""
+    """The selection: the preset's name, its parameters, and the restriction of each MoE layer."""
 
     preset: str
     parameters: dict[str, str | int | float | bool]
-    budgets: list[int]
+    budgets: list[int] = Field(description="experts to load in a decode step")
+    floors: list[float] = Field(description="votes for each voting token that an expert needs; 0: any")
+
+    @property
+    def restriction(self) -> Restriction:
+        """What decode steps are run under where nobody asks for another."""
+        return Restriction(tuple(self.budgets), tuple(self.floors))
 
 
 class CalibrationRecord(_Record):
-    """Where calibrated budgets come from, and what they promise; python -m lynx_trt.calibrate writes it."""
+    """Where calibrated budgets and floors come from, and what they promise; python -m lynx_trt.calibrate writes it."""
 
     created: str
-    promise: dict[str, float] = Field(description="what the budgets keep, up to this batch size")
+    promise: dict[str, float] = Field(description="what they keep, up to this batch size")
     batch: int
     budgets_by_batch: dict[int, list[int]] = Field(description="budgets that keep the promise at each batch size")
+    floors_by_batch: dict[int, list[float]] = Field(description="floors that go with them")
     held_out: dict[str, list[float]] = Field(description="each metric on held-out text: mean, 95% interval")
     text: dict[str, str | int]
     hardware: str
@@ -148,7 +156,7 @@ class ForeignRecord(_Record):
 class Manifest(_Record):
     """`lynx.json`."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     created: str
     model: ModelRecord
     selection: SelectionRecord

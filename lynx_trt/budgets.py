@@ -1,36 +1,94 @@
-"""Budgets: how many experts each MoE layer may load in a decode step, from what a person writes."""
+"""Restrictions: what each MoE layer may load in a decode step, from what a person writes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lynx_trt.errors import UsageError
 from lynx_trt.selection import Selection
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 HOW = "write a number of experts, a fraction such as 0.5, or a JSON file with a list of one number for each MoE layer"
+HOW_FLOOR = "write votes for each voting token, such as 0.01, or 0 for none"
 
 
-def default_budgets(experts: Sequence[int], experts_per_token: int) -> list[int]:
+@dataclass(frozen=True)
+class Restriction:
+    """What each of N MoE layers may load in a decode step.
+
+    Attributes:
+        budgets: the most experts [N] besides the guaranteed ones; E and above restrict nothing.
+        floors: votes [N] for each voting token that an expert needs, where its layer is restricted at all; 0: any
+            vote will do. Left out: 0 in every layer.
+    """
+
+    budgets: tuple[int, ...]
+    floors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.floors:
+            object.__setattr__(self, "floors", (0.0,) * len(self.budgets))
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Budgets i32 [N] and floors f32 [N], the graph's inputs."""
+        return np.array(self.budgets, np.int32), np.array(self.floors, np.float32)
+
+    @staticmethod
+    def mildest(several: Iterable[Restriction]) -> Restriction:
+        """In each layer the largest of the budgets and the lowest of the floors."""
+        several = list(several)
+        if len(several) == 1:
+            return several[0]
+        return Restriction(
+            tuple(max(layer) for layer in zip(*(each.budgets for each in several), strict=True)),
+            tuple(min(layer) for layer in zip(*(each.floors for each in several), strict=True)),
+        )
+
+
+def default_restriction(experts: Sequence[int], experts_per_token: int) -> Restriction:
     """Budgets to begin with: a quarter of the experts, and at least two tokens' worth of them.
 
     A rule of thumb and no promise about quality: published settings that stay within noise lie around a quarter of
     128 experts (OEA, XShare), and a quarter of few experts would leave a token without a choice.
     """
-    return [min(count, max(math.ceil(count / 4), 2 * experts_per_token)) for count in experts]
+    return Restriction(tuple(min(count, max(math.ceil(count / 4), 2 * experts_per_token)) for count in experts))
 
 
-def parse_budget(text: str, experts: Sequence[int]) -> list[int]:
-    """Budgets [N] for MoE layers of `experts` [N] experts each.
+def parse_budget(text: str, experts: Sequence[int]) -> Restriction:
+    """What `--budget` says, for MoE layers of `experts` [N] experts each; floors are those of a file that has some.
 
     Raises:
         UsageError: the text is none of the three forms, or a value lies outside of what the model has.
     """
     if Path(text).is_file():
         return _from_file(Path(text), experts)
+    return Restriction(tuple(_same_everywhere(text, experts)))
+
+
+def with_floor(restriction: Restriction, floor: float | None) -> Restriction:
+    """The restriction with what `--floor` says, in every layer; None leaves it as it is.
+
+    Raises:
+        UsageError: the floor is negative or not finite.
+    """
+    if floor is None:
+        return restriction
+    floors = [floor] * len(restriction.budgets)
+    return Restriction(restriction.budgets, tuple(check_floors(floors, len(floors), what=f"the floor is {floor}")))
+
+
+def _same_everywhere(text: str, experts: Sequence[int]) -> list[int]:
     try:
         value = float(text)
     except ValueError:
@@ -80,13 +138,34 @@ def check_budgets(budgets: Sequence[int], experts: Sequence[int], *, what: str) 
     return [min(budget, count) for budget, count in zip(budgets, experts, strict=True)]
 
 
-def check_leaves_experts(budgets: Sequence[int], selection: Selection, experts_per_token: int) -> None:
-    """Refuse budgets of 0 where nothing else keeps an expert: every token would lose its whole MoE block.
+def check_floors(floors: Sequence[float], layers: int, *, what: str) -> list[float]:
+    """`floors` as floats.
 
     Raises:
-        UsageError: such a budget.
+        UsageError: there are not as many as MoE layers, or one is negative or not finite.
     """
-    if min(budgets) == 0 and selection.guaranteed(experts_per_token) == 0:
+    if len(floors) != layers:
+        raise UsageError(f"{what}: {len(floors)} floors for {layers} MoE layers; give one for each")
+    wrong = [value for value in floors if not 0 <= value < math.inf]  # NaN is not either
+    if wrong:
+        raise UsageError(f"{what}: {wrong[0]} is no number of votes from 0; {HOW_FLOOR}")
+    return [float(value) for value in floors]
+
+
+def check_leaves_experts(restriction: Restriction, selection: Selection, experts_per_token: int) -> None:
+    """Refuse what may keep no expert at all: every token would lose its whole MoE block.
+
+    Raises:
+        UsageError: a budget of 0, or a floor above 0, where nothing is guaranteed.
+    """
+    if selection.guaranteed(experts_per_token):
+        return
+    if max(restriction.floors) > 0:
+        raise UsageError(
+            f"a floor of {max(restriction.floors)} can keep no expert at all, since this preset guarantees none; "
+            "use 0, or a preset that guarantees experts (lynx, oea)"
+        )
+    if min(restriction.budgets) == 0:
         raise UsageError(
             "a budget of 0 keeps no expert at all, since this preset guarantees none; "
             "use 1 or more, or a preset that guarantees experts (lynx, oea)"
@@ -100,10 +179,18 @@ def _read(path: Path) -> Any:
         raise UsageError(f"the budget file {path} can't be read as JSON: {error}") from None
 
 
-def _from_file(path: Path, experts: Sequence[int]) -> list[int]:
-    value = _read(path)
+def _from_file(path: Path, experts: Sequence[int]) -> Restriction:
+    value: Any = _read(path)
+    floors: Any = None
     if isinstance(value, dict):
-        value = value.get("budgets")
+        value, floors = value.get("budgets"), value.get("floors")
     if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         raise UsageError(f"the budget file {path} holds no list of whole numbers (or an object with one as 'budgets')")
-    return check_budgets(value, experts, what=f"the budget file {path}")
+    budgets = check_budgets(value, experts, what=f"the budget file {path}")
+    if floors is None:
+        return Restriction(tuple(budgets))
+    if not isinstance(floors, list) or not all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in floors
+    ):
+        raise UsageError(f"the budget file {path} has 'floors' that are no list of numbers")
+    return Restriction(tuple(budgets), tuple(check_floors(floors, len(experts), what=f"the budget file {path}")))

@@ -17,6 +17,7 @@ from lynx_trt.memory import resident_bytes
 
 if TYPE_CHECKING:
     from lynx_trt.artifact import Artifact, EngineRecord, Manifest, ModelRecord
+    from lynx_trt.budgets import Restriction
     from lynx_trt.export.checkpoint import Checkpoint
     from lynx_trt.export.hf import Exported, Source
     from lynx_trt.selection import Selection
@@ -49,6 +50,7 @@ class BuildOptions:
     output: Path
     preset: Preset = "lynx"
     budget: str | None = None
+    floor: float | None = None
     precision: Precision = "fp16"
     decode_batch: str = "1:8:64"
     prefill_batch: str = "1:1:8"
@@ -102,7 +104,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         clock = _Clock(build_record["seconds"])
         update = progress.phase("Reading the model")
         source = read_source(checkpoint, options.precision)
-        selection, budgets = _selection(options, source)
+        selection, restriction = _selection(options, source)
         update(1.0)
         exported, weight_bytes = _export(
             source, checkpoint, max_length, selection, folder, progress, clock, data=options.weight_data
@@ -113,7 +115,12 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, checkpoint, exported, max_length, weight_bytes),
-            selection=artifacts.SelectionRecord(preset=options.preset, parameters=asdict(selection), budgets=budgets),
+            selection=artifacts.SelectionRecord(
+                preset=options.preset,
+                parameters=asdict(selection),
+                budgets=list(restriction.budgets),
+                floors=list(restriction.floors),
+            ),
             engine=engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
@@ -191,8 +198,8 @@ def _export(
     return exported, weight_bytes
 
 
-def _selection(options: BuildOptions, source: Source) -> tuple[Selection, list[int]]:
-    """The selection as it will be in the graph, and the budgets."""
+def _selection(options: BuildOptions, source: Source) -> tuple[Selection, Restriction]:
+    """The selection as it will be in the graph, and the restriction."""
     from lynx_trt import budgets as dial
     from lynx_trt.selection import PRESETS
 
@@ -212,15 +219,19 @@ def _selection(options: BuildOptions, source: Source) -> tuple[Selection, list[i
     if unruly:
         selection = replace(selection, remap=False)
     if options.preset == "off":
-        if options.budget is not None:
-            raise UsageError(f"--budget {options.budget} means nothing with --preset off, which uses all experts")
-        return selection, experts
+        for name, value in (("--budget", options.budget), ("--floor", options.floor)):
+            if value is not None:
+                raise UsageError(f"{name} {value} means nothing with --preset off, which uses all experts")
+        return selection, dial.Restriction(tuple(experts))
     if options.budget is not None:
         chosen = dial.parse_budget(options.budget, experts)
+    elif options.floor is not None:  # as many as have the votes
+        chosen = dial.Restriction(tuple(count - 1 for count in experts))
     elif options.preset == "oea":
-        chosen = [0] * len(experts)
+        chosen = dial.Restriction((0,) * len(experts))
     else:
-        chosen = dial.default_budgets(experts, k)
+        chosen = dial.default_restriction(experts, k)
+    chosen = dial.with_floor(chosen, options.floor)
     dial.check_leaves_experts(chosen, selection, k)
     return selection, chosen
 
@@ -422,6 +433,7 @@ def summary(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "moe_layers": len(manifest.model.moe_layers),
         "preset": manifest.selection.preset,
         "budgets": manifest.selection.budgets,
+        "floors": manifest.selection.floors,
         "weight_bytes": manifest.model.weight_bytes,
         "engine": None
         if engine is None
@@ -456,6 +468,13 @@ def main(
         typer.Option(
             help="Experts a MoE layer may load in a decode step: a number, a fraction (0.5), or a JSON file with one "
             "number a layer [default: a quarter of the experts, at least 2 tokens' worth]."
+        ),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            help="Votes for each voting token that an expert needs to be loaded (0.01), beside its place within "
+            "the budget; without --budget as many are loaded as have them [default: 0, any vote will do]."
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of weights, activations and cache.")] = "fp16",
@@ -495,6 +514,7 @@ def main(
         output=output or Path("out") / _name(source),
         preset=preset,
         budget=budget,
+        floor=floor,
         precision=precision,
         decode_batch=decode_batch,
         prefill_batch=prefill_batch,
@@ -530,7 +550,8 @@ def _tell(artifact: Artifact) -> None:
     typer.echo(
         f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}"
     )
-    typer.echo(f"Selection: {manifest.selection.preset}, budgets {manifest.selection.budgets}")
+    floors = f", floors {manifest.selection.floors}" if any(manifest.selection.floors) else ""
+    typer.echo(f"Selection: {manifest.selection.preset}, budgets {manifest.selection.budgets}{floors}")
     if engine:
         product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
         typer.echo(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from lynx_trt.artifact import Artifact, Manifest
+    from lynx_trt.budgets import Restriction
     from lynx_trt.runtime.decode import Generated, Statistics
     from lynx_trt.runtime.open import Name
     from lynx_trt.runtime.sampling import Sampling
@@ -29,18 +30,20 @@ def selection_of(manifest: Manifest) -> Selection:
     return Selection(**manifest.selection.parameters)  # type: ignore[arg-type]
 
 
-def budgets_for(manifest: Manifest, budget: str | None) -> list[int]:
-    """The artifact's own budgets, or those of `--budget`.
+def restriction_for(manifest: Manifest, budget: str | None, floor: float | None = None) -> Restriction:
+    """The artifact's own restriction, with what `--budget` and `--floor` say in its place.
 
     Raises:
-        UsageError: the budget is out of its range.
+        UsageError: one of them is out of its range.
     """
     from lynx_trt import budgets as dial
 
-    if budget is None:
-        return manifest.selection.budgets
-    experts = [layer.experts for layer in manifest.model.moe_layers]
-    chosen = dial.parse_budget(budget, experts)
+    chosen = manifest.selection.restriction
+    if budget is not None:
+        chosen = dial.parse_budget(budget, [layer.experts for layer in manifest.model.moe_layers])
+    if floor is not None and manifest.selection.preset == "off":
+        raise UsageError(f"--floor {floor} means nothing for an artifact built with --preset off")
+    chosen = dial.with_floor(chosen, floor)
     dial.check_leaves_experts(chosen, selection_of(manifest), manifest.model.moe_layers[0].experts_per_token)
     return chosen
 
@@ -50,6 +53,7 @@ def generate_text(
     prompts: Sequence[str],
     *,
     budget: str | None = None,
+    floor: float | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
@@ -68,7 +72,7 @@ def generate_text(
     from lynx_trt.runtime.sampling import Sampling
     from lynx_trt.runtime.text import Tokenizer
 
-    budgets = budgets_for(artifact.manifest, budget)
+    restriction = restriction_for(artifact.manifest, budget, floor)
     tokenizer = Tokenizer(artifact.path(TOKENIZER))
     if not prompts:
         raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
@@ -77,7 +81,7 @@ def generate_text(
         tokenizer,
         limits_of(artifact.manifest),
         prompts,
-        budgets=budgets,
+        restriction=restriction,
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         stop=stop,
@@ -112,6 +116,9 @@ def main(
             help="The quality dial: experts a MoE layer may load in a decode step (number, fraction or file)."
         ),
     ] = None,
+    floor: Annotated[
+        float | None, typer.Option(help="Votes for each voting token that an expert needs to be loaded, such as 0.01.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
@@ -139,6 +146,7 @@ def main(
             opened,
             prompts,
             budget=budget,
+            floor=floor,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop or (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,8 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("sequence", f"{model.max_length} tokens at most; cache {size(cache_bytes(manifest))} a sequence"),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
-        ("budgets", _budgets(chosen.budgets)),
+        ("budgets", _by_layer(chosen.budgets)),
+        ("floors", _by_layer(chosen.floors) if any(chosen.floors) else "none"),
     ]
     if engine is None:
         table.append(("engine", f"none ({manifest.engine_absent})"))
@@ -85,8 +87,8 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     return table
 
 
-def _budgets(budgets: list[int]) -> str:
-    return f"{budgets[0]} in every MoE layer" if len(set(budgets)) == 1 else ", ".join(map(str, budgets))
+def _by_layer(values: Sequence[int | float]) -> str:
+    return f"{values[0]:.4g} in every MoE layer" if len(set(values)) == 1 else ", ".join(f"{v:.4g}" for v in values)
 
 
 def _profile(profile: dict[str, Any]) -> str:

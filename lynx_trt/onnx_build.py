@@ -34,7 +34,7 @@ def is_onnx(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What the choice of budgets has to know of a block."""
+    """What the choice of a restriction has to know of a block."""
 
     name: str
     experts: int
@@ -66,7 +66,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     update = progress.phase(f"MoE blocks of {options.model.name}")
     foreign = pass_.read_foreign(options.model, PRESETS[options.preset])
     warnings = pass_.require_all(foreign, allow_partial=options.allow_partial)
-    selection, budgets = command._selection(options, _Source(_layers(foreign)))  # type: ignore[arg-type]  # layers are all it reads
+    selection, restriction = command._selection(options, _Source(_layers(foreign)))  # type: ignore[arg-type]  # layers are all it reads
     foreign.select(selection)
     update(1.0)
     for line in (*warnings, *foreign.notes):
@@ -84,7 +84,12 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, foreign, max_length, nbytes),
-            selection=artifacts.SelectionRecord(preset=options.preset, parameters=asdict(selection), budgets=budgets),
+            selection=artifacts.SelectionRecord(
+                preset=options.preset,
+                parameters=asdict(selection),
+                budgets=list(restriction.budgets),
+                floors=list(restriction.floors),
+            ),
             engine=command.engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},

@@ -133,7 +133,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
-    Dial.of(opened.manifest).budgets(settings.quality)
+    Dial.of(opened.manifest).restriction(settings.quality)
     return opened
 
 

@@ -62,6 +62,9 @@ def feeds(inputs: Any, *, batch: int = 3, length: int = 5, past: int = 0, vocabu
     for value in inputs:
         if value.name in ("budgets", "token_mask"):
             continue
+        if value.name == "floors":
+            made[value.name] = np.zeros(value.shape, np.float32)
+            continue
         shape = [_size(value.name, axis, size, batch, length, past) for axis, size in enumerate(value.shape)]
         dtype = _TYPES[value.type]
         if value.name == "input_ids":
@@ -87,12 +90,12 @@ def _size(name: str, axis: int, size: Any, batch: int, length: int, past: int) -
 
 
 def run(model: onnx.ModelProto, given: dict[str, Any], budgets: list[int] | None = None) -> Any:
-    """The logits; of a rewritten model, under these budgets."""
+    """The logits; of a rewritten model, under these budgets and no floors."""
     opened = session(model)
     names = {value.name for value in opened.get_inputs()}
     given = dict(given)
     if "budgets" in names:
-        given["budgets"] = np.array(budgets, np.int32)
+        given["budgets"], given["floors"] = np.array(budgets, np.int32), np.zeros(len(budgets or ()), np.float32)
     if "token_mask" in names:
         given["token_mask"] = np.ones(given["input_ids"].shape, bool)
     first = next(value.name for value in opened.get_outputs())

@@ -223,6 +223,7 @@ class HostContext:
         shapes = {
             **shapes,
             "budgets": (layers,),
+            "floors": (layers,),
             "active_experts": (layers,),
             "logits": (batch, engine.artifact.manifest.model.vocabulary),
         }
@@ -242,5 +243,5 @@ class HostContext:
     def _dtype(self, name: str) -> Any:
         if name.startswith(("past_key", "present_")):
             return ELEMENT[self.engine.artifact.manifest.model.precision]
-        fixed = {"logits": np.float32, "active_experts": np.int32, "budgets": np.int32}
+        fixed = {"logits": np.float32, "active_experts": np.int32, "budgets": np.int32, "floors": np.float32}
         return fixed.get(name, np.int64)

@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.runtime.ort import OrtBackend
 
 # A ragged batch: one row fills the width, one is short, one in between.
@@ -48,7 +49,7 @@ def exported_logits(artifact: Any, batch: Batch, budgets: list[int] | None = Non
     """The same from the artifact: one ragged prefill of the batch, then decode steps through the cache."""
     backend = OrtBackend(artifact, slots=len(PROMPTS))
     layers = artifact.manifest.model.moe_layers
-    dial = np.array(budgets or [layer.experts for layer in layers], dtype=np.int32)
+    dial = Restriction(tuple(budgets or [layer.experts for layer in layers]))
     lengths = np.array(PROMPTS, dtype=np.int64)
     ids = np.zeros((len(PROMPTS), max(PROMPTS)), dtype=np.int64)
     for row, prompt in enumerate(PROMPTS):
@@ -78,9 +79,7 @@ def test_greedy_text_equals_eager(name: str, artifact: Any) -> None:
     model = tiny_models.random_model(name)
     backend = OrtBackend(artifact(name, preset="lynx"), slots=1)
     prompt = Batch.random().rows[0][:9]
-    everything = np.array(
-        [layer.experts for layer in artifact(name, preset="lynx").manifest.model.moe_layers], np.int32
-    )
+    everything = Restriction(tuple(layer.experts for layer in artifact(name, preset="lynx").manifest.model.moe_layers))
     own, expected = list(prompt), list(prompt)
     logits = backend.step(np.array([own]), np.array([0]), np.array([len(own)]), everything).logits
     for _ in range(32):

@@ -20,7 +20,7 @@ import pytest
 import tiny_models
 
 from lynx_trt.artifact import MANIFEST
-from lynx_trt.budgets import parse_budget
+from lynx_trt.budgets import Restriction, parse_budget, with_floor
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
 
 Build = Callable[..., Any]
@@ -245,6 +245,10 @@ def test_disk_that_fills_up(
         ({"budget": "plenty"}, ["plenty"]),
         ({"budget": "0", "preset": "lynx-latency"}, ["budget of 0"]),
         ({"budget": "4", "preset": "off"}, ["--preset off"]),
+        ({"floor": 0.1, "preset": "off"}, ["--floor 0.1", "--preset off"]),
+        ({"floor": -0.1}, ["-0.1", "from 0"]),
+        ({"floor": float("nan")}, ["nan", "from 0"]),
+        ({"floor": 0.1, "preset": "lynx-latency"}, ["floor of 0.1", "guarantees none"]),
         ({"sm": "75"}, ["'75'", "numbers of 80, 86, 89, 90, 100, 120"]),
         ({"sm": "80,"}, ["'80,'", "as in 80,90"]),
     ],
@@ -256,7 +260,21 @@ def test_options_out_of_range(
     refuse(build_quietly, UsageError, own_checkpoint, tmp_path, *words, **options)
 
 
-@pytest.mark.parametrize("content", ["[4]", '{"budgets": [4, -1]}', "[4, 4.5]", "nonsense", '{"other": 1}', "[4, 99]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[4]",
+        '{"budgets": [4, -1]}',
+        "[4, 4.5]",
+        "nonsense",
+        '{"other": 1}',
+        "[4, 99]",
+        '{"budgets": [4, 4], "floors": 0.1}',
+        '{"budgets": [4, 4], "floors": [0.1]}',
+        '{"budgets": [4, 4], "floors": [0.1, -0.1]}',
+        '{"budgets": [4, 4], "floors": [0.1, NaN]}',
+    ],
+)
 def test_budget_file_that_does_not_fit(
     content: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -270,18 +288,37 @@ def test_budget_file_that_does_not_fit(
 )
 def test_budgets_of_every_form(text: str, expected: list[int]) -> None:
     """A number, a fraction (rounded up: an expert can't be kept in part), nothing at all."""
-    assert parse_budget(text, [8, 8]) == expected
+    assert parse_budget(text, [8, 8]) == Restriction(tuple(expected))
 
 
 def test_budget_is_capped_in_a_smaller_layer() -> None:
     """One number serves layers of unequal size; it is refused only if no layer has as many."""
-    assert parse_budget("6", [8, 4]) == [6, 4]
+    assert parse_budget("6", [8, 4]).budgets == (6, 4)
 
 
 def test_budget_file_reaches_the_manifest(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"budgets": [3, 0]}')
     built = build_quietly(own_checkpoint, tmp_path / "artifact", budget=str(tmp_path / "b.json"))
     assert built.manifest.selection.budgets == [3, 0]
+    assert built.manifest.selection.floors == [0.0, 0.0]
+
+
+def test_floors_of_every_form(tmp_path: Path) -> None:
+    """From a file, over a file's, and alone."""
+    (tmp_path / "b.json").write_text('{"budgets": [3, 0], "floors": [0.25, 0]}')
+    found = parse_budget(str(tmp_path / "b.json"), [8, 8])
+    assert found == Restriction((3, 0), (0.25, 0.0))
+    assert with_floor(found, 0.5) == Restriction((3, 0), (0.5, 0.5))
+    assert with_floor(found, None) is found
+    assert parse_budget("3", [8, 8]).floors == (0.0, 0.0)
+
+
+def test_floor_reaches_the_manifest(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Without a budget all but one expert may be loaded: as many as have the votes."""
+    chosen = build_quietly(own_checkpoint, tmp_path / "artifact", floor=0.125).manifest.selection
+    assert (chosen.budgets, chosen.floors) == ([7, 7], [0.125, 0.125])
+    both = build_quietly(own_checkpoint, tmp_path / "both", floor=0.125, budget="3").manifest.selection
+    assert (both.budgets, both.floors) == ([3, 3], [0.125, 0.125])
 
 
 # --- As a user runs it: exit codes, one line on stderr, nothing left behind.

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.compare import app
 from lynx_trt.comparison import runners
 from lynx_trt.comparison.against import changes
@@ -54,13 +55,13 @@ def copy_when_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 def steps(backend: OrtBackend) -> list[tuple[Array, Array]]:
     """Logits and active experts of a prefill of four slots, steps of all, and steps of the two in the middle."""
     generator = np.random.default_rng(5)
-    budgets, full = np.full(2, 2, np.int32), np.full(2, 8, np.int32)
+    two, full = Restriction((2, 2)), Restriction((8, 8))
     past, lengths = np.zeros(4, np.int64), np.array([5, 2, 4, 5])
     results = [backend.step(generator.integers(3, 256, (4, 5)), past, lengths, full)]
     past = lengths
-    for first, batch, budget in ((0, 4, budgets), (0, 4, full), (1, 2, budgets), (1, 2, budgets), (0, 4, budgets)):
+    for first, batch, dial in ((0, 4, two), (0, 4, full), (1, 2, two), (1, 2, two), (0, 4, two)):
         rows, ones = slice(first, first + batch), np.ones(batch, np.int64)
-        results.append(backend.step(generator.integers(3, 256, (batch, 1)), past[rows], ones, budget, first=first))
+        results.append(backend.step(generator.integers(3, 256, (batch, 1)), past[rows], ones, dial, first=first))
         past = past + np.isin(np.arange(4), np.arange(first, first + batch))
     return [(result.logits, result.active) for result in results]
 
@@ -81,15 +82,15 @@ def test_steps_are_the_cpus(form: Form | None, text_artifact: Artifact, monkeypa
 
 @pytest.mark.usefixtures("cuda")
 def test_slots_are_copied_and_cleared(text_artifact: Artifact) -> None:
-    budgets = np.full(2, 8, np.int32)
+    full = Restriction((8, 8))
 
     def after(backend: OrtBackend, slot: int) -> Array:
         """Logits of a slot that has three tokens in its cache."""
-        step = backend.step(np.array([[70]]), np.array([3]), np.ones(1, np.int64), budgets, first=slot)
+        step = backend.step(np.array([[70]]), np.array([3]), np.ones(1, np.int64), full, first=slot)
         return step.logits[0]
 
     backend = OrtBackend(text_artifact, 3, threads=1, device="cuda")
-    backend.step(np.array([[65, 66, 67]]), np.zeros(1, np.int64), np.array([3]), budgets, first=0)
+    backend.step(np.array([[65, 66, 67]]), np.zeros(1, np.int64), np.array([3]), full, first=0)
     empty = after(backend, 2)
     backend.copy_slot(0, 2, 3)
     assert np.array_equal(after(backend, 2), after(backend, 0))

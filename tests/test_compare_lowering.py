@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lynx_trt.artifact import Artifact, check_files
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError
 from lynx_trt.runtime.lowering import Form, Unrestricted, lower
 from lynx_trt.runtime.ort import OrtBackend
@@ -26,16 +27,18 @@ def steps(artifact: Artifact, form: Form | None) -> list[tuple[Array, Array]]:
     backend = OrtBackend(artifact, 4, threads=1, form=form)
     layers = artifact.manifest.model.moe_layers
     generator = np.random.default_rng(3)
-    everything = np.array([layer.experts for layer in layers], np.int32)
+    everything = Restriction(tuple(layer.experts for layer in layers))
+    floors = (0.05,) * len(layers)
     past, lengths = np.zeros(4, np.int64), np.array([7, 1, 5, 7])
     results = [backend.step(generator.integers(3, 256, (4, 7)), past, lengths, everything)]
     past = lengths
-    for budgets, lengths in (
-        (np.full(len(layers), 3, np.int32), np.array([1, 1, 0, 1])),
-        (np.full(len(layers), 2, np.int32), np.ones(4, np.int64)),
+    for restriction, lengths in (
+        (Restriction((3,) * len(layers)), np.array([1, 1, 0, 1])),
+        (Restriction((2,) * len(layers)), np.ones(4, np.int64)),
+        (Restriction((7,) * len(layers), floors), np.ones(4, np.int64)),
         (everything, np.ones(4, np.int64)),
     ):
-        results.append(backend.step(generator.integers(3, 256, (4, 1)), past, lengths, budgets))
+        results.append(backend.step(generator.integers(3, 256, (4, 1)), past, lengths, restriction))
         past = past + lengths
     # A row without tokens has no last token, so its logits mean nothing.
     return [
@@ -80,7 +83,7 @@ def test_a_row_of_values_that_are_no_numbers_stays_its_own(artifact: Callable[..
             backend = OrtBackend(built, 2, threads=1, form=form)  # type: ignore[arg-type]
             for cache in backend._caches.values():
                 cache[1, :, :3] = poison
-            everything = np.array([layer.experts for layer in built.manifest.model.moe_layers], np.int32)
+            everything = Restriction(tuple(layer.experts for layer in built.manifest.model.moe_layers))
             step = backend.step(np.array([[5], [9]]), np.array([0, 3]), np.ones(2, np.int64), everything)
             rows.append(step.logits[0])
         assert np.isfinite(rows[1]).all()
@@ -98,11 +101,15 @@ def test_what_restricts_nothing(artifact: Callable[..., Artifact]) -> None:
     built = artifact("qwen3_moe", preset="lynx")  # K = 2 of E = 8
     one = np.ones(2, np.int64)
 
-    def free(budget: int, lengths: Array = one, width: int = 1, artifact: Artifact = built) -> bool:
-        return Unrestricted(artifact).holds(lengths, width, np.full(2, budget, np.int32))
+    def free(
+        budget: int, lengths: Array = one, width: int = 1, artifact: Artifact = built, floors: tuple[float, ...] = ()
+    ) -> bool:
+        return Unrestricted(artifact).holds(lengths, width, Restriction((budget, budget), floors))
 
     assert free(4)  # two tokens have four experts at most
     assert not free(3)
+    assert not free(7, floors=(0.0, 0.01))  # an expert of two tokens can lack the votes
+    assert free(8, floors=(0.0, 0.01))  # a budget of E means all experts, whatever the floor
     assert not free(8, np.array([1, 0]))  # an idle row has to load nothing
     assert free(1, one * 5, 5)  # a prefill is never restricted
     score = built.manifest.selection.model_copy(update={"parameters": {"vote": "score"}})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.comparison import runners
 from lynx_trt.comparison.runners import BackendRunner, Spec, open_runner, specs
 from lynx_trt.errors import ArtifactError
@@ -39,7 +40,8 @@ def test_steps_that_the_backend_is_prepared_for(text_artifact: Artifact) -> None
     ids = np.random.default_rng(0).integers(32, 120, (3, 9))
     narrow = Narrow(text_artifact, 4)
     one, other = (
-        BackendRunner(backend, text_artifact, [2, 2]) for backend in (narrow, OrtBackend(text_artifact, 3, threads=1))
+        BackendRunner(backend, text_artifact, Restriction((2, 2), (0.05, 0.0)))
+        for backend in (narrow, OrtBackend(text_artifact, 3, threads=1))
     )
     for step in (lambda r: r.prefill(ids[:, :7]), lambda r: r.decode(ids[:, 7]), lambda r: r.decode(ids[:, 8])):
         got, expected = step(one), step(other)
@@ -71,7 +73,7 @@ def test_a_candidate_for_each_budget_where_the_engine_runs(
     monkeypatch.setattr(runners, "open_backend", open_backend)
     assert names(text_artifact) == ["lynx@off", "lynx@2", "tensorrt@off", "tensorrt@2"]
     spec = specs(text_artifact, baselines=[], budgets=["2"], checkpoint=None)[-1]
-    assert spec.budgets == (2, 2)
+    assert spec.restriction == Restriction((2, 2))
     assert isinstance(open_runner(text_artifact, spec, 3, 1).runner, BackendRunner)
     assert opened == [(3, "tensorrt")]
 

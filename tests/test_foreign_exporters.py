@@ -83,7 +83,7 @@ def _check_surroundings(original: onnx.ModelProto, rewritten: onnx.ModelProto) -
     before = [(value.name, _shape(value)) for value in original.graph.input]
     after = [(value.name, _shape(value)) for value in rewritten.graph.input]
     assert after[: len(before)] == before
-    assert [name for name, _ in after[len(before) :]] == ["budgets"]
+    assert [name for name, _ in after[len(before) :]] == ["budgets", "floors"]
     outputs = [value.name for value in original.graph.output]
     assert [value.name for value in rewritten.graph.output] == [*outputs, "active_experts"]
 

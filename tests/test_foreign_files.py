@@ -55,7 +55,7 @@ def test_build_writes_an_artifact(tmp_path: Path) -> None:
     assert manifest.selection.budgets == [3, 3]
     assert manifest.foreign is not None
     assert manifest.foreign.patterns == {"com.microsoft.MoE": 2}
-    assert manifest.foreign.added == ["budgets"]
+    assert manifest.foreign.added == ["budgets", "floors"]
 
 
 def test_inspect_says_what_is_in_a_file(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_the_selection_remaps_inside_a_foreign_block(tmp_path: Path) -> None:
         _, active = opened.run(None, {**given, "budgets": np.array([5, 5], np.int32)})
         assert active.max() <= most
         assert (active.max() > 5) == (length > 1)
+        # A floor that no expert's votes reach keeps nothing, as this preset guarantees nothing; prefill has none.
+        floors = np.array([0.0, 9.0], np.float32)
+        _, fewer = opened.run(None, {**given, "budgets": np.array([5, 5], np.int32), "floors": floors})
+        assert fewer.tolist() == ([active[0], 0] if length == 1 else active.tolist())
     assert foreign.experts == [16, 16]
 
 
@@ -240,6 +244,11 @@ def test_a_block_alone(form: str, rank: int, tmp_path: Path) -> None:
     hidden = np.random.default_rng(0).standard_normal((2, 5, 16)[3 - rank :]).astype(np.float32)
     tokens = next(value for value in opened.get_inputs() if value.name == "token_mask")
     mask = np.ones(hidden.shape[:-1] if len(tokens.shape) == rank - 1 else hidden.size // 16, bool)
-    given = {"hidden": hidden, "budgets": np.array([6], np.int32), "token_mask": mask}
+    given = {
+        "hidden": hidden,
+        "budgets": np.array([6], np.int32),
+        "floors": np.zeros(1, np.float32),
+        "token_mask": mask,
+    }
     after = opened.run(["output"], given)[0]
     assert error(run(model, {"hidden": hidden}), after) < TOLERANCE

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
-from test_selection import Batch, batches, budgets
+from test_selection import Batch, batches, budgets, floors
 
 from lynx_trt.errors import ExportError
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
@@ -28,9 +28,9 @@ Array = NDArray[Any]
 HEADER = '<ir_version: 12, opset_import: ["": 24, "lynx": 1]>'
 SELECT_GRAPH = """
 select (float[T,E] choice, float[T,E] combine, int64[T,K] topk_index, float[T,K] topk_weight,
-        int32 budget, bool[T] mask)
+        int32 budget, float floor, bool[T] mask)
     => (int64[T,K] index, float[T,K] weight, int32 active)
-{ index, weight, active = lynx.LynxSelect (choice, combine, topk_index, topk_weight, budget, mask) }
+{ index, weight, active = lynx.LynxSelect (choice, combine, topk_index, topk_weight, budget, floor, mask) }
 """
 
 
@@ -82,6 +82,7 @@ def _check_select(
     batch: Batch,
     budget: int,
     *,
+    floor: float = 0.0,
     renormalize: bool = True,
     scale: float = 1.0,
     optimized: bool = True,
@@ -95,10 +96,11 @@ def _check_select(
         "topk_index": batch.topk_index,
         "topk_weight": batch.topk_weight,
         "budget": np.array(budget, np.int32),
+        "floor": np.array(floor, np.float32),
         "mask": mask,
     }
     index, weight, active = session.run(None, feeds)
-    expected = batch.select(selection, budget, renormalize=renormalize, scale=scale)
+    expected = batch.select(selection, budget, floor=floor, renormalize=renormalize, scale=scale)
     np.testing.assert_array_equal(index, expected.index)
     # atol: the last bits of float32's denormals.
     np.testing.assert_allclose(weight, expected.weight, rtol=1e-6, atol=1e-44)
@@ -111,9 +113,9 @@ def _check_select(
 
 @pytest.mark.parametrize("name", SELECTIONS)
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(batch=batches(), budget=budgets)
-def test_select_equals_the_reference(name: str, batch: Batch, budget: int) -> None:
-    _check_select(SELECTIONS[name], batch, budget)
+@given(batch=batches(), budget=budgets, floor=floors)
+def test_select_equals_the_reference(name: str, batch: Batch, budget: int, floor: float) -> None:
+    _check_select(SELECTIONS[name], batch, budget, floor=floor)
 
 
 def _random_batch(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
@@ -144,6 +146,8 @@ def test_select_equals_the_reference_at_real_sizes(name: str, tokens: int, exper
     batch = _random_batch(tokens, experts, width)
     for budget in (0, 1, experts // 3, experts - 1, experts):
         _check_select(SELECTIONS[name], batch, budget)
+    for floor in (0.01, 0.1):
+        _check_select(SELECTIONS[name], batch, experts - 1, floor=floor)
 
 
 @pytest.mark.parametrize(("renormalize", "scale"), [(True, 2.5), (False, 1.0), (False, 0.1)])
@@ -322,15 +326,15 @@ def test_experts_of_other_batches(pattern: str) -> None:
 # Two layers of selection and experts, the second without renormalisation and without biases, then a third selection
 # like the first.
 LAYERS = """
-layers (float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, bool[T] m, float[T,H] x,
+layers (float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, float f, bool[T] m, float[T,H] x,
         float[E,I2,H] gu, float[E,H,I] d, float[E,I2] gub, float[E,H] db)
     => (int64[T,K] i1, float[T,K] w1, float[T,H] y1, int64[T,K] i2, float[T,K] w2, float[T,H] y2, int64[T,K] i3)
 {
-    i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, m)
+    i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, f, m)
     y1 = lynx.LynxExperts (x, i1, w1, gu, d, gub, db)
-    i2, w2, a2 = lynx.LynxSelect (c, c, i, w, b, m)
+    i2, w2, a2 = lynx.LynxSelect (c, c, i, w, b, f, m)
     y2 = lynx.LynxExperts (x, i2, w2, gu, d)
-    i3, w3, a3 = lynx.LynxSelect (c, c, i, w, b, m)
+    i3, w3, a3 = lynx.LynxSelect (c, c, i, w, b, f, m)
 }
 """
 
@@ -356,7 +360,13 @@ def test_each_variant_has_an_overload_that_onnx_runtime_calls() -> None:
     batch = replace(batch, combine=batch.choice)
     inputs = _experts_inputs(form, np.float32, bias=True)
     inputs["hidden"] = np.nan_to_num(inputs["hidden"])
-    feeds = {"c": batch.choice, "i": batch.topk_index, "w": batch.topk_weight, "b": np.array(2, np.int32)}
+    feeds = {
+        "c": batch.choice,
+        "i": batch.topk_index,
+        "w": batch.topk_weight,
+        "b": np.array(2, np.int32),
+        "f": np.zeros((), np.float32),
+    }
     feeds |= {"m": np.arange(TOKENS) % 5 != 3, "x": inputs["hidden"], "gu": inputs["gate_up"], "d": inputs["down"]}
     feeds |= {"gub": inputs["gate_up_bias"], "db": inputs["down_bias"]}
     i1, w1, y1, i2, w2, y2, i3 = _session(model).run(None, feeds)
@@ -393,10 +403,10 @@ def test_adding_functions_again_changes_nothing_but_what_was_ours() -> None:
 def test_nodes_in_subgraphs_have_their_functions_too() -> None:
     model = onnx.parser.parse_model(
         f"""{HEADER}
-        g (bool go, float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, bool[T] m) => (int64[T,K] index)
+        g (bool go, float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, float f, bool[T] m) => (int64[T,K] index)
         {{
             index = If (go) <
-                then_branch = yes () => (i1) {{ i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, m) }},
+                then_branch = yes () => (i1) {{ i1, w1, a1 = lynx.LynxSelect (c, c, i, w, b, f, m) }},
                 else_branch = no () => (i2) {{ i2 = Identity (i) }}
             >
         }}"""
@@ -407,7 +417,13 @@ def test_nodes_in_subgraphs_have_their_functions_too() -> None:
     assert add_functions(model) == 1
     batch = _random_batch(TOKENS, EXPERTS, WIDTH)
     batch = replace(batch, combine=batch.choice)
-    feeds = {"c": batch.choice, "i": batch.topk_index, "w": batch.topk_weight, "b": np.array(2, np.int32)}
+    feeds = {
+        "c": batch.choice,
+        "i": batch.topk_index,
+        "w": batch.topk_weight,
+        "b": np.array(2, np.int32),
+        "f": np.zeros((), np.float32),
+    }
     feeds |= {"m": np.arange(TOKENS) % 5 != 3, "go": np.array(True)}
     (got,) = _session(model).run(None, feeds)
     np.testing.assert_array_equal(got, batch.select(PRESETS["lynx"], 2).index)
@@ -437,7 +453,7 @@ def test_versions_are_declared() -> None:
     [
         (lambda m: setattr(m.graph.node[0], "op_type", "LynxOther"), "lynx.LynxOther: known are LynxSelect"),
         (lambda m: m.graph.node[1].input.pop(), r"\(LynxExperts\) has the inputs .*'gub'\]: it has to have 5 or 7"),
-        (lambda m: m.graph.node[0].input.pop(), r"\(LynxSelect\) has the inputs .* it has to have 6"),
+        (lambda m: m.graph.node[0].input.pop(), r"\(LynxSelect\) has the inputs .* it has to have 7"),
         (lambda m: m.graph.node[3].input.extend(["gub", ""]), r"'gub', ''\]: it has to have 5 or 7"),
         (lambda m: m.graph.node[0].attribute.pop(0), "LynxSelect lacks vote"),
         (lambda m: m.graph.node[1].attribute.pop(0), "LynxExperts lacks activation"),

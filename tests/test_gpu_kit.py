@@ -67,8 +67,10 @@ def test_right_numbers_pass(kit: Path, artifact: Callable[..., Artifact], tmp_pa
 
     (row,) = gpu_engine.check_kit(kit, one, said.append, output)
     assert row.passed, (row.checks, row.error)
-    assert row.checks["text, half experts"]
-    assert row.figures["equal_greedy_tokens_half"] == 1
+    for name in ("half", "floor"):
+        assert row.checks[f"text, {name}"]
+        assert row.figures[f"equal_greedy_tokens_{name}"] == 1
+        assert row.figures[f"active_experts_{name}"] < row.figures["active_experts_all"]
     assert said == ["TensorRT runs here: 1 of 1 engines gave numbers"]
     assert json.loads(output.read_text())["rows"][0]["passed"]
     assert "passed" in gpu_engine.table([row])

@@ -18,6 +18,7 @@ from test_architectures import Batch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.selection import PRESETS, Selection, select
 
@@ -65,10 +66,10 @@ RULES: dict[str, tuple[Callable[[torch.Tensor, Any], Scores], bool, float, str]]
 class ByHand:
     """An eager model whose experts get what NumPy selects; one step of B rows at a time, a row a sequence."""
 
-    def __init__(self, name: str, selection: Selection, budget: int) -> None:
+    def __init__(self, name: str, selection: Selection, budget: int, floor: float = 0.0) -> None:
         self.model = tiny_models.random_model(name)
         self.scores, self.renormalize, self.scale, router_class = RULES[name]
-        self.selection, self.budget = selection, budget
+        self.selection, self.budget, self.floor = selection, budget, floor
         self.restricted = False
         self.router: Any = None
         self.logits: torch.Tensor | None = None
@@ -103,6 +104,7 @@ class ByHand:
             index.numpy(),
             weight.float().numpy(),
             budget=self.budget,
+            floor=self.floor,
             renormalize=self.renormalize,
             scale=self.scale,
         )
@@ -128,12 +130,14 @@ def same_length_batch() -> Batch:
     return Batch([generator.integers(3, 256, size=PROMPT + STEPS).tolist() for _ in range(ROWS)])
 
 
-def exported(artifact: Artifact, batch: Batch, budget: int) -> tuple[np.ndarray[Any, Any], list[int]]:
+def exported(
+    artifact: Artifact, batch: Batch, budget: int, floor: float = 0.0
+) -> tuple[np.ndarray[Any, Any], list[int]]:
     backend = OrtBackend(artifact, slots=ROWS)
     layers = len(artifact.manifest.model.moe_layers)
     rows = np.array([row[: PROMPT + STEPS] for row in batch.rows])
     past, ones = np.zeros(ROWS, dtype=np.int64), np.ones(ROWS, dtype=np.int64)
-    dial = np.full(layers, budget, dtype=np.int32)
+    dial = Restriction((budget,) * layers, (floor,) * layers)
     backend.step(rows[:, :PROMPT], past, ones * PROMPT, dial)
     results = [
         backend.step(rows[:, PROMPT + s : PROMPT + s + 1], ones * (PROMPT + s), ones, dial) for s in range(STEPS)
@@ -159,11 +163,25 @@ def test_restricted_model_equals_eager_by_hand(name: str, preset: str, artifact:
     assert min(active) < 5, "the budget restricted nothing, so this test shows nothing"
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_floors_equal_eager_by_hand(name: str, artifact: Callable[..., Artifact]) -> None:
+    """A floor between the votes that experts get: what is left differs from step to step."""
+    by_hand = ByHand(name, PRESETS["lynx"], budget=7, floor=0.1)
+    batch = same_length_batch()
+    expected = by_hand.run(batch)
+    logits, active = exported(artifact(name, preset="lynx"), batch, budget=7, floor=0.1)
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+    assert active == by_hand.active
+    without = exported(artifact(name, preset="lynx"), batch, budget=7)[1]
+    assert sum(active) < sum(without), "the floor restricted nothing, so this test shows nothing"
+    assert len(set(active)) > 1
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_off_is_the_models_own_routing_exactly(name: str, artifact: Callable[..., Artifact]) -> None:
-    """Bit for bit: `--preset off`, and any other preset at a budget of E."""
+    """Bit for bit: `--preset off`, and any other preset at a budget of E, whatever its floor."""
     batch = same_length_batch()
     off, _ = exported(artifact(name, preset="off"), batch, budget=8)
     for preset in ("lynx", "lynx-latency" if name == "deepseek_v3" else "xshare"):
-        full, _ = exported(artifact(name, preset=preset), batch, budget=8)
+        full, _ = exported(artifact(name, preset=preset), batch, budget=8, floor=0.5)
         np.testing.assert_array_equal(off, full)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError
 from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 from lynx_trt.runtime.engine import Engine
@@ -49,7 +50,7 @@ class FakeBackend:
         self.delay = 0.0
 
     def step(
-        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+        self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> StepResult:
         batch, width = input_ids.shape
         assert first >= 0
@@ -68,8 +69,8 @@ class FakeBackend:
             elif length:
                 logits[row, next_of(known)] = 5.0
         self.steps.append((first, batch, width))
-        self.budgets.append(budgets.tolist())
-        return StepResult(logits, np.minimum(budgets, 3).astype(np.int32))
+        self.budgets.append(list(restriction.budgets))
+        return StepResult(logits, np.minimum(restriction.budgets, 3).astype(np.int32))
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self.copies += 1
@@ -116,7 +117,7 @@ def expected(prompt: list[int], new: int) -> list[int]:
 
 
 def scheduler(backend: FakeBackend, **policy: Any) -> Scheduler:
-    return Scheduler(backend, LIMITS, budgets=(4, 4, 2), policy=Policy(**policy))
+    return Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), policy=Policy(**policy))
 
 
 def finish(scheduled: Scheduler) -> None:
@@ -154,7 +155,7 @@ POLICIES = st.builds(
 def test_every_sequence_is_what_it_is_alone(slots: int, policy: Policy, arrivals: list[Any]) -> None:
     """Random arrivals, lengths, clients that go away, chunks and buckets: tokens as alone, every slot free after."""
     backend = FakeBackend(slots)
-    scheduled = Scheduler(backend, LIMITS, budgets=(4, 4, 2), policy=policy)
+    scheduled = Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), policy=policy)
     sequences, leave = [], {}
     for prompt, new, wait, patience in arrivals:
         for _ in range(wait):
@@ -243,7 +244,7 @@ def test_holes_are_closed() -> None:
     """When the first of four ends, the last moves into its slot: no step has more rows than sequences."""
     backend = FakeBackend(4)
     seen = Seen()
-    scheduled = Scheduler(backend, LIMITS, budgets=(4, 4, 2), observer=seen)
+    scheduled = Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), observer=seen)
     sequences = [sequence([number + 1], 2 if number == 0 else 12) for number in range(4)]
     for one in sequences:
         scheduled.submit(one)
@@ -288,11 +289,17 @@ def test_step_runs_at_the_highest_quality_asked_for() -> None:
     backend = FakeBackend(2)
     scheduled = scheduler(backend)
     scheduled.submit(sequence([1, 2], 12))
-    scheduled.submit(sequence([3, 4], 4, budgets=(8, 1, 3)))
+    scheduled.submit(sequence([3, 4], 4, restriction=Restriction((8, 1, 3))))
     finish(scheduled)
     decode = [b for b, (_, _, width) in zip(backend.budgets, backend.steps, strict=True) if width == 1]
     assert decode[0] == [8, 4, 3]
     assert decode[-1] == [4, 4, 2]
+
+
+def test_step_runs_at_the_lowest_floor_asked_for() -> None:
+    one, other = Restriction((4, 4, 2), (0.1, 0.0, 0.2)), Restriction((8, 1, 3), (0.2, 0.3, 0.1))
+    assert Restriction.mildest([one]) is one
+    assert Restriction.mildest({one, other}) == Restriction((8, 4, 3), (0.1, 0.0, 0.1))
 
 
 def test_default_quality_changes_while_it_runs() -> None:
@@ -301,7 +308,7 @@ def test_default_quality_changes_while_it_runs() -> None:
     scheduled.submit(sequence([1, 2], 20))
     for _ in range(3):
         scheduled.step()
-    scheduled.set_budgets((1, 1, 1))
+    scheduled.set_restriction(Restriction((1, 1, 1)))
     scheduled.step()
     assert backend.budgets[-2:] == [[4, 4, 2], [1, 1, 1]]
 
@@ -310,7 +317,7 @@ def test_prefill_uses_all_experts_even_for_one_token() -> None:
     """The graph lifts the budgets where S > 1; a chunk of one token has to bring them itself."""
     backend = FakeBackend(1)
     scheduled = scheduler(backend, chunk=2)
-    scheduled.submit(sequence([1, 2, 3], 3, budgets=(1, 1, 1)))
+    scheduled.submit(sequence([1, 2, 3], 3, restriction=Restriction((1, 1, 1))))
     finish(scheduled)
     assert [step[2] for step in backend.steps[:2]] == [2, 1]
     assert backend.budgets[:3] == [[8, 8, 4], [8, 8, 4], [1, 1, 1]]
@@ -324,7 +331,7 @@ def test_active_experts_are_those_of_its_own_steps() -> None:
     scheduled.submit(early)
     for _ in range(4):
         scheduled.step()
-    scheduled.set_budgets((1, 2, 2))
+    scheduled.set_restriction(Restriction((1, 2, 2)))
     scheduled.submit(late)
     finish(scheduled)
     assert late.active == (1.0, 2.0, 2.0)
@@ -437,7 +444,7 @@ def test_seed_is_the_sequence_s_own() -> None:
 
 def test_observer_sees_every_step_and_end() -> None:
     seen = Seen()
-    scheduled = Scheduler(FakeBackend(2), LIMITS, budgets=(4, 4, 2), observer=seen)
+    scheduled = Scheduler(FakeBackend(2), LIMITS, restriction=Restriction((4, 4, 2)), observer=seen)
     scheduled.submit(sequence([1, 2, 3], 2))
     finish(scheduled)
     found = [(step.kind, step.rows, step.batch, step.tokens) for step in seen.steps]
@@ -521,7 +528,10 @@ def test_onnx_runtime_with_arrivals(text_artifact: Artifact) -> None:
     tokenizer = Tokenizer(text_artifact.path(TOKENIZER))
     limits = limits_of(text_artifact.manifest)
     scheduled = Scheduler(
-        open_backend(text_artifact, 3, threads=1), limits, budgets=limits.experts, policy=Policy(chunk=8)
+        open_backend(text_artifact, 3, threads=1),
+        limits,
+        restriction=Restriction(limits.experts),
+        policy=Policy(chunk=8),
     )
     sequences = []
     for number, prompt in enumerate(prompts):
@@ -543,11 +553,11 @@ def test_cleared_slot_forgets_what_is_no_number(text_artifact: Artifact) -> None
     from lynx_trt.runtime.ort import OrtBackend
 
     backend = OrtBackend(text_artifact, 2, threads=1)
-    budgets = np.array([8, 8], dtype=np.int32)
+    restriction = Restriction((8, 8))
 
     def logits() -> Any:
         ids = np.array([[65, 66, 67]])
-        return backend.step(ids, np.zeros(1, np.int64), np.array([3]), budgets, first=1).logits
+        return backend.step(ids, np.zeros(1, np.int64), np.array([3]), restriction, first=1).logits
 
     clean = logits()
     for cache in backend._caches.values():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lynx_trt.artifact import TOKENIZER, Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import LynxError, UsageError
 from lynx_trt.generate import generate_text
 from lynx_trt.runtime.backend import Array
@@ -276,11 +277,11 @@ def test_dial_file_changes_the_default(serve: Callable[..., Served], tmp_path: P
     dial = tmp_path / "dial.json"
     dial.write_text('{"quality": "fast"}')
     served = serve(dial_file=dial)
-    assert served.service._default == (1, 1)
+    assert served.service._default == Restriction((1, 1))
     for content, default in (('{"quality": "max"}', (8, 8)), ("{", (8, 8)), ('{"quality": "0.5"}', (4, 4))):
         dial.write_text(content)
         end = time.monotonic() + 5
-        while served.service._dial_text != content or served.service._default != default:
+        while served.service._dial_text != content or served.service._default.budgets != default:
             assert time.monotonic() < end
             time.sleep(0.02)
     log = capfd.readouterr().err
@@ -400,7 +401,7 @@ def test_settings_out_of_range(values: dict[str, Any], words: str) -> None:
 
 def test_dial_of_an_artifact(text_artifact: Artifact) -> None:
     dial = Dial.of(text_artifact.manifest)
-    found = {quality: dial.budgets(quality) for quality in ("max", "balanced", "fast", "0.5", "0", "1")}
+    found = {quality: dial.restriction(quality).budgets for quality in ("max", "balanced", "fast", "0.5", "0", "1")}
     assert found == {
         "max": (8, 8),
         "balanced": (2, 2),
@@ -409,7 +410,18 @@ def test_dial_of_an_artifact(text_artifact: Artifact) -> None:
         "0": (0, 0),  # the preset guarantees each token an expert
         "1": (8, 8),
     }
-    assert dial.share((4, 8)) == 0.75
+    assert dial.share(Restriction((4, 8))) == 0.75
+
+
+def test_floors_go_with_the_artifacts_own_budgets(text_artifact: Artifact) -> None:
+    """All experts and a fraction of them are asked for by name: no floor takes some away."""
+    manifest = text_artifact.manifest
+    chosen = manifest.selection.model_copy(update={"budgets": [6, 4], "floors": [0.01, 0.25]})
+    dial = Dial.of(manifest.model_copy(update={"selection": chosen}))
+    assert dial.restriction("balanced") == Restriction((6, 4), (0.01, 0.25))
+    assert dial.restriction("fast") == Restriction((3, 2), (0.01, 0.25))
+    assert dial.restriction("max") == Restriction((8, 8), (0.0, 0.0))
+    assert dial.restriction("0.5") == Restriction((4, 4), (0.0, 0.0))
 
 
 def test_dial_keeps_an_expert_and_obeys_off(text_artifact: Artifact) -> None:
@@ -417,12 +429,12 @@ def test_dial_keeps_an_expert_and_obeys_off(text_artifact: Artifact) -> None:
     manifest = text_artifact.manifest
     chosen = manifest.selection
     bare = chosen.model_copy(update={"parameters": {**chosen.parameters, "guarantee": 0}})
-    assert Dial.of(manifest.model_copy(update={"selection": bare})).budgets("0") == (1, 1)
+    assert Dial.of(manifest.model_copy(update={"selection": bare})).restriction("0").budgets == (1, 1)
     off = chosen.model_copy(update={"preset": "off", "budgets": [8, 8]})
     dial = Dial.of(manifest.model_copy(update={"selection": off}))
-    assert {dial.budgets(quality) for quality in ("max", "fast", "0.1")} == {(8, 8)}
+    assert {dial.restriction(quality).budgets for quality in ("max", "fast", "0.1")} == {(8, 8)}
     with pytest.raises(LynxError):
-        dial.budgets("bogus")
+        dial.restriction("bogus")
 
 
 def test_final_outputs_are_json_ready(served: Served) -> None:

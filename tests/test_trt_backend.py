@@ -12,6 +12,7 @@ import pytest
 from host_gpu import HostGpu, tensorrt_for
 
 from lynx_trt.artifact import Artifact, EngineRecord
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
 from lynx_trt.runtime import open as opening
 from lynx_trt.runtime.open import limits_of, open_backend
@@ -62,7 +63,9 @@ def backend_of(artifact: Artifact, slots: int, gpu: HostGpu | None = None, **opt
     return TensorRTBackend(artifact, slots, gpu=gpu, tensorrt=tensorrt_for(artifact, gpu), **options)
 
 
-def texts(artifact: Artifact, backend: Any, prompts: list[str], budget: int = 8, new: int = 20) -> list[str]:
+def texts(
+    artifact: Artifact, backend: Any, prompts: list[str], budget: int = 8, new: int = 20, floor: float = 0.0
+) -> list[str]:
     from lynx_trt.artifact import TOKENIZER
     from lynx_trt.runtime.decode import generate
     from lynx_trt.runtime.text import Tokenizer
@@ -72,22 +75,23 @@ def texts(artifact: Artifact, backend: Any, prompts: list[str], budget: int = 8,
         Tokenizer(artifact.path(TOKENIZER)),
         limits_of(artifact.manifest),
         prompts,
-        budgets=[budget, budget],
+        restriction=Restriction((budget, budget), (floor, floor)),
         max_new_tokens=new,
         sampling=Sampling(),
     )
     return [one.text for one in sequences]
 
 
-@pytest.mark.parametrize("budget", [8, 3])
+@pytest.mark.parametrize(("budget", "floor"), [(8, 0.0), (3, 0.0), (7, 0.1)])
 @pytest.mark.parametrize("graphs", [True, False])
-def test_same_text_as_onnx_runtime(engined: Artifact, budget: int, graphs: bool) -> None:
+def test_same_text_as_onnx_runtime(engined: Artifact, budget: int, floor: float, graphs: bool) -> None:
     """Prompts longer than the prefill profile, more of them than it has rows, one of a single token; sizes of decode
     steps that are captured; sequences that end at different times, so that slots are copied."""
     gpu = HostGpu()
     backend = backend_of(engined, len(PROMPTS), gpu, graphs=graphs)
     reference = OrtBackend(engined, len(PROMPTS), threads=1)
-    assert texts(engined, backend, PROMPTS, budget) == texts(engined, reference, PROMPTS, budget)
+    got = texts(engined, backend, PROMPTS, budget, floor=floor)
+    assert got == texts(engined, reference, PROMPTS, budget, floor=floor)
     assert (gpu.launches > 0) == graphs
     assert backend.graphs_refused is None
 
@@ -97,17 +101,17 @@ def test_each_size_is_captured_once_with_a_context_of_its_own(engined: Artifact)
     backend = backend_of(engined, 4, gpu)
     assert backend.sizes.decode_rows == (1, 2, 4)
     engine = backend._rt.engine
-    budgets = np.array([8, 8], np.int32)
+    everything = Restriction((8, 8))
     for rows, runs in ((1, 5), (4, 4), (1, 2), (2, 1)):
         for _ in range(runs):
-            backend.step(np.full((rows, 1), 65), np.zeros(rows, np.int64), np.ones(rows, np.int64), budgets)
+            backend.step(np.full((rows, 1), 65), np.zeros(rows, np.int64), np.ones(rows, np.int64), everything)
     # Two contexts from the start, and one for each of the sizes 1 and 4; size 2 came only once.
     assert len(engine.contexts) == 4
     assert gpu.launches == (5 - 3) + (4 - 3) + 2
     # All share one block of scratch memory.
     assert len({context.scratch for context in engine.contexts}) == 1
     backend.drop_graphs()
-    backend.step(np.full((1, 1), 65), np.zeros(1, np.int64), np.ones(1, np.int64), budgets)
+    backend.step(np.full((1, 1), 65), np.zeros(1, np.int64), np.ones(1, np.int64), everything)
     assert len(engine.contexts) == 5
 
 
@@ -123,12 +127,12 @@ def test_step_of_one_token_off_the_first_slot(engined: Artifact) -> None:
     """The last piece of a prompt can be one token, at any slot: no captured size, no cache of others touched."""
     gpu = HostGpu()
     backend, reference = backend_of(engined, 3, gpu), OrtBackend(engined, 3, threads=1)
-    budgets = np.array([8, 8], np.int32)
+    everything = Restriction((8, 8))
     for one in (backend, reference):
-        one.step(np.array([[65, 66, 67], [70, 71, 72]]), np.zeros(2, np.int64), np.array([3, 3]), budgets, first=1)
+        one.step(np.array([[65, 66, 67], [70, 71, 72]]), np.zeros(2, np.int64), np.array([3, 3]), everything, first=1)
     before = _slot(backend, gpu, 2)
     results = [
-        one.step(np.array([[80]]), np.array([3]), np.array([1]), budgets, first=1) for one in (backend, reference)
+        one.step(np.array([[80]]), np.array([3]), np.array([1]), everything, first=1) for one in (backend, reference)
     ]
     np.testing.assert_array_equal(_slot(backend, gpu, 2), before)
     np.testing.assert_allclose(results[0].logits, results[1].logits, atol=1e-5)
@@ -143,8 +147,8 @@ def _slot(backend: TensorRTBackend, gpu: HostGpu, slot: int) -> Any:
 def test_copy_and_clear_slot(engined: Artifact) -> None:
     gpu = HostGpu()
     backend = backend_of(engined, 3, gpu)
-    budgets = np.array([8, 8], np.int32)
-    backend.step(np.array([[65, 66, 67, 68]]), np.zeros(1, np.int64), np.array([4]), budgets, first=2)
+    everything = Restriction((8, 8))
+    backend.step(np.array([[65, 66, 67, 68]]), np.zeros(1, np.int64), np.array([4]), everything, first=2)
     backend.copy_slot(2, 0, 3)
     gpu.synchronize()
     rows = engined.manifest.model.cache_rows
@@ -205,12 +209,12 @@ def test_least_sizes_are_filled_up(text_artifact: Artifact, tmp_path: Path) -> N
 
 def test_steps_that_do_not_fit(engined: Artifact) -> None:
     backend = backend_of(engined, 2)
-    budgets = np.array([8, 8], np.int32)
+    everything = Restriction((8, 8))
     rows = engined.manifest.model.cache_rows
     with pytest.raises(GenerationError, match=f"exceeds {rows} rows"):
-        backend.step(np.zeros((1, 3), np.int64), np.array([rows - 2]), np.array([3]), budgets)
+        backend.step(np.zeros((1, 3), np.int64), np.array([rows - 2]), np.array([3]), everything)
     with pytest.raises(GenerationError, match=r"1 sequences of 9 tokens is outside the engine's profiles: input_ids"):
-        backend.step(np.zeros((1, 9), np.int64), np.array([0]), np.array([9]), budgets)
+        backend.step(np.zeros((1, 9), np.int64), np.array([0]), np.array([9]), everything)
 
 
 def test_engine_that_tensorrt_refuses(engined: Artifact, tmp_path: Path) -> None:

@@ -153,12 +153,12 @@ class Emitter:
             nothing = op.ConstantOfShape(table, value=ir.tensor(np.zeros(1, np.float32)))
             choice = combine = op.ScatterElements(nothing, index, weight, axis=1)
             selection, renormalize, scale = without_remap(selection), False, 1.0
-        budget, mask = self.step.layer(op, number, block.experts)
+        budget, floor, mask = self.step.layer(op, number, block.experts)
         attributes = ops.select_attributes(
             selection, experts_per_token=block.experts_per_token, renormalize=renormalize, scale=scale
         )
         outputs: Sequence[ir.Value] = op.LynxSelect(
-            choice, combine, index, weight, budget, mask,
+            choice, combine, index, weight, budget, floor, mask,
             **attributes, _domain=ops.DOMAIN, _version=ops.VERSION, _outputs=3,
         )  # fmt: skip
         return outputs

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lynx_trt.artifact import Artifact, read
+from lynx_trt.budgets import Restriction
 from lynx_trt.comparison.runners import Spec, open_runner
 from lynx_trt.memory import resident_bytes
 
@@ -17,7 +19,7 @@ TIMEOUT = 600  # seconds; loading a model that takes longer is not measured
 
 def measure(artifact: Artifact, spec: Spec, threads: int | None) -> dict[str, Any] | None:
     """Bytes before loading, at the peak and after one prefill and step of a single sequence; None if that failed."""
-    request = {"artifact": str(artifact.folder), "threads": threads, **spec.__dict__}
+    request = {"artifact": str(artifact.folder), "threads": threads, **asdict(spec)}
     request["source"] = str(spec.source) if spec.source else None
     command = [sys.executable, "-m", __name__, json.dumps(request)]
     try:
@@ -36,7 +38,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     artifact, threads = read(Path(request.pop("artifact"))), request.pop("threads")
     request["source"] = Path(request["source"]) if request["source"] else None
-    request["budgets"] = tuple(request["budgets"])
+    request["restriction"] = Restriction(**{name: tuple(values) for name, values in request["restriction"].items()})
     if request["kind"] == "hf":
         import torch  # noqa: F401
         import transformers  # noqa: F401

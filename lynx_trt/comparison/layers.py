@@ -43,7 +43,7 @@ def times(
 def _profile(artifact: Artifact, spec: Spec, ids: Array, options: CompareOptions) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         backend = open_ort(artifact, spec, len(ids), options.threads, profile=Path(folder) / "step")
-        runner = BackendRunner(backend, artifact, spec.budgets)
+        runner = BackendRunner(backend, artifact, spec.restriction)
         runner.prefill(np.ascontiguousarray(ids[:, : options.prompt]))
         steps = min(STEPS, ids.shape[1] - options.prompt)
         for step in range(steps):

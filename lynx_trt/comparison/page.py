@@ -159,12 +159,15 @@ def _size_table(report: Mapping[str, Any]) -> str:
 def _method(report: Mapping[str, Any]) -> str:
     options, machine = report["options"], report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    # A report of before there were floors has none.
+    floors = report["artifact"].get("floors", [])
+    floors = f", floors {floors}" if any(floors) else ""
     return (
         f'<p class="small">{escape(machine["cpu"])}, {machine["cores"]} cores; {escape(versions)}; '
         f"{escape(report['created'])}. Prompts of {options['prompt']} tokens of {escape(str(report['text']['name']))}, "
         f"{options['steps']} decode steps, {options['rounds']} rounds, runners in turn within each round; medians; a "
         f"ratio is the median over pairs of the same round and step of one run. Artifact: preset "
-        f"{escape(report['artifact']['preset'])}, budgets {report['artifact']['budgets']}, "
+        f"{escape(report['artifact']['preset'])}, budgets {report['artifact']['budgets']}{floors}, "
         f"{escape(report['artifact']['precision'])}. The lowered graphs and the com.microsoft.MoE baseline compute in "
         "float32.</p>"
     )

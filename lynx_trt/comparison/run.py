@@ -207,6 +207,7 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
         "created": manifest.created,
         "preset": manifest.selection.preset,
         "budgets": manifest.selection.budgets,
+        "floors": manifest.selection.floors,
         "experts": [layer.experts for layer in manifest.model.moe_layers],
         "experts_per_token": [layer.experts_per_token for layer in manifest.model.moe_layers],
         "expert_bytes": [layer.expert_bytes for layer in manifest.model.moe_layers],
@@ -227,7 +228,8 @@ def _describe_runners(
             "baseline": spec.baseline,
             "absent": item.absent,
             "notes": item.notes,
-            "budgets": list(spec.budgets),
+            "budgets": list(spec.restriction.budgets),
+            "floors": list(spec.restriction.floors),
             "load_seconds": None if item.absent else item.seconds,
             "memory": None,
         }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import CheckpointError, LynxError
 from lynx_trt.preflight import engine_problems
 from lynx_trt.runtime.backend import Array, Backend
@@ -47,15 +48,18 @@ class Runner(Protocol):
         ...
 
 
+NOTHING_ASKED = Restriction(())
+
+
 @dataclass(frozen=True)
 class Spec:
-    """One row of the comparison. `budgets` [N] for ONNX Runtime; `form` and `provider` as in runtime."""
+    """One row of the comparison. `restriction` of decode steps; `form` and `provider` as in runtime."""
 
     name: str
     what: str
     baseline: bool
     kind: str
-    budgets: tuple[int, ...] = ()
+    restriction: Restriction = NOTHING_ASKED
     form: str | None = None
     source: Path | None = None
     absent: str | None = None
@@ -76,11 +80,11 @@ class Opened:
 class BackendRunner:
     """The artifact on one of our own backends, in steps that it is prepared for."""
 
-    def __init__(self, backend: Backend, artifact: Artifact, budgets: Sequence[int]) -> None:
-        """`budgets` [N] are those of decode steps; a prefill has all experts."""
+    def __init__(self, backend: Backend, artifact: Artifact, restriction: Restriction) -> None:
+        """`restriction` is that of decode steps; a prefill has all experts."""
         self.backend = backend
-        self._budgets = np.array(budgets, np.int32)
-        self._everything = np.array([layer.experts for layer in artifact.manifest.model.moe_layers], np.int32)
+        self._restriction = restriction
+        self._everything = _restriction(artifact, "off")
         self._past = np.zeros(0, np.int64)
         self._active: Array | None = None
 
@@ -105,7 +109,7 @@ class BackendRunner:
         past = self._past
         if idle:
             tokens, past, lengths = (np.pad(values, (0, idle)) for values in (tokens, past, lengths))
-        result = self.backend.step(tokens[:, None], past, lengths, self._budgets)
+        result = self.backend.step(tokens[:, None], past, lengths, self._restriction)
         self._past = self._past + 1
         self._active = result.active
         return result.logits[:batch]
@@ -187,7 +191,7 @@ def specs(
     Raises:
         UsageError: a budget is out of its range.
     """
-    everything = tuple(layer.experts for layer in artifact.manifest.model.moe_layers)
+    everything = _restriction(artifact, "off")
     known = {
         MOE: Spec(MOE, "ONNX Runtime, com.microsoft.MoE, no selection", True, "ort", everything, "baseline"),
         PLAIN: Spec(PLAIN, "ONNX Runtime, model.onnx as it is, selection off", True, "ort", everything),
@@ -201,7 +205,7 @@ def specs(
         ),
     }
     found = [spec for name in baselines for spec in _on(providers, known[name])]
-    chosen = {budget: _budgets(artifact, budget) for budget in dict.fromkeys(budgets)}
+    chosen = {budget: _restriction(artifact, budget) for budget in dict.fromkeys(budgets)}
     for budget, values in chosen.items():
         what = f"ONNX Runtime, lowered, {_say(budget)}"
         found += _on(providers, Spec(f"{PREFIX}{budget}", what, False, "ort", values, "auto"))
@@ -237,12 +241,12 @@ def _say(budget: str) -> str:
     return "selection off" if budget == "off" else f"budget {budget}"
 
 
-def _budgets(artifact: Artifact, budget: str) -> tuple[int, ...]:
-    from lynx_trt.generate import budgets_for
+def _restriction(artifact: Artifact, budget: str) -> Restriction:
+    from lynx_trt.generate import restriction_for
 
     if budget == "off":
-        return tuple(layer.experts for layer in artifact.manifest.model.moe_layers)
-    return tuple(budgets_for(artifact.manifest, None if budget == "own" else budget))
+        return Restriction(tuple(layer.experts for layer in artifact.manifest.model.moe_layers))
+    return restriction_for(artifact.manifest, None if budget == "own" else budget)
 
 
 def _no_tensorrt(artifact: Artifact) -> str | None:
@@ -295,5 +299,5 @@ def _make(artifact: Artifact, spec: Spec, slots: int, threads: int | None) -> Ru
         assert spec.source is not None
         return HuggingFaceRunner(spec.source, threads)
     if spec.kind == "tensorrt":
-        return BackendRunner(open_backend(artifact, slots, name="tensorrt"), artifact, spec.budgets)
-    return BackendRunner(open_ort(artifact, spec, slots, threads), artifact, spec.budgets)
+        return BackendRunner(open_backend(artifact, slots, name="tensorrt"), artifact, spec.restriction)
+    return BackendRunner(open_ort(artifact, spec, slots, threads), artifact, spec.restriction)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -44,7 +46,7 @@ class Backend(Protocol):
     sizes: StepSizes
 
     def step(
-        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+        self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> StepResult:
         """Run one step for the slots `first` to `first + B - 1`; row b of the inputs is slot `first + b`.
 
@@ -53,7 +55,7 @@ class Backend(Protocol):
                 length and behind: past_lengths + S must not exceed the model's maximum length in any row.
             past_lengths: i64 [B], tokens of each slot that the cache holds.
             lengths: i64 [B], real tokens of each row; 0 is an idle row, which loads no expert.
-            budgets: i32 [N], experts that each MoE layer may load where S is 1.
+            restriction: what each MoE layer may load where S is 1.
             first: the first slot.
         """
         ...

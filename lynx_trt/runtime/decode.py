@@ -1,4 +1,4 @@
-"""Decoding a fixed batch of prompts: prefill with all experts, then one token a sequence and step under the budgets."""
+"""Decoding a fixed batch of prompts: prefill with all experts, then one token a sequence and step, restricted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import UsageError
 from lynx_trt.runtime.backend import Backend
 from lynx_trt.runtime.sampling import Sampling
@@ -44,7 +45,7 @@ def generate(
     limits: Limits,
     prompts: Sequence[str],
     *,
-    budgets: Sequence[int],
+    restriction: Restriction,
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
@@ -74,7 +75,7 @@ def generate(
         prefill_rows=len(prompts),
         prefill_first=True,
     )
-    scheduler = Scheduler(backend, limits, budgets=budgets, policy=policy, observer=sums)
+    scheduler = Scheduler(backend, limits, restriction=restriction, policy=policy, observer=sums)
     for sequence in sequences:
         scheduler.submit(sequence)
     while scheduler.step():

@@ -35,6 +35,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError
 from lynx_trt.runtime.attention import lower_attention
 from lynx_trt.runtime.backend import Array
@@ -62,7 +63,7 @@ class Lowered:
 
 
 class Unrestricted:
-    """Tells the steps that are the model's own routing: no padding, and budgets that all of its experts fit in.
+    """Tells the steps that are the model's own routing: no padding, and a restriction that all of its experts pass.
 
     T tokens have at most T K experts. (An expert of weight exactly 0 has no vote and could still lose its place;
     what it adds is 0 either way.) Where votes go to all experts, a token's own can lose against others.
@@ -76,14 +77,15 @@ class Unrestricted:
         self._k = np.array([layer.experts_per_token for layer in model.moe_layers])
         self._votes_for_own = artifact.manifest.selection.parameters["vote"] != "score"
 
-    def holds(self, lengths: Array, width: int, budgets: Array) -> bool:
-        """Whether a step of rows of `width` tokens, `lengths` [B] of them real, is one under `budgets` [N]."""
+    def holds(self, lengths: Array, width: int, restriction: Restriction) -> bool:
+        """Whether a step of rows of `width` tokens, `lengths` [B] of them real, is one under this restriction."""
         if not (lengths == width).all():
             return False
         if width > self._longest_decode:
             return True
         own = np.minimum(self._experts, len(lengths) * width * self._k) if self._votes_for_own else self._experts
-        return bool((budgets >= own).all())
+        budgets, floors = restriction.arrays
+        return bool(((budgets >= own) & ((floors == 0) | (budgets >= self._experts))).all())
 
 
 class NoFitError(Exception):

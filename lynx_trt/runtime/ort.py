@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError
 from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 
@@ -26,7 +27,7 @@ PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExec
 # Precisions that ONNX Runtime has on the CPU; a lowered graph is float32 whatever it was built in.
 ELEMENT = {"fp32": np.float32, "fp16": np.float16}
 ONNX_FILE = "model.onnx"
-IDS, BUDGETS = "input_ids", "budgets"
+IDS, BUDGETS, FLOORS = "input_ids", "budgets", "floors"
 INPUTS = (IDS, "past_lengths", "lengths")
 BINDINGS = 256  # of decode steps that are kept: one for each batch size, and more where slots in the middle decode
 # Where a graph that is loaded from memory has its external data.
@@ -92,13 +93,14 @@ class OrtBackend:
         # took as long as the nodes of lynx-tiny at batch 1.
         self._inputs = {name: np.zeros((slots, 1) if name == IDS else slots, np.int64) for name in INPUTS}
         self._inputs[BUDGETS] = np.zeros(len(model.moe_layers), np.int32)
+        self._inputs[FLOORS] = np.zeros(len(model.moe_layers), np.float32)
         self._logits = np.zeros((slots, model.vocabulary), np.float32)
         self._active = np.zeros(len(model.moe_layers), np.int32)
         self._experts, self._k = model.moe_layers[0].experts, model.moe_layers[0].experts_per_token
         self._bindings: dict[tuple[bool, int, int], tuple[Any, Array]] = {}
 
     def step(
-        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+        self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> StepResult:
         """See Backend.
 
@@ -112,8 +114,9 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
-        free = self._free is not self._session and self._unrestricted.holds(lengths, length, budgets)
-        values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets}
+        free = self._free is not self._session and self._unrestricted.holds(lengths, length, restriction)
+        budgets, floors = restriction.arrays
+        values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
         if length == 1:
             for name, value in values.items():
                 self._inputs[name][: len(value)] = value
@@ -139,7 +142,7 @@ class OrtBackend:
         return self._bindings[key]
 
     def _decode_inputs(self, batch: int) -> dict[str, Array]:
-        return {name: value[:batch] if name != BUDGETS else value for name, value in self._inputs.items()}
+        return {name: value if name in (BUDGETS, FLOORS) else value[:batch] for name, value in self._inputs.items()}
 
     def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
         """Inputs that live as long as the binding, and outputs of every step in the same memory; routers' logits."""
@@ -157,7 +160,7 @@ class OrtBackend:
 
     def _bind_inputs(self, binding: Any, free: bool, rows: slice, inputs: dict[str, Array]) -> None:
         for name, value in inputs.items():
-            if not (free and name == BUDGETS):
+            if not (free and name in (BUDGETS, FLOORS)):
                 _bind(binding.bind_input, name, value)
         for name, cache in self._caches.items():
             _bind_rows(binding.bind_input, f"past_{name}", cache, rows)

@@ -1,4 +1,4 @@
-"""The dial: from the quality that a request asks for to the experts that each MoE layer may load."""
+"""The dial: from the quality that a request asks for to what each MoE layer may load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lynx_trt.artifact import Manifest
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import GenerationError
 from lynx_trt.selection import Selection
 
@@ -16,15 +17,15 @@ LONGEST = 32  # characters of a quality that are looked at, and quoted in a mess
 
 @dataclass(frozen=True)
 class Dial:
-    """Budgets [N] of every quality of one artifact.
+    """The restriction of every quality of one artifact.
 
-    `max` is all experts; `balanced` the artifact's own budgets, calibrated ones where there are; `fast` half of
-    these; a fraction from 0 to 1 is that share of each layer's experts. An artifact built with the preset `off` has
-    no dial: everything is `max`.
+    `max` is all experts; `balanced` the artifact's own budgets and floors, calibrated ones where there are; `fast` half
+    of these budgets under the same floors; a fraction from 0 to 1 is that share of each layer's experts, without
+    floors. An artifact built with the preset `off` has no dial: everything is `max`.
     """
 
     experts: tuple[int, ...]
-    own: tuple[int, ...]
+    own: Restriction
     least: int  # budget below which tokens would lose their whole MoE block
     fixed: bool
 
@@ -36,13 +37,13 @@ class Dial:
         guaranteed = min(selection.guaranteed(layer.experts_per_token) for layer in layers)
         return cls(
             experts=tuple(layer.experts for layer in layers),
-            own=tuple(chosen.budgets),
+            own=chosen.restriction,
             least=0 if guaranteed else 1,
             fixed=chosen.preset == "off",
         )
 
-    def budgets(self, quality: str) -> tuple[int, ...]:
-        """Budgets [N] for a quality as a request or an operator writes it.
+    def restriction(self, quality: str) -> Restriction:
+        """The restriction for a quality as a request or an operator writes it.
 
         Raises:
             GenerationError: it is none of the names, and no fraction either.
@@ -50,14 +51,18 @@ class Dial:
         name = quality.strip()
         if name not in QUALITIES:
             share = self._fraction(name)
-            return self.experts if self.fixed else self._at_least(share * count for count in self.experts)
+            budgets = self.experts if self.fixed else self._at_least(share * count for count in self.experts)
+            return Restriction(budgets)
         if name == "max" or self.fixed:
-            return self.experts
-        return self.own if name == "balanced" else self._at_least(budget / 2 for budget in self.own)
+            return Restriction(self.experts)
+        if name == "balanced":
+            return self.own
+        return Restriction(self._at_least(budget / 2 for budget in self.own.budgets), self.own.floors)
 
-    def share(self, budgets: tuple[int, ...]) -> float:
-        """Budgets as a fraction of all experts, mean over the layers."""
-        return sum(budget / count for budget, count in zip(budgets, self.experts, strict=True)) / len(self.experts)
+    def share(self, restriction: Restriction) -> float:
+        """Its budgets as a fraction of all experts, mean over the layers."""
+        pairs = zip(restriction.budgets, self.experts, strict=True)
+        return sum(budget / count for budget, count in pairs) / len(self.experts)
 
     def _at_least(self, budgets: Iterable[float]) -> tuple[int, ...]:
         return tuple(max(self.least, math.ceil(budget)) for budget in budgets)

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError, LynxError
 from lynx_trt.runtime.backend import Array, Backend, StepSizes
 from lynx_trt.runtime.sampling import next_token
@@ -70,7 +71,7 @@ class StepReport:
         tokens: real tokens that went through the model.
         seconds: time of the step, with the draws of the next tokens.
         active: i32 [N], active experts of each MoE layer.
-        budgets: i32 [N], the budgets in force.
+        restriction: the one in force.
     """
 
     kind: str
@@ -79,7 +80,7 @@ class StepReport:
     tokens: int
     seconds: float
     active: Array
-    budgets: Array
+    restriction: Restriction
 
 
 class Observer(Protocol):
@@ -102,15 +103,15 @@ class Scheduler:
         backend: Backend,
         limits: Limits,
         *,
-        budgets: Sequence[int],
+        restriction: Restriction,
         policy: Policy | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """`budgets` [N] are those of sequences that ask for none; see also `set_budgets`."""
+        """`restriction` is that of sequences that ask for none; see also `set_restriction`."""
         self.policy = (policy or Policy()).within(backend.sizes)
         self._backend, self._limits, self._observer = backend, limits, observer
-        self._everything = np.array(limits.experts, dtype=np.int32)
-        self._budgets = tuple(budgets)
+        self._everything = Restriction(limits.experts)
+        self._restriction = restriction
         self._waiting: deque[Generated] = deque()
         self._lock = threading.Lock()
         self._slots: list[Generated | None] = [None] * backend.slots
@@ -129,9 +130,9 @@ class Scheduler:
         """Slots in use."""
         return sum(sequence is not None for sequence in self._slots)
 
-    def set_budgets(self, budgets: Sequence[int]) -> None:
+    def set_restriction(self, restriction: Restriction) -> None:
         """The default from the next step on, for running sequences too if they asked for none of their own."""
-        self._budgets = tuple(budgets)
+        self._restriction = restriction
 
     def submit(self, sequence: Generated) -> None:
         """Queue a sequence; its callbacks run on the thread that calls `step`.
@@ -299,21 +300,27 @@ class Scheduler:
             if sequence is not None and sequence.cached >= len(sequence.prompt):
                 ids[slot, 0], lengths[slot] = sequence.tokens[-1], 1
                 rows.append(sequence)
-        self._run("decode", 0, rows, ids, past, lengths, self._budgets_in_force(rows))
+        self._run("decode", 0, rows, ids, past, lengths, self._in_force(rows))
         return True
 
-    def _budgets_in_force(self, rows: list[Generated]) -> Array:
-        """i32 [N]: in each layer the highest that anyone asked for."""
-        asked = {sequence.request.budgets or self._budgets for sequence in rows}
-        return np.array([max(layer) for layer in zip(*asked, strict=True)], dtype=np.int32)
+    def _in_force(self, rows: list[Generated]) -> Restriction:
+        """In each layer the mildest that anyone asked for."""
+        return Restriction.mildest({sequence.request.restriction or self._restriction for sequence in rows})
 
     def _run(
-        self, kind: str, first: int, rows: list[Generated], ids: Array, past: Array, lengths: Array, budgets: Array
+        self,
+        kind: str,
+        first: int,
+        rows: list[Generated],
+        ids: Array,
+        past: Array,
+        lengths: Array,
+        restriction: Restriction,
     ) -> None:
         """One step of the backend, and what follows from it for each of its sequences."""
         started = time.perf_counter()
         try:
-            result = self._backend.step(ids, past, lengths, budgets, first=first)
+            result = self._backend.step(ids, past, lengths, restriction, first=first)
         except Exception as error:
             self._fail(rows, GenerationError(f"the model failed in a {kind} step: {_first_line(error)}"))
             return
@@ -328,7 +335,7 @@ class Scheduler:
         if self._observer:
             seconds = time.perf_counter() - started
             tokens = int(lengths.sum())
-            self._observer.on_step(StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, budgets))
+            self._observer.on_step(StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction))
 
     def _draw(self, slot: int, sequence: Generated, logits: Array) -> None:
         try:

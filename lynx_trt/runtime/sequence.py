@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import LynxError
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.text import Stream
@@ -30,7 +31,7 @@ class Request:
         max_new_tokens: tokens to write at most; the model's maximum length ends a sequence as well.
         number: which of the sequences that share a seed it is.
         stop: texts that end the sequence before them.
-        budgets: experts that each MoE layer may load in a decode step; None follows the scheduler's default.
+        restriction: what each MoE layer may load in a decode step; None follows the scheduler's default.
         deadline: time.monotonic() in seconds after which nobody wants it any more.
     """
 
@@ -38,7 +39,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     number: int = 0
     stop: tuple[str, ...] = ()
-    budgets: tuple[int, ...] | None = None
+    restriction: Restriction | None = None
     deadline: float = float("inf")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lynx_trt.artifact import ENGINE, Artifact
+from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
 from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 
@@ -155,7 +156,7 @@ class TensorRTBackend:
     # --- Steps.
 
     def step(
-        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+        self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> StepResult:
         """See Backend.
 
@@ -163,20 +164,20 @@ class TensorRTBackend:
             GenerationError: a row would run over the end of the cache, or the step is larger than the profile.
             TensorRTError: TensorRT or the GPU fails.
         """
-        batch, length = self._take(input_ids, past_lengths, lengths, budgets)
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction)
         self._queue(batch, length, first)
         result = self._io.read(batch)
         self._gpu.synchronize()
         return result
 
     def device_seconds(
-        self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array, *, first: int = 0
+        self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> float:
         """Do a step and say how long the GPU took, the copies from and to the host aside; for benchmarks."""
-        batch, length = self._take(input_ids, past_lengths, lengths, budgets)
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction)
         return self._gpu.timed(lambda: self._queue(batch, length, first))
 
-    def _take(self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array) -> tuple[int, int]:
+    def _take(self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction) -> tuple[int, int]:
         """Queue the copy of a step's inputs; its batch and length."""
         batch, length = input_ids.shape
         if 1 < length < self._prefill_least:
@@ -188,7 +189,7 @@ class TensorRTBackend:
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
         self._gpu.use()
-        self._io.write(input_ids, past_lengths, lengths, budgets)
+        self._io.write(input_ids, past_lengths, lengths, restriction)
         return batch, length
 
     def _queue(self, batch: int, length: int, first: int) -> None:
@@ -289,6 +290,7 @@ class _Buffers:
                 "past_lengths": (np.int64, rows),
                 "lengths": (np.int64, rows),
                 "budgets": (np.int32, layers),
+                "floors": (np.float32, layers),
                 "input_ids": (np.int64, tokens),
             },
         )
@@ -298,9 +300,16 @@ class _Buffers:
         self._vocabulary, self._layers = model.vocabulary, layers
         self.addresses = {**self._up.addresses, **self._down.addresses}
 
-    def write(self, input_ids: Array, past_lengths: Array, lengths: Array, budgets: Array) -> None:
+    def write(self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction) -> None:
         """Queue the inputs."""
-        values = {"input_ids": input_ids, "past_lengths": past_lengths, "lengths": lengths, "budgets": budgets}
+        budgets, floors = restriction.arrays
+        values = {
+            "input_ids": input_ids,
+            "past_lengths": past_lengths,
+            "lengths": lengths,
+            "budgets": budgets,
+            "floors": floors,
+        }
         for name, value in values.items():
             self._up.host[name][: value.size] = value.reshape(-1)
         self._up.send(self._gpu, "input_ids", input_ids.size)

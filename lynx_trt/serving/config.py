@@ -72,12 +72,17 @@ def engine_config(name: str, manifest: Manifest) -> str:
             tensor["label_filename"] = labels[tensor["name"]]
     profiles = [str(number) for number in range(len(engine.profiles))]
     names = ", ".join(f"{number} is {profile['name']}" for number, profile in enumerate(engine.profiles))
-    about = {"lynx_profiles": names, "lynx_budgets": json.dumps(manifest.selection.budgets)}
+    chosen = manifest.selection
+    about = {
+        "lynx_profiles": names,
+        "lynx_budgets": json.dumps(chosen.budgets),
+        "lynx_floors": json.dumps(chosen.floors),
+    }
     return protobuf_text(
         {
             "name": name,
             "platform": "tensorrt_plan",
-            "max_batch_size": 0,  # budgets and active_experts have no batch dimension
+            "max_batch_size": 0,  # budgets, floors and active_experts have no batch dimension
             "version_policy": {"latest": {"num_versions": 1}},
             "input": inputs,
             "output": outputs,

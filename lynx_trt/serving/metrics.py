@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.scheduler import StepReport
 from lynx_trt.runtime.sequence import Generated
@@ -80,7 +81,7 @@ class Metrics:
         self._values: list[tuple[str, float]] = []
         self._active = np.zeros(len(layers))
         self._steps = self._rows = 0
-        self._budgets: tuple[int, ...] | None = None
+        self._restriction: Restriction | None = None
         self._shown: dict[tuple[str, str | None], float] = {}
         self._recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last second's flushes
 
@@ -93,7 +94,7 @@ class Metrics:
                 return
             self._steps, self._rows = self._steps + 1, self._rows + report.rows
             self._active += report.active
-            self._budgets = tuple(report.budgets.tolist())
+            self._restriction = report.restriction
 
     def on_end(self, sequence: Generated) -> None:
         """See Observer."""
@@ -118,14 +119,14 @@ class Metrics:
     def _add(self, name: str, label: str | None, amount: float) -> None:
         self._sums[name, label] = self._sums.get((name, label), 0.0) + amount
 
-    def flush(self, *, running: int, waiting: int, default: tuple[int, ...]) -> None:
+    def flush(self, *, running: int, waiting: int, default: Restriction) -> None:
         """Hand everything over to the sink."""
         with self._lock:
             sums, self._sums = self._sums, {}
             values, self._values = self._values, []
             active, self._active = self._active, np.zeros_like(self._active)
             (steps, rows), self._steps, self._rows = (self._steps, self._rows), 0, 0
-            budgets = self._budgets
+            restriction = self._restriction
         if steps:
             sums["lynx_decode_steps_total", None] = steps
             for layer, total in zip(self._layers, active.tolist(), strict=True):
@@ -142,8 +143,8 @@ class Metrics:
             "lynx_waiting": waiting,
             "lynx_quality_default": self._dial.share(default),
         }
-        if budgets:
-            gauges["lynx_quality_in_force"] = self._dial.share(budgets)
+        if restriction:
+            gauges["lynx_quality_in_force"] = self._dial.share(restriction)
         for name, value in gauges.items():
             self._set(name, None, value)
 

@@ -36,7 +36,7 @@ MARKER = "lynx-repository.json"
 DIAL = "dial.json"
 PLUGIN = "liblynx_plugin.so"
 # What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
-MODULES = ("__init__.py", "artifact.py", "errors.py", "experts.py", "preflight.py", "selection.py")
+MODULES = ("__init__.py", "artifact.py", "budgets.py", "errors.py", "experts.py", "preflight.py", "selection.py")
 PACKAGES = {
     "runtime": ("*.py",),
     "serving": ("*.py",),
@@ -113,7 +113,7 @@ def set_quality(folder: Path, quality: str) -> None:
     if not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
     made_from = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).budgets(quality)
+    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).restriction(quality)
     # In place and not renamed: a file mounted into a container keeps its inode.
     (folder / DIAL).write_text(_json({"quality": quality}), encoding="utf-8")
 

@@ -59,7 +59,7 @@ class Parser:
             max_new_tokens=self._at_least(values, "max_tokens", self.settings.max_tokens, 1),
             sampling=sampling,
             stop=_stops(values),
-            budgets=None if quality is None else self.dial.budgets(quality),
+            restriction=None if quality is None else self.dial.restriction(quality),
             deadline=time.monotonic() + self._seconds(values),
         )
         return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))

@@ -67,10 +67,10 @@ class Service:
         settings = parser.settings
         self._parser, self._metrics, self._dial_file = parser, metrics, dial_file
         policy = Policy(queue=settings.queue, chunk=settings.chunk, prefill_tokens=settings.prefill_tokens)
-        self._default = parser.dial.budgets(settings.quality)
+        self._default = parser.dial.restriction(settings.quality)
         self._dial_text: str | None = None
         self._read_dial()
-        scheduler = Scheduler(backend, parser.limits, budgets=self._default, policy=policy, observer=metrics)
+        scheduler = Scheduler(backend, parser.limits, restriction=self._default, policy=policy, observer=metrics)
         self._engine = Engine(scheduler)
         self._answers: list[_Answer] = []
         self._lock = threading.Lock()
@@ -141,7 +141,7 @@ class Service:
                 if now >= next_dial:
                     next_dial = now + DIAL_SECONDS
                     self._read_dial()
-                    self._engine.scheduler.set_budgets(self._default)
+                    self._engine.scheduler.set_restriction(self._default)
             except Exception as error:  # the thread serves all, so it goes on
                 _log(f"{type(error).__name__}: {error}")
             due = min(next_cancel, next_metrics, next_pieces if streaming and interval else next_cancel)
@@ -205,7 +205,7 @@ class Service:
         self._dial_text = text
         try:
             quality = str(json.loads(text)["quality"])
-            self._default = self._parser.dial.budgets(quality)
+            self._default = self._parser.dial.restriction(quality)
             _log(f"the default quality is {quality}")
         except (ValueError, KeyError, TypeError, GenerationError) as error:
             _log(f"{self._dial_file} can't be read ({error}); the default quality stays")

@@ -15,6 +15,7 @@ from gpu_layer import (
     Kernels,
     Layer,
     errors,
+    floored,
     make_batch,
     make_layer,
     ops_for,
@@ -98,7 +99,7 @@ def test_a_graph_takes_new_inputs(tokens: int) -> None:
     layer = layer_of("qwen3-30b-a3b", "bfloat16")
     kernels = kernels_for("qwen3-30b-a3b", "bfloat16", tokens)
     held, other = (make_batch(layer, tokens, seed, CUDA) for seed in (0, 3))
-    other = replace(other, budget=torch.full_like(other.budget, 7))
+    other = replace(other, budget=torch.full_like(other.budget, 7), floor=torch.full_like(other.floor, 0.002))
     want = ours(kernels, layer, [other], whole=True)()[0].clone()
     run = ours(kernels, layer, [held], whole=True)
     run()
@@ -106,15 +107,16 @@ def test_a_graph_takes_new_inputs(tokens: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         (output,) = run()
-    for name in ("hidden", "choice", "topk_index", "topk_weight", "budget", "token_mask"):
+    for name in ("hidden", "choice", "topk_index", "topk_weight", "budget", "floor", "token_mask"):
         getattr(held, name).copy_(getattr(other, name))
     graph.replay()
     assert torch.equal(output, want)
 
 
+@pytest.mark.parametrize("by", ["budget", "floor"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 33, 128, 512])
 @EVERY_MODEL
-def test_selection_is_the_reference(model: str, tokens: int) -> None:
+def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
     """Index by index, with a masked and a broken row, and the metadata of that choice."""
     experts, select = specs_of(model, "bfloat16", dry=False)
     layer = Layer(model, experts, select, {})
@@ -122,16 +124,19 @@ def test_selection_is_the_reference(model: str, tokens: int) -> None:
     if tokens > 2:
         batch.token_mask[-1] = False
         batch.choice[-2, 3] = float("nan")
-    budget = max(experts.experts // 4, 2)
+    if by == "floor":
+        batch = floored(layer, batch, batch.active / 2)
+    else:
+        batch = restrict(layer, batch, max(experts.experts // 4, 2))
     spec = replace(select, dispatch_taken=True)
-    batch = replace(batch, budget=torch.full_like(batch.budget, budget))
     tensors = selection_tensors(batch, spec)
     kernels_for(model, "bfloat16", tokens).prepare(spec, tensors, tokens)()
     given = (batch.choice, batch.choice, batch.topk_index, batch.topk_weight)
     want = select_ref(
         replace(PRESETS["lynx"], guarantee=0),
         *(each.cpu().numpy() for each in given),
-        budget=budget,
+        budget=int(batch.budget),
+        floor=float(batch.floor),
         token_mask=batch.token_mask.cpu().numpy(),
     )
     np.testing.assert_array_equal(tensors["index"].cpu().numpy(), want.index)
