@@ -1,8 +1,7 @@
 """Which policy costs the least quality at equal active experts, on the shipped model?
 
-Every preset with uniform budgets, variants of the default, budgets by layer, and floors (a policy that artifacts don't
-have: an expert is kept if it has enough votes, however many others have too). Budgets and floors by layer are searched
-for on one half of the text; every number is from the other half.
+Every preset with uniform budgets, the default with one vote floor for all layers, variants of it, and both dials by
+layer. Those are searched for on one half of the text; every number is from the other half.
 
     python benchmarks/calibration_policies.py --batch 16 --journal out/policies
 """
@@ -10,20 +9,22 @@ for on one half of the text; every number is from the other half.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from calibration_common import LENGTH, PROMPT, RESULTS, brief, parts, record, shipped
+from calibration_common import LENGTH, PROMPT, brief, parts, record, shipped
 
+from lynx_trt.budgets import default_restriction
+from lynx_trt.calibration.dials import Dial, Floors, budget_dial, floor_dial
 from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.model import Setting
-from lynx_trt.calibration.search import Search, Sensitivity, curves, ladder, measure_sensitivity
-from lynx_trt.calibration.study import bytes_goal, comparison, kl_at, uniform_settings
+from lynx_trt.calibration.plots import ONE_FLOOR
+from lynx_trt.calibration.search import Search, Sensitivity, curves, measure_sensitivity
+from lynx_trt.calibration.study import bytes_goal, comparison, kl_at, uniform_settings, with_caps
 from lynx_trt.console import Progress
 from lynx_trt.selection import PRESETS
 
@@ -36,70 +37,76 @@ VARIANTS = {
     "lynx, tau = 0.1": replace(LYNX, sensitivity=0.1),
     "lynx, drop": replace(LYNX, remap=False),
 }
-# Level n of the floors' dial is TOP * RATIO ** n votes a voting token; level E is no floor.
-TOP, RATIO = 0.0375, 0.82
-UNIFORM_LEVELS = (6, 8, 10, 12, 14, 17, 20)
-FLOOR_RUNGS = [0, 3, 6, 9, 12, 15, 18, 21, 25]
-
-Make = Callable[[tuple[int, ...]], Setting]
-
-
-def floors(experts: tuple[int, ...]) -> Make:
-    """The dial of floors: a level for each layer."""
-
-    def make(levels: tuple[int, ...]) -> Setting:
-        values = (0.0 if n >= count else TOP * RATIO**n for n, count in zip(levels, experts, strict=True))
-        return Setting(LYNX, experts, tuple(values))
-
-    return make
-
-
-def budgets(_: tuple[int, ...]) -> Make:
-    """The dial that artifacts have."""
-    return lambda chosen: Setting(LYNX, chosen)
+# One floor for all layers, at every second level of the dial, over so many levels.
+ONE_FLOOR_LEVELS = 33
+# Floors without a calibration: shares of 1 / (K E), the votes of an expert where all are used alike (power 2).
+DEFAULT_SHARES = (0.125, 0.25, 0.5, 1.0)
 
 
 def search(
-    choose: Measured, dial: str, natural: Any, shares: Sequence[float]
+    choose: Measured, dial: Dial, natural: Any, shares: Sequence[float], *, alone: bool
 ) -> tuple[Sensitivity, dict[str, list[Setting]]]:
-    """Sensitivity, and the best settings by layer at `shares` of the natural bytes, measured alone and together."""
-    meter, experts = choose.meter, choose.meter.probed.experts
+    """Sensitivity, and the best settings by layer at `shares` of the natural bytes; with `alone` also without rounds.
+
+    "Without rounds" is what measuring each layer alone says; otherwise layers are measured together as well.
+    """
+    meter = choose.meter
     means, most = natural.mean((1, 2)), natural.max((1, 2))
-    make = (budgets if dial == "budgets" else floors)(experts)
-    rungs = ladder([float(v) for v in means], experts, 0) if dial == "budgets" else FLOOR_RUNGS
-    top = [int(value) for value in most] if dial == "budgets" else list(experts)
-    sensitivity = measure_sensitivity(choose, make, experts, rungs, means)
-    found: dict[str, list[Setting]] = {f"{dial} by layer, measured alone": [], f"{dial} by layer": []}
-    for share, (name, rounds) in itertools.product(shares, zip(found, (0, 2), strict=True)):
+    sensitivity = measure_sensitivity(choose, dial, means)
+    kinds = {f"{dial.name} by layer": 2} | ({f"{dial.name} by layer, measured alone": 0} if alone else {})
+    found: dict[str, list[Setting]] = {name: [] for name in kinds}
+    for share, (name, rounds) in itertools.product(shares, kinds.items()):
         limit = share * meter.cost.bytes_of_experts([float(v) for v in means]) / choose.batch
-        model = curves(sensitivity, experts, top, meter.cost.expert_bytes)
-        outcome = Search(choose, make, model, bytes_goal(limit), experts).run(rounds, polish=rounds > 0)
-        found[name] += [outcome.best.setting] if outcome.best else []
+        model = curves(sensitivity, dial, [int(value) for value in most], meter.cost.expert_bytes)
+        best = Search(choose, dial, model, bytes_goal(limit)).run(rounds, polish=rounds > 0).best
+        if best:
+            found[name].append(with_caps(best) if dial.name == "floors" else best.setting)
     return sensitivity, found
+
+
+def uniform_policies(check: Measured, floors: Floors, mean: float, *, variants: bool) -> dict[str, list[Any]]:
+    """Every policy that is the same in all layers, from many experts to few."""
+    experts, width = floors.experts, check.meter.probed.layers[0].experts_per_token
+    tried = {name: uniform_settings(name, experts, width, mean) for name in PRESETS if name != "off"}
+    levels = range(0, min(len(floors.values), ONE_FLOOR_LEVELS), 2)
+    tried[ONE_FLOOR] = [floors.setting((level,) * len(experts)) for level in levels][::-1]
+    if variants:
+        for name, selection in VARIANTS.items():
+            tried[name] = [replace(setting, selection=selection) for setting in tried["lynx"]]
+    # Down to what is guaranteed alone, so that there is a number for every point that another policy reaches.
+    tried["lynx"] = [*tried["lynx"], Setting(LYNX, (0,) * len(experts))]
+    return {name: check.measure(settings) for name, settings in tried.items()}
+
+
+def defaults(experts: Sequence[int], width: int) -> dict[str, Setting]:
+    """What an artifact could begin with, without a calibration."""
+    whole = tuple(count - 1 for count in experts)
+    floors = {
+        f"floor {share:g} / (K E)": Setting(LYNX, whole, tuple(share / (width * count) for count in experts))
+        for share in DEFAULT_SHARES
+    }
+    return {"default budgets": Setting(LYNX, default_restriction(experts, width).budgets), **floors}
 
 
 def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, variants: bool) -> dict[str, Any]:
     """Everything for one batch size."""
     meter = check.meter
-    natural = check.meter.natural(check.batch)
-    mean = float(natural.mean())
+    natural, own = meter.natural(check.batch), choose.meter.natural(choose.batch)
+    mean, means = float(natural.mean()), own.mean((1, 2))
     experts, width = meter.probed.experts, meter.probed.layers[0].experts_per_token
-    uniform = {name: check.measure(uniform_settings(name, experts, width, mean)) for name in PRESETS if name != "off"}
-    # Down to what is guaranteed alone, so that there is a number for every point that another policy reaches.
-    uniform["lynx"] += check.measure([Setting(LYNX, (0,) * len(experts))])
-    own = choose.meter.natural(choose.batch)
-    alone, by_layer = search(choose, "budgets", own, shares)
-    if variants:
-        plain = uniform_settings("lynx", experts, width, mean)
-        for name, selection in VARIANTS.items():
-            uniform[name] = check.measure([replace(setting, selection=selection) for setting in plain])
-        level = floors(experts)
-        uniform["floor"] = check.measure([level((n,) * len(experts)) for n in UNIFORM_LEVELS])
-        by_layer |= search(choose, "floors", own, shares)[1]
+    floors = floor_dial(choose, LYNX, experts, means)
+    uniform = uniform_policies(check, floors, mean, variants=variants)
+    alone: dict[str, Any] = {}
+    by_layer: dict[str, list[Setting]] = {}
+    for dial in (floors, budget_dial(LYNX, experts, means, width)):
+        sensitivity, found = search(choose, dial, own, shares, alone=variants)
+        alone[dial.name] = asdict(sensitivity)
+        by_layer |= found
     points = {name: check.measure(settings) for name, settings in by_layer.items()}
     uses = {"unrestricted": meter.uses(check.batch, None)}
-    if points["budgets by layer"]:  # none where more experts are guaranteed than the share leaves
-        uses["chosen"] = meter.uses(check.batch, points["budgets by layer"][0].setting)
+    if points["floors by layer"]:  # none where more experts are guaranteed than the share leaves
+        uses["chosen"] = meter.uses(check.batch, points["floors by layer"][0].setting)
+    plain = {name: uniform[name] for name in ("lynx", ONE_FLOOR)}
     return {
         "batch": check.batch,
         "sequences": meter.sequences,
@@ -107,33 +114,17 @@ def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, var
         "natural_active": [float(value) for value in natural.mean((1, 2))],
         "natural_p99": float(np.percentile(natural, 99)),
         "unrestricted": brief(check.measure([meter.unrestricted()])[0]),
-        "sensitivity": asdict(alone),
+        "floors": {"highest": floors.values[0], "lowest": floors.values[-1], "levels": len(floors.values)},
+        "sensitivity": alone,
         "uniform": {name: [brief(item) for item in items] for name, items in uniform.items()},
         "by_layer": {name: [brief(item) for item in items] for name, items in points.items()},
         "ratios": {name: comparison(items, uniform) for name, items in points.items()},
         "at_half": {name: kl_at(items, mean / 2) for name, items in uniform.items()},
-        "at_their_points": {
-            name: comparison(uniform[name], {"lynx": uniform["lynx"]})
-            for name in PRESETS
-            if name not in ("off", "lynx")
-        },
+        "at_their_points": {name: comparison(uniform[name], plain) for name in PRESETS if name not in ("off", "lynx")},
+        "one_floor": comparison(uniform[ONE_FLOOR], {"lynx": uniform["lynx"]}),
+        "defaults": {name: brief(check.measure([tried])[0]) for name, tried in defaults(experts, width).items()},
         "uses": uses,
-        "transfer": transfer(check),
     }
-
-
-def transfer(check: Measured) -> dict[str, list[dict[str, Any]]]:
-    """What was found by layer for batches of 16, at this batch size."""
-    path = RESULTS / "calibration_policies_16.json"
-    if check.batch == 16 or not path.is_file():
-        return {}
-    found = json.loads(path.read_text())["results"]["by_layer"]
-    kinds = {name: items for name, items in found.items() if "alone" not in name}
-    settings = {
-        name: [Setting(LYNX, tuple(i["budgets"]), tuple(i["floors"]) if i["floors"] else None) for i in items]
-        for name, items in kinds.items()
-    }
-    return {name: [brief(item) for item in check.measure(tried)] for name, tried in settings.items()}
 
 
 def main(

@@ -4,6 +4,9 @@ The seed draws other text, and splits it differently into the half to choose on 
 for one target is at hand for the next, so that nine searches cost little more than four.
 
     python benchmarks/calibration_promises.py
+    python benchmarks/calibration_promises.py --seeds 3,4,5 --name calibration_promises_witness
+
+The second are seeds that nothing was made or mended with.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ TARGETS = {
 }
 
 
-def one(measured: Parts, promise: Promise) -> dict[str, Any]:
+def one(measured: Parts, promise: Promise, dial: str) -> dict[str, Any]:
     """One search: what was chosen, and how held-out text came out."""
     started = time.perf_counter()
-    study = run_study(measured, PRESETS[DEFAULT_PRESET], promise, silent, compare=False)
+    study = run_study(measured, PRESETS[DEFAULT_PRESET], promise, silent, dial_name=dial, compare=False)
     if study.chosen is None or study.held_out is None:
         return {"kept": False, "says": study.nearest(promise)}
     (check,) = study.checks
@@ -40,8 +43,10 @@ def one(measured: Parts, promise: Promise) -> dict[str, Any]:
     return {
         "kept": study.kept,
         "budgets": study.held_out.budgets,
+        "floors": study.held_out.floors,
         "natural": sum(study.natural) / len(study.natural),
         "active": study.held_out.active.mean,
+        "active_p99": study.held_out.active_p99,
         "limit": check.limit,
         "chosen_on": chosen.value,
         "bound": chosen.bound,
@@ -61,6 +66,8 @@ def main(
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 16,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0,1,2",
     count: Annotated[int, typer.Option(help="Sequences: half to choose on, half held out.")] = 64,
+    dial: Annotated[str, typer.Option(help="floors or budgets.")] = "floors",
+    name: Annotated[str, typer.Option(help="File of the results.")] = "calibration_promises",
     journal: Annotated[Path | None, typer.Option(help="Folder to go on in after an interruption.")] = None,
 ) -> None:
     """Run every target with every seed; exit 1 if a promise is broken."""
@@ -69,11 +76,11 @@ def main(
         identity = {"batch": batch, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
         log = Journal(journal / str(seed), identity, resume=True) if journal else None
         meters = zip(parts(probed, count, seed), ("choose", "check", "more"), strict=True)
-        measured = Parts(*(Measured(meter, batch, name, log) for meter, name in meters))
-        for name, promise in TARGETS.items():
-            rows.append({"target": name, "seed": seed, **one(measured, promise)})
+        measured = Parts(*(Measured(meter, batch, part, log) for meter, part in meters))
+        for target, promise in TARGETS.items():
+            rows.append({"target": target, "seed": seed, **one(measured, promise, dial)})
             typer.echo(rows[-1])
-    typer.echo(record("calibration_promises", rows))
+    typer.echo(record(name, rows))
     raise typer.Exit(0 if all(row["kept"] for row in rows) else 1)
 
 

@@ -1,4 +1,4 @@
-"""`python -m lynx_trt.calibrate`: artifact + text -> budgets for each layer that keep a promise about quality."""
+"""`python -m lynx_trt.calibrate`: artifact + text -> floors or budgets for each layer that keep a quality promise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lynx_trt.calibration.options import PAGE, RESULT, CalibrateOptions, Device, Hardware, output_folder
+from lynx_trt.calibration.options import PAGE, RESULT, CalibrateOptions, Device, DialName, Hardware, output_folder
 from lynx_trt.console import Progress, fail, new_app, print_json, run, size
 
 app = new_app()
@@ -39,7 +39,7 @@ def main(
     batch: Annotated[
         str,
         typer.Option(
-            help="Sequences that decode together; several with commas. The artifact gets the largest's budgets."
+            help="Sequences that decode together; several with commas. The artifact gets what keeps the promise at all."
         ),
     ] = "16",
     sequences: Annotated[int, typer.Option(help="Sequences to draw: half to choose on, half held out.")] = 64,
@@ -47,10 +47,18 @@ def main(
         int | None, typer.Option(help="Tokens of a sequence [default: 512, or what the artifact takes].")
     ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of prefill in each sequence, with all experts.")] = 64,
+    dial: Annotated[
+        DialName | None,
+        typer.Option(
+            help="What is searched for in each layer: vote floors, which cost less quality, or budgets, which bound "
+            "every step tightly [default: floors; budgets for a preset that guarantees no expert]."
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="Only measure these budgets (a number, a fraction or a file, as for build); no search."),
     ] = None,
+    floor: Annotated[float | None, typer.Option(help="Only measure this vote floor, as for build; no search.")] = None,
     hardware: Annotated[Hardware, typer.Option(help="GPU whose decode time is predicted and minimised.")] = "h100",
     bandwidth: Annotated[float | None, typer.Option(help="Instead of --hardware: measured bandwidth in TB/s.")] = None,
     layer_overhead: Annotated[
@@ -59,8 +67,8 @@ def main(
     search_parameters: Annotated[
         bool, typer.Option("--search-parameters", help="Try other guarantees (k0) and sensitivities (tau) as well.")
     ] = False,
-    compare: Annotated[bool, typer.Option(help="Measure every preset with uniform budgets too.")] = True,
-    write: Annotated[bool, typer.Option(help="Put the budgets into the artifact.")] = True,
+    compare: Annotated[bool, typer.Option(help="Measure every preset, the same in all layers, too.")] = True,
+    write: Annotated[bool, typer.Option(help="Put what was found into the artifact.")] = True,
     seed: Annotated[int, typer.Option(help="Decides which text is drawn, and the intervals.", min=0)] = 0,
     device: Annotated[Device, typer.Option(help="Where the checkpoint runs.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
@@ -71,7 +79,7 @@ def main(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
-    """Find the budgets that keep a promise about quality on your text, and put them into the artifact."""
+    """Find the floors or budgets that keep a promise about quality on your text, and put them into the artifact."""
     options = CalibrateOptions(
         artifact=artifact,
         checkpoint=checkpoint,
@@ -84,7 +92,9 @@ def main(
         max_kl=max_kl,
         max_perplexity_increase=max_perplexity_increase,
         min_agreement=min_agreement,
+        dial=dial,
         budget=budget,
+        floor=floor,
         hardware=hardware,
         bandwidth=bandwidth,
         layer_overhead=layer_overhead,
@@ -130,17 +140,20 @@ def summary(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         "kept": result["kept"],
         "promise": result["promise"],
         "batch": result.get("batch"),
+        "dial": result.get("dial"),
         "budgets": result["budgets"],
+        "floors": result["floors"],
         "selection": result["selection"],
         "artifact_updated": result.get("artifact_updated", False),
         "batches": [
             {
                 "batch": study["batch"],
                 "budgets": study["held_out"]["budgets"],
+                "floors": study["held_out"]["floors"],
                 "checks": study["checks"],
                 **{
                     name: {"all_experts": study["unrestricted"][name], "chosen": study["held_out"][name]}
-                    for name in ("kl", "agreement", "perplexity", "bits_a_byte", "active", "step_seconds")
+                    for name in ("kl", "agreement", "perplexity", "bits_a_byte", "active", "active_p99", "step_seconds")
                 },
             }
             for study in result["batches"]
@@ -162,9 +175,12 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
         console.print()
     if result["promise"]:
         typer.echo(f"Promise: {result['promise']['text']}; kept on held-out text")
-    typer.echo(
-        f"Budgets: {result['budgets']}" + (f" (batch of {result['batch']} and below)" if "batch" in result else "")
-    )
+    below = f" (batch of {result['batch']} and below)" if "batch" in result else ""
+    if any(result["floors"]):
+        typer.echo(f"Floors: {result['floors']}{below}")
+        typer.echo(f"Caps: {result['budgets']} (budgets: the most experts that any measured step used)")
+    else:
+        typer.echo(f"Budgets: {result['budgets']}{below}")
     if result.get("artifact_updated"):
         typer.echo("The artifact decodes with them from now on.")
     typer.echo(f"Report: {folder / PAGE} in {result['seconds']:.1f} s; memory at its peak {size(result['peak_bytes'])}")

@@ -44,8 +44,7 @@ def select_groups(
         topk_index: int64 [G,B,K], the model's own routing; not checked.
         topk_weight: float32 [G,B,K], its weights.
         budget: experts to keep in each group.
-        floor: an expert that nobody is guaranteed is kept only if its votes are more than this for each voting token.
-            Not in `select`: a policy that docs/calibration.md measures and artifacts don't have.
+        floor: votes that an expert needs for each voting token, beside its place among the first `budget`.
         token_mask: bool [G,B], False for padding.
         renormalize: the model divides the weights of the chosen experts by their sum.
         scale: the model multiplies the weights by this.
@@ -92,18 +91,17 @@ def _kept_sets(
 ) -> torch.Tensor:
     """Steps 1 to 5 of the selection, bool [G,E]."""
     groups, _, experts = choice.shape
-    if budget >= experts and floor == 0:
+    if budget >= experts:
         return torch.ones(groups, experts, dtype=torch.bool, device=choice.device)
     own_forced = _guaranteed(selection, choice, index) | _sensitive(selection, weight)[..., None]
     own_forced &= counts[..., None]
     forced = torch.zeros(groups, experts, dtype=torch.uint8, device=choice.device)
     forced.scatter_reduce_(1, index.flatten(1), own_forced.to(torch.uint8).flatten(1), "amax")
-    votes = _votes(selection, combine, index, weight, counts)
-    enough = votes > 0
-    if floor > 0:
-        enough &= votes.float() > (floor * counts.sum(1, keepdim=True).double()).float()
-    # The forced come first, those without a vote last; the sort is stable, so a tie goes to the lower expert.
-    rank = votes.float().where(enough, -torch.inf).where(forced == 0, torch.inf)
+    votes = _votes(selection, combine, index, weight, counts).float()
+    floor32 = torch.tensor(floor, dtype=torch.float32, device=choice.device)
+    enough = votes > floor32 * counts.sum(1, keepdim=True).float()
+    # The forced come first, those without enough votes last; the sort is stable, so a tie goes to the lower expert.
+    rank = votes.where(enough, -torch.inf).where(forced == 0, torch.inf)
     order = rank.sort(dim=1, descending=True, stable=True).indices[:, :budget]
     first = torch.zeros_like(forced, dtype=torch.bool).scatter_(1, order, True)
     return (forced > 0) | (first & enough)

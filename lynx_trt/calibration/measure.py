@@ -45,7 +45,7 @@ class Measurement:
     batch: int
     selection: dict[str, Any]
     budgets: list[int]
-    floors: list[float] | None
+    floors: list[float]
     kl: Interval
     kl_p99: Interval
     agreement: Interval
@@ -56,6 +56,7 @@ class Measurement:
     active: Interval  # experts a layer, mean over layers and steps
     active_p99: float
     active_by_layer: list[float]
+    active_max_by_layer: list[int]  # of all steps
     expert_bytes_a_token: Interval
     step_seconds: Interval
     # Of each sequence, for comparisons on the same draws and for the bound on new text.
@@ -66,8 +67,7 @@ class Measurement:
     @property
     def setting(self) -> Setting:
         """What was measured."""
-        floors = None if self.floors is None else tuple(self.floors)
-        return Setting(Selection(**self.selection), tuple(self.budgets), floors)
+        return Setting(Selection(**self.selection), tuple(self.budgets), tuple(self.floors))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurement:
@@ -339,7 +339,7 @@ class Meter:
             batch=batch,
             selection=asdict(setting.selection),
             budgets=list(setting.budgets),
-            floors=None if setting.floors is None else list(setting.floors),
+            floors=list(setting.floors),
             kl=draws.mean(kl),
             kl_p99=draws.upper_quantile(tokens.kl, 0.99),
             agreement=draws.mean(agrees),
@@ -350,6 +350,7 @@ class Meter:
             active=active_draws.mean(active.mean(0)),
             active_p99=float(np.percentile(tokens.active, 99)),
             active_by_layer=[float(value) for value in active.mean(1)],
+            active_max_by_layer=[int(value) for value in tokens.active.max((1, 2))],
             expert_bytes_a_token=Interval(*(value / batch for value in active_draws.mean(bytes_read))),
             step_seconds=active_draws.mean(seconds),
             kl_by_sequence=kl.tolist(),

@@ -37,23 +37,22 @@ NAME = "lynx_measure"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: the parameters of the selection and a budget for each MoE layer [N]; E restricts nothing.
+    """What is tried: the parameters of the selection, and a budget and a vote floor for each MoE layer [N].
 
-    `floors` [N] are votes that an expert needs for each voting token, beside its place among the first (see
-    `select_groups`): a policy that artifacts don't have.
+    A budget of E restricts nothing, whatever the floor; floors that are left out are 0.
     """
 
     selection: Selection
     budgets: tuple[int, ...]
-    floors: tuple[float, ...] | None = None
+    floors: tuple[float, ...] = ()
 
-    def floor(self, layer: int) -> float:
-        """Floor of one MoE layer."""
-        return 0.0 if self.floors is None else self.floors[layer]
+    def __post_init__(self) -> None:
+        if not self.floors:
+            object.__setattr__(self, "floors", (0.0,) * len(self.budgets))
 
     def restricts(self, layer: int, experts: int) -> bool:
         """Whether a MoE layer of `experts` experts can come out differently."""
-        return self.budgets[layer] < experts or self.floor(layer) > 0
+        return self.budgets[layer] < experts
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,7 @@ def _restrict(
         own_index,
         own_weight,
         budget=setting.budgets[layer.position],
-        floor=setting.floor(layer.position),
+        floor=setting.floors[layer.position],
         renormalize=rule.renormalize,
         scale=rule.scale,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,11 +11,13 @@ from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
     from lynx_trt.artifact import Artifact
+    from lynx_trt.budgets import Restriction
     from lynx_trt.calibration.promise import Promise
     from lynx_trt.calibration.text import Text
 
 Hardware = Literal["h100", "h200", "a100", "l40s", "b200"]
 Device = Literal["auto", "cpu", "cuda"]
+DialName = Literal["floors", "budgets"]
 
 RESULT = "calibration.json"
 PAGE = "report.html"
@@ -40,7 +43,9 @@ class CalibrateOptions:
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
     min_agreement: float | None = None
+    dial: DialName | None = None  # None: floors, where the selection guarantees a token an expert
     budget: str | None = None
+    floor: float | None = None
     hardware: str = "h100"
     bandwidth: float | None = None
     layer_overhead: float | None = None  # microseconds
@@ -96,14 +101,50 @@ def batch_sizes(options: CalibrateOptions) -> list[int]:
         raise UsageError(f"--sequences is {options.sequences}; it must be {2 * FEWEST} or more")
     if options.sequences // 2 < sizes[-1]:
         raise UsageError(
-            f"--batch {sizes[-1]} needs {2 * sizes[-1]} sequences, half of them to choose budgets on and half to "
-            f"check them; --sequences is {options.sequences}"
+            f"--batch {sizes[-1]} needs {2 * sizes[-1]} sequences, half of them to choose on and half to "
+            f"check the choice; --sequences is {options.sequences}"
         )
     return sizes
 
 
+def only_measures(options: CalibrateOptions) -> bool:
+    """Whether budgets or floors are given, so that nothing is searched for."""
+    return options.budget is not None or options.floor is not None
+
+
+def dial_name(options: CalibrateOptions, *, guaranteed: int) -> DialName:
+    """The dial to search with; `guaranteed` is k0, the experts that every token is guaranteed.
+
+    Raises:
+        UsageError: floors, where a token may be left without any expert.
+    """
+    if options.dial == "floors" and not guaranteed:
+        raise UsageError(
+            "--dial floors can leave a token without any expert, since the artifact's preset guarantees none; "
+            "use --dial budgets, or a preset that guarantees experts (lynx, oea)"
+        )
+    return options.dial or ("floors" if guaranteed else "budgets")
+
+
+def given_restriction(options: CalibrateOptions, experts: Sequence[int]) -> Restriction | None:
+    """What --budget and --floor say, as for build; None where neither is given.
+
+    Raises:
+        UsageError: they don't fit the model.
+    """
+    from lynx_trt.budgets import Restriction, parse_budget, with_floor
+
+    if not only_measures(options):
+        return None
+    if options.budget is not None:
+        chosen = parse_budget(options.budget, experts)
+    else:  # as many as have the votes
+        chosen = Restriction(tuple(count - 1 for count in experts))
+    return with_floor(chosen, options.floor)
+
+
 def promised(options: CalibrateOptions) -> Promise | None:
-    """What is promised; None where budgets are only measured.
+    """What is promised; None where budgets and floors are only measured.
 
     Raises:
         UsageError: a limit is out of its range.
@@ -112,7 +153,7 @@ def promised(options: CalibrateOptions) -> Promise | None:
 
     limits = (options.max_kl, options.max_perplexity_increase, options.min_agreement)
     if all(limit is None for limit in limits):
-        return None if options.budget else Promise(max_kl=DEFAULT_MAX_KL)
+        return None if only_measures(options) else Promise(max_kl=DEFAULT_MAX_KL)
     return Promise(*limits)
 
 

@@ -17,6 +17,7 @@ DPI = 100
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
 MARKERS = ("s", "^", "v", "D", "P", "X")
 OURS = "#000000"
+ONE_FLOOR = f"{DEFAULT_PRESET}, one floor"  # among the policies compared: the default preset, one floor for all layers
 LEAST_KL = 1e-6
 
 
@@ -44,16 +45,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def quality(study: dict[str, Any]) -> Figure:
-    """KL against active experts: presets with uniform budgets, and budgets by layer (`others`: whatever else)."""
+    """KL against active experts: presets, the same in all layers, and what layers differ in (`others`: more of it)."""
     figure, axes = _figure(7.2, 4.6)
-    others = [name for name in study["uniform"] if name != DEFAULT_PRESET]
+    others = [name for name in study["uniform"] if not name.startswith(DEFAULT_PRESET + ",") and name != DEFAULT_PRESET]
     for number, name in enumerate(others):
         style = {"color": COLOURS[number % 6], "marker": MARKERS[number % 6], "alpha": 0.9}
         _line(axes, study["uniform"][name], f"{name}, uniform", style)
     if DEFAULT_PRESET in study["uniform"]:
         style = {"color": OURS, "marker": "o", "linestyle": "--", "markerfacecolor": "white"}
         _line(axes, study["uniform"][DEFAULT_PRESET], f"{DEFAULT_PRESET}, uniform", style)
-    _line(axes, study["frontier"], "budgets by layer", {"color": OURS, "marker": "o", "linewidth": 2.2})
+    if ONE_FLOOR in study["uniform"]:
+        style = {"color": OURS, "marker": "*", "linestyle": ":", "markerfacecolor": "white", "markersize": 8}
+        _line(axes, study["uniform"][ONE_FLOOR], ONE_FLOOR, style)
+    by_layer = {"color": OURS, "marker": "o", "linewidth": 2.2}
+    _line(axes, study["frontier"], f"{study['sensitivity']['dial']} by layer", by_layer)
     for number, (name, items) in enumerate(study.get("others", {}).items()):
         style = {"color": COLOURS[-1 - number], "marker": "*", "markersize": 8, "linewidth": 2.2}
         _line(axes, items, name, style)
@@ -87,7 +92,7 @@ def _line(axes: Axes, items: Sequence[dict[str, Any]], label: str, style: dict[s
 
 
 def sensitivity(study: dict[str, Any]) -> Figure:
-    """Heat map, layer x budget: the KL of each layer restricted alone."""
+    """Heat map, layer x floor or budget: the KL of each layer restricted alone."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
@@ -98,10 +103,10 @@ def sensitivity(study: dict[str, Any]) -> Figure:
     positive = values[values > 1e-9]
     norm = LogNorm(positive.min(), positive.max()) if positive.size and positive.min() < positive.max() else None
     image = axes.imshow(np.maximum(values, 1e-9), aspect="auto", cmap="viridis", norm=norm)
-    axes.set_xticks(range(rungs), [str(budget) for budget in found["budgets"]])
+    axes.set_xticks(range(rungs), [f"{value:.3g}" for value in found["values"]])
     step = max(1, layers // 16)
     axes.set_yticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)])
-    axes.set_xlabel(f"budget of this layer alone (batch of {study['batch']})")
+    axes.set_xlabel(f"{found['dial'][:-1]} of this layer alone (batch of {study['batch']})")
     axes.set_ylabel("MoE layer")
     if values.size <= 120:
         limit = float(np.exp(np.log(np.maximum(values, 1e-9)).mean())) if values.size else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Rows = list[tuple[str, ...]]
+# The share of a layer's own active experts at which layers are compared.
+ALONE_AT = 0.7
 
 
 def _number(value: float) -> str:
@@ -39,10 +42,29 @@ def promise_rows(study: dict[str, Any]) -> Rows:
     ]
 
 
+def _shown(study: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    shown = [("all experts", study["unrestricted"])]
+    chosen, shared = study["held_out"], study.get("shared")
+    if chosen:
+        shown.append((f"chosen {dial_of(chosen)}", chosen))
+    if shared and any(shared[name] != chosen[name] for name in ("budgets", "floors")):
+        shown.append(("shared by all batch sizes", shared))
+    return shown
+
+
+def dial_of(item: dict[str, Any]) -> str:
+    """`floors` or `budgets`: what decides in a measurement."""
+    return "floors" if any(item["floors"]) else "budgets"
+
+
+def metric_columns(study: dict[str, Any]) -> list[str]:
+    """What was measured on held-out text, for the heads of `metric_rows`."""
+    return ["", *(name for name, _ in _shown(study))]
+
+
 def metric_rows(study: dict[str, Any]) -> Rows:
-    """Metrics on held-out text: all experts, and the chosen budgets."""
-    free, chosen = study["unrestricted"], study["held_out"]
-    shown = [free, chosen] if chosen else [free]
+    """Metrics on held-out text, in the columns of `metric_columns`."""
+    shown = [item for _, item in _shown(study)]
 
     def row(label: str, name: str, form: str = "", factor: float = 1.0) -> tuple[str, ...]:
         return (label, *(_with_interval([value * factor for value in item[name]], form) for item in shown))
@@ -61,21 +83,47 @@ def metric_rows(study: dict[str, Any]) -> Rows:
     ]
 
 
+def comparison_columns(study: dict[str, Any]) -> list[str]:
+    """Heads of `comparison_rows`."""
+    chosen = study["held_out"]
+    ours = f"{dial_of(chosen)} by layer" if chosen else ""
+    return ["at equal active experts", "KL", f"{ours} / this", "active, p99"]
+
+
 def comparison_rows(study: dict[str, Any]) -> Rows:
-    """Presets with uniform budgets at the chosen number of active experts."""
+    """Presets, the same in all layers, at the chosen number of active experts."""
     chosen = study["held_out"]
     if not chosen or "comparison" not in study:
         return []
+    names = ("budgets", "floors")
     at = [
         row
         for row in study["comparison"]
-        if row["active"] == chosen["active"][0] and row["budgets"] == chosen["budgets"]
+        if row["active"] == chosen["active"][0] and all(row[name] == chosen[name] for name in names)
     ]
-    rows: Rows = [("budgets by layer", _with_interval(chosen["kl"]), "1")]
+    rows: Rows = [(f"{dial_of(chosen)} by layer", _with_interval(chosen["kl"]), "1", f"{chosen['active_p99']:.0f}")]
     rows += [
-        (f"{row['preset']}, uniform", _with_interval(row["kl"]), _with_interval(row["ratio"], ".2f")) for row in at
+        (
+            row["preset"] if "floor" in row["preset"] else f"{row['preset']}, uniform",
+            _with_interval(row["kl"]),
+            _with_interval(row["ratio"], ".2f"),
+            f"{row['active_p99']:.0f}",
+        )
+        for row in at
     ]
     return rows
+
+
+def chosen_rows(item: dict[str, Any]) -> Rows:
+    """Each layer's floor and budget of a measurement, the experts that it used, on average and at most."""
+    columns = zip(item["floors"], item["budgets"], item["active_by_layer"], item["active_max_by_layer"], strict=True)
+    return [
+        (str(layer), f"{floor:.4g}", str(budget), f"{active:.1f}", str(most))
+        for layer, (floor, budget, active, most) in enumerate(columns)
+    ]
+
+
+CHOSEN_COLUMNS = ["layer", "floor", "budget (cap)", "active", "most of any step"]
 
 
 def sensitivity_rows(study: dict[str, Any]) -> Rows:
@@ -88,19 +136,27 @@ def sensitivity_rows(study: dict[str, Any]) -> Rows:
 
 
 def most_sensitive(study: dict[str, Any]) -> str:
-    """One sentence: which layers are the most and the least sensitive, at the budget nearest to half."""
+    """One sentence: which layers are the most and the least sensitive, where each saves the same share."""
     found = study["sensitivity"]
-    half = sum(found["natural"]) / len(found["natural"]) / 2
-    rung = min(range(len(found["budgets"])), key=lambda number: abs(found["budgets"][number] - half))
-    order = sorted(range(len(found["kl"])), key=lambda layer: -found["kl"][layer][rung])
+    costs = [_alone(found, layer) for layer in range(len(found["kl"]))]
+    order = sorted(range(len(costs)), key=lambda layer: -costs[layer])
     third = max(1, len(order) // 3)
-    middle = range(third, len(order) - third)
-    top = order[0]
-    where = "a middle layer" if top in middle else "an early layer" if top < third else "a late layer"
+    top, least = order[0], order[-1]
+    where = "a middle layer" if third <= top < len(order) - third else "an early layer" if top < third else "a late one"
     return (
-        f"At a budget of {found['budgets'][rung]} for one layer alone, layer {top} is the most sensitive ({where}, KL "
-        f"{found['kl'][top][rung]:.2g}) and layer {order[-1]} the least ({found['kl'][order[-1]][rung]:.2g})."
+        f"Restricted alone, to {ALONE_AT:.0%} of the experts that it uses by itself, layer {top} is the most sensitive "
+        f"({where}, KL {costs[top]:.2g}) and layer {least} the least ({costs[least]:.2g})."
     )
+
+
+def _alone(found: dict[str, Any], layer: int) -> float:
+    """KL of one layer alone at `ALONE_AT` of its natural active experts: log KL interpolated between its levels."""
+    points = sorted(zip(found["active"][layer], found["kl"][layer], strict=True))
+    wanted = ALONE_AT * found["natural"][layer]
+    above = next((n for n, (active, _) in enumerate(points) if active >= wanted), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(above - 1, 0)], points[above]
+    share = min(max((wanted - x0) / (x1 - x0), 0.0), 1.0) if x1 > x0 else 1.0
+    return math.exp((1 - share) * math.log(max(y0, 1e-9)) + share * math.log(max(y1, 1e-9)))
 
 
 def between_batches(study: dict[str, Any]) -> str:
@@ -110,7 +166,7 @@ def between_batches(study: dict[str, Any]) -> str:
         return ""
     return (
         f"Sequences that decode together share their experts, so that a whole batch does well or badly: KL varies from "
-        f"batch to batch {factor:.1f} times as much as the spread of sequences has it. The budgets leave room for "
+        f"batch to batch {factor:.1f} times as much as the spread of sequences has it. The choice leaves room for "
         "that; the intervals don't show it."
     )
 
@@ -119,14 +175,14 @@ def terminal_tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables of every batch size."""
     for study in result["batches"]:
         batch = study["batch"]
-        columns = ["", "all experts", *(["chosen budgets"] if study["held_out"] else [])]
-        yield _terminal_table(f"Batch of {batch}, held-out text", columns, metric_rows(study))
+        yield _terminal_table(f"Batch of {batch}, held-out text", metric_columns(study), metric_rows(study))
+        if study["held_out"]:
+            yield _terminal_table(f"Batch of {batch}, by layer", CHOSEN_COLUMNS, chosen_rows(study["held_out"]))
         if study["checks"]:
             title = f"Batch of {batch}, the promise"
             yield _terminal_table(title, ["", "limit", "held-out text", "kept"], promise_rows(study))
         if comparison_rows(study):
-            title = f"Batch of {batch}, at equal active experts"
-            yield _terminal_table(title, ["", "KL", "budgets by layer / this"], comparison_rows(study))
+            yield _terminal_table(f"Batch of {batch}, compared", comparison_columns(study), comparison_rows(study))
 
 
 def _terminal_table(title: str, columns: list[str], rows: Rows) -> Table:
@@ -177,29 +233,29 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
 
 
 def _verdict(result: dict[str, Any]) -> str:
+    found = ""
+    if result["budgets"]:
+        floors = f" Floors: <code>{escape(str(result['floors']))}</code>." if any(result["floors"]) else ""
+        found = f"{floors} Budgets: <code>{escape(str(result['budgets']))}</code>."
     if result["promise"] is None:
-        return f"<p>Nothing was promised. Budgets: <code>{escape(str(result['budgets']))}</code>.</p>"
+        return f"<p>Nothing was promised.{found}</p>"
     kept = result["kept"]
-    budgets = f" Budgets: <code>{escape(str(result['budgets']))}</code>." if result["budgets"] else ""
     words = "is kept on held-out text" if kept else "is NOT kept"
-    return (
-        f'<p class="{"kept" if kept else "broken"}"><b>{escape(result["promise"]["text"])}: {words}.</b>{budgets}</p>'
-    )
+    return f'<p class="{"kept" if kept else "broken"}"><b>{escape(result["promise"]["text"])}: {words}.</b>{found}</p>'
 
 
 def _batch(study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
     batch = study["batch"]
-    columns = ["", "all experts", *(["chosen budgets"] if study["held_out"] else [])]
     parts = [f"<h2>Batch of {batch}</h2>"]
     if study["held_out"]:
-        parts.append(f"<p>Chosen budgets, layer by layer: <code>{escape(str(study['held_out']['budgets']))}</code></p>")
+        parts.append(_table(CHOSEN_COLUMNS, chosen_rows(study["held_out"])))
         parts.append(_table(["promise", "limit", "held-out text", "kept"], promise_rows(study)))
-    parts.append(_table(columns, metric_rows(study)))
+    parts.append(_table(metric_columns(study), metric_rows(study)))
     if between_batches(study):
         parts.append(f"<p>{escape(between_batches(study))}</p>")
     captions = {
-        f"quality-{batch}": "KL against active experts, for every preset with uniform budgets and for budgets by layer",
-        f"sensitivity-{batch}": "KL of each layer restricted alone, by budget",
+        f"quality-{batch}": "KL against active experts: every preset, the same in all layers, and layer by layer",
+        f"sensitivity-{batch}": "KL of each layer restricted alone",
         f"uses-{batch}": "Tokens at each expert within a batch, the busiest expert first",
     }
     for name, caption in captions.items():
@@ -210,11 +266,11 @@ def _batch(study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
         data = base64.b64encode(plots[name]).decode()
         parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
     if comparison_rows(study):
-        parts.append(_table(["at equal active experts", "KL", "budgets by layer / this"], comparison_rows(study)))
+        parts.append(_table(comparison_columns(study), comparison_rows(study)))
     if "sensitivity" not in study:
         return parts
-    budgets = [str(budget) for budget in study["sensitivity"]["budgets"]]
-    parts.append(_table(["layer", "active by itself", *budgets], sensitivity_rows(study)))
+    values = [f"{value:g}" for value in study["sensitivity"]["values"]]
+    parts.append(_table(["layer", "active by itself", *values], sensitivity_rows(study)))
     return parts
 
 

@@ -21,7 +21,7 @@ from lynx_trt.artifact import (
     open_artifact,
     replace_manifest,
 )
-from lynx_trt.budgets import parse_budget
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration import options as option
 from lynx_trt.calibration import plots, report, source
 from lynx_trt.calibration.company import MORE
@@ -57,14 +57,15 @@ class _Inputs:
     length: int
     cost: CostModel
     promise: Promise | None
-    budgets: tuple[int, ...] | None  # only to be measured
+    dial: option.DialName
+    given: Restriction | None  # only to be measured
 
 
 def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     """Measure, search, and write what was found; the result is what `calibration.json` holds.
 
     Raises:
-        CalibrationError: no budgets keep the promise, or the held-out text breaks it. Everything measured is written
+        CalibrationError: nothing keeps the promise, or the held-out text breaks it. Everything measured is written
             all the same, but not to the artifact.
         LynxError: whatever else is wrong with the options, the artifact, the checkpoint or the text, in a sentence.
     """
@@ -82,7 +83,7 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     journal.close(remove=True)
     if not result["kept"]:
         raise CalibrationError(f"{result['reason']}; what was measured is in {folder}")
-    if options.write and inputs.budgets is None:
+    if options.write and inputs.given is None:
         result["artifact_updated"] = _update_artifact(inputs, result)
     return result
 
@@ -94,7 +95,10 @@ def _read(options: CalibrateOptions, progress: Progress) -> _Inputs:
     manifest = artifact.manifest
     length = option.sequence_length(options, artifact)
     experts = [layer.experts for layer in manifest.model.moe_layers]
-    budgets = None if options.budget is None else tuple(parse_budget(options.budget, experts))
+    given = option.given_restriction(options, experts)
+    selection = Selection(**manifest.selection.parameters)  # type: ignore[arg-type]
+    guaranteed = min(selection.guaranteed(layer.experts_per_token) for layer in manifest.model.moe_layers)
+    dial = option.dial_name(options, guaranteed=guaranteed)
     if not artifact.path(TOKENIZER).is_file():
         raise ArtifactError(f"{artifact.folder} has no tokenizer; build it with --tokenizer FOLDER to calibrate it")
     folder, text = option.checkpoint_folder(options, artifact), option.text_of(options, artifact)
@@ -118,8 +122,7 @@ def _read(options: CalibrateOptions, progress: Progress) -> _Inputs:
     dtype = DTYPES["fp32" if device == "cpu" else manifest.model.precision]
     probed = source.load(checkpoint, device=device, dtype=dtype)
     update(1.0)
-    selection = Selection(**manifest.selection.parameters)  # type: ignore[arg-type]
-    return _Inputs(artifact, probed, selection, text, sequences, batches, length, cost, promise, budgets)
+    return _Inputs(artifact, probed, selection, text, sequences, batches, length, cost, promise, dial, given)
 
 
 def _first_token(config: Any, artifact: Artifact) -> int | None:
@@ -176,12 +179,13 @@ def _meter(options: CalibrateOptions, inputs: _Inputs, rows: slice) -> Meter:
 
 def _study(options: CalibrateOptions, inputs: _Inputs, journal: Journal, progress: Progress) -> dict[str, Any]:
     half = options.sequences // 2
-    if inputs.budgets is not None:
+    if inputs.given is not None:
         return _only_measure(options, inputs, _meter(options, inputs, slice(0, options.sequences)), journal, progress)
     assert inputs.promise is not None
     choose, check = (_meter(options, inputs, rows) for rows in (slice(0, half), slice(half, 2 * half)))
     more = _meter(options, inputs, slice(options.sequences, len(inputs.sequences)))
     studies: list[Study] = []
+    checked: list[Measured] = []
     selection = inputs.selection
     # The largest batch first: its parameters are used for all, since they are the model's and not the batch's.
     for batch in inputs.batches[::-1]:
@@ -192,24 +196,40 @@ def _study(options: CalibrateOptions, inputs: _Inputs, journal: Journal, progres
             selection,
             inputs.promise,
             progress.phase,
+            dial_name=inputs.dial,
             search_parameters=options.search_parameters and not studies,
             compare=options.compare,
         )
         selection = study.selection
-        if studies and studies[0].chosen is not None:
-            study.same_budgets = parts.check.measure([studies[0].chosen.setting])[0]
         studies.append(study)
-    largest = studies[0]
+        checked.append(parts.check)
+    shared = _shared(studies, checked)
     reason = _why_not(inputs.promise, studies)
     return {
         **_about(options, inputs),
         "kept": reason is None,
         "reason": reason,
-        "batch": largest.batch,
-        "budgets": largest.chosen.budgets if largest.chosen else None,
-        "selection": asdict(largest.selection),
+        "dial": inputs.dial,
+        "batch": studies[0].batch,
+        "budgets": list(shared.budgets) if shared else None,
+        "floors": list(shared.floors) if shared else None,
+        "selection": asdict(selection),
         "batches": [study.to_dict() for study in studies[::-1]],
     }
+
+
+def _shared(studies: Sequence[Study], checked: Sequence[Measured]) -> Restriction | None:
+    """What all batch sizes share, measured on each one's held-out text: the mildest of what was found for each.
+
+    It keeps at least what each keeps for itself; None where something was found for some sizes only.
+    """
+    chosen = [study.chosen.setting for study in studies if study.chosen is not None]
+    if len(chosen) < len(studies):
+        return None
+    shared = Restriction.mildest(Restriction(setting.budgets, setting.floors) for setting in chosen)
+    for study, measured in zip(studies, checked, strict=True):
+        (study.shared,) = measured.measure([Setting(study.selection, shared.budgets, shared.floors)])
+    return shared
 
 
 def _why_not(promise: Promise, studies: Sequence[Study]) -> str | None:
@@ -217,20 +237,20 @@ def _why_not(promise: Promise, studies: Sequence[Study]) -> str | None:
     for study in studies:
         if study.chosen is None:
             return (
-                f"no budgets that save 1% of the experts keep the promise at a batch of {study.batch} ({promise}); "
-                f"the mildest that were tried come to {study.nearest(promise)}; allow more, or give more text "
+                f"nothing that saves 1% of the experts keeps the promise at a batch of {study.batch} ({promise}); "
+                f"the mildest that was tried comes to {study.nearest(promise)}; allow more, or give more text "
                 "(--sequences), so that less room has to be left for chance"
             )
         broken = [check for check in study.checks if check.value > check.limit]
         if broken:
             return (
-                f"the budgets chosen for a batch of {study.batch} keep the promise on the text that they were chosen "
+                f"what was chosen for a batch of {study.batch} keeps the promise on the text that it was chosen "
                 f"on, but on held-out text the {broken[0].name} is {broken[0].value:.4g}, above {broken[0].limit:.4g}; "
                 "give more text (--sequences), and text of one kind"
             )
-        if study.same_budgets is not None and not promise.is_kept(study.same_budgets):
+        if study.shared is not None and not promise.is_kept(study.shared):
             return (
-                f"the budgets for a batch of {studies[0].batch} don't keep the promise at a batch of {study.batch}; "
+                f"what all batch sizes share doesn't keep the promise at a batch of {study.batch}; "
                 f"calibrate for --batch {study.batch} alone"
             )
     return None
@@ -239,14 +259,16 @@ def _why_not(promise: Promise, studies: Sequence[Study]) -> str | None:
 def _only_measure(
     options: CalibrateOptions, inputs: _Inputs, meter: Meter, journal: Journal, progress: Progress
 ) -> dict[str, Any]:
-    """Measure the budgets that were given, on all of the text."""
-    assert inputs.budgets is not None
+    """Measure the budgets and floors that were given, on all of the text."""
+    given = inputs.given
+    assert given is not None
     found: list[dict[str, Any]] = []
     kept = True
     for batch in inputs.batches:
-        update = progress.phase(f"Budgets, batch {batch}")
+        update = progress.phase(f"What was given, batch {batch}")
         measured = Measured(meter, batch, "all", journal)
-        free, item = measured.measure([meter.unrestricted(), Setting(inputs.selection, inputs.budgets)])
+        setting = Setting(inputs.selection, given.budgets, given.floors)
+        free, item = measured.measure([meter.unrestricted(), setting])
         checks = inputs.promise.checks(item, 1) if inputs.promise else []
         kept = kept and all(check.value <= check.limit for check in checks)
         found.append(
@@ -258,12 +280,14 @@ def _only_measure(
             }
         )
         update(1.0)
-    reason = None if kept else f"the budgets {list(inputs.budgets)} don't keep the promise ({inputs.promise})"
+    said = f"budgets {list(given.budgets)}" + (f" with the floors {list(given.floors)}" if any(given.floors) else "")
+    reason = None if kept else f"the {said} don't keep the promise ({inputs.promise})"
     return {
         **_about(options, inputs),
         "kept": kept,
         "reason": reason,
-        "budgets": list(inputs.budgets),
+        "budgets": list(given.budgets),
+        "floors": list(given.floors),
         "selection": asdict(inputs.selection),
         "batches": found,
     }
@@ -272,7 +296,7 @@ def _only_measure(
 def _about(options: CalibrateOptions, inputs: _Inputs) -> dict[str, Any]:
     model = inputs.artifact.manifest.model
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),
         "seed": options.seed,
@@ -341,20 +365,21 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _update_artifact(inputs: _Inputs, result: dict[str, Any]) -> bool:
-    """Put the budgets into the manifest, unless they are for parameters that the artifact's graph doesn't have."""
+    """Put what was found into the manifest, unless it is for parameters that the artifact's graph doesn't have."""
     manifest = inputs.artifact.manifest
     if result["selection"] != asdict(inputs.selection):
         note(
-            "the search found better parameters than the artifact was built with, so its budgets stay as they are; "
-            f"build it again with --budget {RESULT}, which holds both"
+            "the search found better parameters than the artifact was built with, so it stays as it is; "
+            f"build it again with --budget {RESULT}, which holds everything that was found"
         )
         return False
-    largest = Measurement.from_dict(result["batches"][-1]["held_out"])
+    largest = Measurement.from_dict(result["batches"][-1]["shared"])
     record = CalibrationRecord(
         created=result["created"],
         promise={name: value for name, value in result["promise"].items() if isinstance(value, float)},
         batch=result["batch"],
         budgets_by_batch={study["batch"]: study["held_out"]["budgets"] for study in result["batches"]},
+        floors_by_batch={study["batch"]: study["held_out"]["floors"] for study in result["batches"]},
         held_out={name: list(getattr(largest, name)) for name in RECORDED},
         text={name: value for name, value in result["text"].items() if name != "bytes"},
         hardware=result["cost_model"]["name"],
@@ -362,7 +387,10 @@ def _update_artifact(inputs: _Inputs, result: dict[str, Any]) -> bool:
         versions=result["versions"],
     )
     chosen = SelectionRecord(
-        preset=manifest.selection.preset, parameters=manifest.selection.parameters, budgets=result["budgets"]
+        preset=manifest.selection.preset,
+        parameters=manifest.selection.parameters,
+        budgets=result["budgets"],
+        floors=result["floors"],
     )
     replace_manifest(inputs.artifact, manifest.model_copy(update={"selection": chosen, "calibration": record}))
     return True

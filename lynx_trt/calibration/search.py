@@ -1,7 +1,7 @@
-"""Budgets for each layer: the fewest bytes of experts that keep a promise, or the best quality for given bytes.
+"""Levels of a dial for each layer: the fewest bytes of experts under a promise, or the best quality for given bytes.
 
-1. Each layer is restricted alone, to a ladder of budgets. This gives the shape of what its experts are worth.
-2. With the shapes added up, a price for a byte decides every layer's budget by itself (a Lagrangian); the price is
+1. Each layer is restricted alone, at a ladder of levels. This gives the shape of what its experts are worth.
+2. With the shapes added up, a price for a byte decides every layer's level by itself (a Lagrangian); the price is
    bisected, with every candidate measured as a whole.
 3. Layers hurt more, or less, together than alone. So around the candidate each layer is moved up and down with all
    the others restricted too, and its shape is scaled to what that showed; then 2 again, until nothing is gained.
@@ -14,42 +14,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from lynx_trt.calibration.dials import SATURATED, Array, Dial, Trials
 from lynx_trt.calibration.measure import Measurement
-from lynx_trt.calibration.model import Setting
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-# Rungs of the ladder, as shares of the most experts that any layer uses by itself.
-RUNGS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Two KL below this, in nats a token, are the same: rounding of float32 logits is of this size.
 NOISE = 1e-7
-# Budgets whose active experts are within this share of the fewest that there can be do nothing but that.
-SATURATED = 0.01
 ROUNDS = 3
 BISECTIONS = 7
 
 
-# From budgets [N] to what is tried; other dials than budgets pass as budgets here.
-Make = Callable[[tuple[int, ...]], Setting]
-
-
-class Trials(Protocol):
-    """Measures settings on the part of the text that choices are made on; remembers what it has measured."""
-
-    def measure(self, settings: Sequence[Setting]) -> list[Measurement]:
-        """One measurement for each setting."""
-        ...
-
-
 @dataclass(frozen=True)
 class Sensitivity:
-    """Each layer restricted alone: kl [N,R] and its active experts [N,R] for the ladder's budgets [R]."""
+    """Each layer restricted alone: kl [N,R] and its active experts [N,R] at R levels of a dial.
 
-    budgets: list[int]
+    `values` [R] are those levels' floors or budgets.
+    """
+
+    dial: str
+    levels: list[int]
+    values: list[float]
     kl: list[list[float]]
     active: list[list[float]]
     natural: list[float]  # [N]
@@ -57,9 +44,9 @@ class Sensitivity:
 
 @dataclass
 class Curves:
-    """What each layer's budget is thought to cost: kl [N][E+1] by budget, active experts [N][E+1].
+    """What each layer's level is thought to cost: kl [N][levels] and active experts [N][levels].
 
-    `lowest` [N] are the smallest budgets that mean anything: below, only what is guaranteed is kept.
+    `lowest` [N] are the smallest levels that mean anything: below, only what is guaranteed is kept.
     """
 
     kl: list[Array]
@@ -73,18 +60,18 @@ class Curves:
         self.lowest = [int(np.flatnonzero(line <= (1 + SATURATED) * line.min())[-1]) for line in self.active]
 
     def solve(self, price: float) -> tuple[int, ...]:
-        """Each layer's cheapest budget where a byte of experts costs `price` nats; ties go to the larger."""
-        budgets = []
+        """Each layer's cheapest level where a byte of experts costs `price` nats; ties go to the higher."""
+        levels = []
         for layer, lowest in enumerate(self.lowest):
             total = self.scale[layer] * self.kl[layer] + price * self.expert_bytes[layer] * self.active[layer]
-            budgets.append(len(total) - 1 - int(np.argmin(total[lowest:][::-1])))
-        return tuple(budgets)
+            levels.append(len(total) - 1 - int(np.argmin(total[lowest:][::-1])))
+        return tuple(levels)
 
-    def bytes_at(self, budgets: Sequence[int]) -> float:
+    def bytes_at(self, levels: Sequence[int]) -> float:
         """Predicted bytes of experts a step."""
         return sum(
-            size * float(active[budget])
-            for size, active, budget in zip(self.expert_bytes, self.active, budgets, strict=True)
+            size * float(active[level])
+            for size, active, level in zip(self.expert_bytes, self.active, levels, strict=True)
         )
 
     def price_range(self) -> tuple[float, float]:
@@ -105,51 +92,43 @@ class Curves:
         return high
 
 
-def ladder(natural: Sequence[float], experts: Sequence[int], fewest: int) -> list[int]:
-    """Budgets at which every layer is tried: `fewest`, and shares of the most experts that a layer uses by itself."""
-    most = max(natural)
-    return sorted({fewest, *(max(fewest, min(round(share * most), max(experts) - 1)) for share in RUNGS)})
-
-
-def measure_sensitivity(
-    trials: Trials, make: Make, experts: Sequence[int], budgets: list[int], natural: Array
-) -> Sensitivity:
-    """Restrict each layer alone, to each of `budgets`; `natural` [N] are the experts active unrestricted."""
-    layers = range(len(experts))
+def measure_sensitivity(trials: Trials, dial: Dial, natural: Array) -> Sensitivity:
+    """Restrict each layer alone, at each of the dial's rungs; `natural` [N] are the experts active unrestricted."""
+    layers, rungs = range(len(dial.last)), dial.rungs
     settings = [
-        make(tuple(min(budget, experts[n]) if n == layer else experts[n] for n in layers))
+        dial.setting([min(level, last) if n == layer else last for n, last in enumerate(dial.last)])
         for layer in layers
-        for budget in budgets
+        for level in rungs
     ]
     found = trials.measure(settings)
-    rows = [found[layer * len(budgets) : (layer + 1) * len(budgets)] for layer in layers]
+    rows = [found[layer * len(rungs) : (layer + 1) * len(rungs)] for layer in layers]
     return Sensitivity(
-        budgets,
+        dial.name,
+        list(rungs),
+        [dial.value(level) for level in rungs],
         [[item.kl.mean for item in row] for row in rows],
         [[item.active_by_layer[layer] for item in row] for layer, row in enumerate(rows)],
         [float(value) for value in natural],
     )
 
 
-def curves(
-    sensitivity: Sensitivity, experts: Sequence[int], most: Sequence[int], expert_bytes: Sequence[int]
-) -> Curves:
-    """Every budget from 0 to E, from the ladder's: log KL and active experts interpolated linearly.
+def curves(sensitivity: Sensitivity, dial: Dial, most: Sequence[int], expert_bytes: Sequence[int]) -> Curves:
+    """Every level, from the rungs: log KL and active experts interpolated linearly.
 
     Args:
         sensitivity: what was measured.
-        experts: E of each layer [N].
-        most: experts that any step of each layer uses by itself [N]; from there on nothing is restricted.
+        dial: its dial.
+        most: experts that any step of each layer uses by itself [N].
         expert_bytes: of each layer [N].
     """
     kl, active = [], []
-    for layer, count in enumerate(experts):
-        grid = np.arange(count + 1)
-        known = [budget for budget in sensitivity.budgets if budget < min(count, most[layer])]
+    for layer, last in enumerate(dial.last):
+        grid = np.arange(last + 1)
+        free = dial.free(layer, most[layer])
+        known = [level for level in sensitivity.levels if level < free]
         values = np.maximum(sensitivity.kl[layer][: len(known)], NOISE)
         # More experts never cost quality; a rise is noise, and would make holes that no price reaches.
         values = np.maximum.accumulate(values[::-1])[::-1]
-        free = min(count, most[layer])
         points, logs = [*known, free], [*np.log(values), math.log(NOISE)]
         line = np.exp(np.interp(grid, points, logs))
         line[free:] = 0.0
@@ -174,19 +153,17 @@ class Found:
 
     best: Measurement | None
     steps: list[dict[str, Any]]
-    budgets: tuple[int, ...] | None = None
 
 
 class Search:
-    """One search over budgets."""
+    """One search over the levels of a dial."""
 
-    def __init__(self, trials: Trials, make: Make, model: Curves, goal: Goal, experts: Sequence[int]) -> None:
+    def __init__(self, trials: Trials, dial: Dial, model: Curves, goal: Goal) -> None:
         """`model` is updated as the layers are measured together."""
         self._trials = trials
-        self._make = make
+        self._dial = dial
         self._model = model
         self._goal = goal
-        self._experts = experts
         self._seen: dict[tuple[int, ...], Measurement] = {}
         self._steps: list[dict[str, Any]] = []
 
@@ -203,28 +180,30 @@ class Search:
         if polish:
             self._polish()
         best = self._best()
-        return Found(self._seen[best] if best else None, self._steps, best)
+        return Found(self._seen[best] if best else None, self._steps)
 
     def centre(self) -> tuple[int, ...]:
-        """The best allowed budgets so far, or those that are nearest to being allowed."""
-        return self._best() or min(self._seen, key=lambda budgets: self._goal.strain(self._seen[budgets]))
+        """The best allowed levels so far, or those that are nearest to being allowed."""
+        return self._best() or min(self._seen, key=lambda levels: self._goal.strain(self._seen[levels]))
 
     def _best(self) -> tuple[int, ...] | None:
-        allowed = [budgets for budgets, item in self._seen.items() if self._goal.strain(item) <= 1]
+        allowed = [levels for levels, item in self._seen.items() if self._goal.strain(item) <= 1]
         return min(allowed, key=self._value_of, default=None)
 
-    def _value_of(self, budgets: tuple[int, ...]) -> float:
-        return self._goal.prefer(self._seen[budgets])
+    def _value_of(self, levels: tuple[int, ...]) -> float:
+        return self._goal.prefer(self._seen[levels])
 
     def _measure(self, candidates: Sequence[tuple[int, ...]], what: str) -> list[Measurement]:
-        found = self._trials.measure([self._make(budgets) for budgets in candidates])
-        for budgets, item in zip(candidates, found, strict=True):
-            if budgets not in self._seen:
-                self._seen[budgets] = item
+        found = self._trials.measure([self._dial.setting(levels) for levels in candidates])
+        for levels, item in zip(candidates, found, strict=True):
+            if levels not in self._seen:
+                self._seen[levels] = item
                 self._steps.append(
                     {
                         "what": what,
-                        "budgets": list(budgets),
+                        "levels": list(levels),
+                        "budgets": item.budgets,
+                        "floors": item.floors,
                         "kl": item.kl.mean,
                         "active": item.active.mean,
                         "strain": self._goal.strain(item),
@@ -249,7 +228,7 @@ class Search:
     def _measure_together(self, at: tuple[int, ...], what: str) -> None:
         """Scale each layer's curve to its slope around `at`, where the other layers are restricted too."""
         pairs = [self._neighbours(at, layer) for layer in range(len(at))]
-        self._measure([budgets for pair in pairs for budgets in pair], what)
+        self._measure([levels for pair in pairs for levels in pair], what)
         for layer, (less, more) in enumerate(pairs):
             curve = self._model.kl[layer]
             predicted = float(curve[less[layer]] - curve[more[layer]])
@@ -259,24 +238,24 @@ class Search:
                 self._model.scale[layer] = min(max(seen / predicted, 0.1), 10.0)
 
     def _neighbours(self, at: tuple[int, ...], layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        step = max(1, round(at[layer] / 8))
+        step = self._dial.stride(at[layer])
         less = max(at[layer] - step, min(self._model.lowest[layer], at[layer]))
-        more = min(at[layer] + step, self._experts[layer])
+        more = min(at[layer] + step, self._dial.last[layer])
         return (*at[:layer], less, *at[layer + 1 :]), (*at[:layer], more, *at[layer + 1 :])
 
     def _polish(self) -> None:
-        """Trade single experts between layers as the curves advise, while that gains and is allowed."""
+        """Trade single levels between layers as the curves advise, while that gains and is allowed."""
         for _ in range(ROUNDS):
             best = self._best()
             if best is None:
                 return
-            self._measure(self._moves(best), "Single experts")
+            self._measure(self._moves(best), "Single levels")
             after = self._best()
             if after is None or self._value_of(after) >= self._value_of(best):
                 return
 
     def _moves(self, at: tuple[int, ...], count: int = 8) -> list[tuple[int, ...]]:
-        """The most promising changes of one layer by one expert, or of two layers in opposite directions."""
+        """The most promising changes of one layer by one level, or of two layers in opposite directions."""
         layers = range(len(at))
         better = -1 if self._goal.saving else 1  # the direction in which a layer alone can only gain
         changes: list[dict[int, int]] = [{layer: better} for layer in layers]
@@ -284,13 +263,13 @@ class Search:
         price = self._model.price_for(self._model.bytes_at(at))
         scored = []
         for change in changes:
-            moved = tuple(budget + change.get(layer, 0) for layer, budget in enumerate(at))
-            limits = zip(self._model.lowest, moved, self._experts, strict=True)
-            if all(low <= budget <= high for low, budget, high in limits) and moved not in self._seen:
+            moved = tuple(level + change.get(layer, 0) for layer, level in enumerate(at))
+            limits = zip(self._model.lowest, moved, self._dial.last, strict=True)
+            if all(low <= level <= high for low, level, high in limits) and moved not in self._seen:
                 scored.append((self._value(moved, price), moved))
         return [moved for _, moved in sorted(scored)[:count]]
 
-    def _value(self, budgets: tuple[int, ...], price: float) -> float:
-        curve = zip(self._model.scale, self._model.kl, budgets, strict=True)
-        nats = math.fsum(float(scale * kl[budget]) for scale, kl, budget in curve)
-        return nats + price * self._model.bytes_at(budgets)
+    def _value(self, levels: tuple[int, ...], price: float) -> float:
+        curve = zip(self._model.scale, self._model.kl, levels, strict=True)
+        nats = math.fsum(float(scale * kl[level]) for scale, kl, level in curve)
+        return nats + price * self._model.bytes_at(levels)

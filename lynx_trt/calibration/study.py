@@ -9,32 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lynx_trt.calibration.company import ALONE, Company, grouping, measure_company
+from lynx_trt.calibration.dials import Array, Dial, budget_dial, floor_dial
 from lynx_trt.calibration.intervals import Bootstrap, Interval
 from lynx_trt.calibration.journal import Measured
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting
+from lynx_trt.calibration.plots import ONE_FLOOR
 from lynx_trt.calibration.promise import Check, Promise
 from lynx_trt.calibration.search import (
     BISECTIONS,
-    Array,
     Curves,
     Found,
     Goal,
     Search,
     Sensitivity,
     curves,
-    ladder,
     measure_sensitivity,
 )
-from lynx_trt.selection import PRESETS, Selection
+from lynx_trt.selection import DEFAULT_PRESET, PRESETS, Selection
 
-# Budgets that save less of the experts than this are none.
+# A choice that saves less of the experts than this is none.
 LEAST_SAVED = 0.01
 # Uniform budgets at which presets are compared, as shares of the experts that the model uses by itself.
 COMPARED = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -58,16 +57,16 @@ class Study:
     company: Company  # how much more batches vary than sequences
     search: Found
     parameters: list[dict[str, Any]]  # what --search-parameters tried
-    held_out: Measurement | None  # of the chosen budgets
+    held_out: Measurement | None  # of what was chosen
     checks: list[Check]
     uniform: dict[str, list[Measurement]]  # by preset, at falling active experts
-    frontier: list[Measurement]  # budgets by layer, at falling active experts
+    frontier: list[Measurement]  # floors or budgets by layer, at falling active experts
     uses: dict[str, list[list[float]]]  # [N][E], tokens at the r-th busiest expert
-    same_budgets: Measurement | None = None  # held-out, under the budgets of a larger batch
+    shared: Measurement | None = None  # held-out, under what several batch sizes share
 
     @property
     def chosen(self) -> Measurement | None:
-        """The budgets chosen, as measured on the text that they were chosen on."""
+        """What was chosen, as measured on the text that it was chosen on."""
         return self.search.best
 
     @property
@@ -76,7 +75,7 @@ class Study:
         return self.held_out is not None and all(check.value <= check.limit for check in self.checks)
 
     def nearest(self, promise: Promise) -> str:
-        """In words, how near to the promise the mildest budgets come that were tried."""
+        """In words, how near to the promise the mildest levels come that were tried."""
         if not self.search.steps:
             return "nothing"
         mildest = min(self.search.steps, key=lambda step: float(step["strain"]))
@@ -106,7 +105,7 @@ class Study:
             "frontier": [item.to_dict() for item in self.frontier],
             "comparison": comparison([*self.frontier, *([self.held_out] if self.held_out else [])], self.uniform),
             "uses": self.uses,
-            "same_budgets": plain(self.same_budgets),
+            "shared": plain(self.shared),
         }
 
 
@@ -128,35 +127,42 @@ def run_study(
     promise: Promise,
     phase: Phase,
     *,
+    dial_name: str = "floors",
     search_parameters: bool = False,
     compare: bool = True,
 ) -> Study:
-    """Find budgets that keep `promise` for `selection`, and measure what there is to compare them with."""
+    """Find floors or budgets that keep `promise` for `selection`, and measure what there is to compare them with."""
     choose, check = parts.choose, parts.check
     meter, label = choose.meter, f"batch {choose.batch}"
-    experts = meter.probed.experts
     with _Bar(phase(f"Unrestricted model, {label}"), choose, 2):
         natural = meter.natural(choose.batch)
         unrestricted = check.measure([check.meter.unrestricted()])[0]
     means, most = natural.mean((1, 2)), natural.max((1, 2))
     parameters: list[dict[str, Any]] = []
     if search_parameters:
-        selection, parameters = _search_parameters(parts, selection, means, phase, label)
-    sensitivity, model = _sensitivity(choose, selection, experts, means, most, phase, label)
+        selection, parameters = _search_parameters(choose, selection, dial_name, means, phase, label)
+    dial = _dial(choose, selection, dial_name, means, phase, label)
+    with _Bar(phase(f"Each layer alone, {label}"), choose, len(dial.rungs) * len(dial.last)):
+        sensitivity = measure_sensitivity(choose, dial, means)
+    model = curves(sensitivity, dial, [int(value) for value in most], meter.cost.expert_bytes)
     new = check.meter.sequences // check.batch * check.batch
-    company = _company(parts, selection, promise_goal(promise, new, ALONE), model, phase, label)
+    company = _company(parts, dial, promise_goal(promise, new, ALONE), model, phase, label)
     goal = promise_goal(promise, new, company)
     with _Bar(phase(f"Search, {label}"), choose, SEARCH_EXPECTED):
-        found = Search(choose, partial(Setting, selection), model, goal, experts).run()
-    if found.best and found.best.active.mean > (1 - LEAST_SAVED) * float(means.mean()):
-        found.best = None
+        found = Search(choose, dial, model, goal).run()
+        if found.best and found.best.active.mean > (1 - LEAST_SAVED) * float(means.mean()):
+            found.best = None
+        if found.best:
+            (capped,) = choose.measure([with_caps(found.best)])
+            found.best = capped if goal.strain(capped) <= 1 else found.best
     held_out = check.measure([found.best.setting])[0] if found.best else None
     uniform: dict[str, list[Measurement]] = {}
     frontier: list[Measurement] = []
     if compare:
-        uniform = _uniform(check, means, phase, label)
-        with _Bar(phase(f"Budgets by layer, {label}"), check, len(COMPARED)):
-            frontier = check.measure(_frontier(model, selection, means))
+        floors = _dial(choose, PRESETS[DEFAULT_PRESET], "floors", means, phase, label)
+        uniform = _uniform(check, floors, means, phase, label)
+        with _Bar(phase(f"{dial.name.capitalize()} by layer, {label}"), check, len(COMPARED)):
+            frontier = check.measure(_frontier(model, dial))
     return Study(
         batch=choose.batch,
         natural=[float(value) for value in means],
@@ -189,14 +195,24 @@ class _Bar:
         self._update(1.0)
 
 
-def _company(parts: Parts, selection: Selection, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
-    """How much batches differ at budgets near to those that `goal` will find."""
-    measured, experts = parts.choose, parts.choose.meter.probed.experts
+def with_caps(item: Measurement) -> Setting:
+    """The setting of `item` with its budgets lowered to the most experts that any step used: the bound on a step.
+
+    E stays for a layer that all are used in and nothing restricts; another one has E - 1 at most, as E would switch
+    its floor off.
+    """
+    budgets = tuple(min(pair) for pair in zip(item.budgets, item.active_max_by_layer, strict=True))
+    return replace(item.setting, budgets=budgets)
+
+
+def _company(parts: Parts, dial: Dial, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
+    """How much batches differ at levels near to those that `goal` will find."""
+    measured = parts.choose
     rounds = grouping(measured.meter.sequences, measured.batch)[1]
     with _Bar(phase(f"Other batches, {label}"), measured, BISECTIONS + rounds):
-        scout = Search(measured, partial(Setting, selection), model, goal, experts)
+        scout = Search(measured, dial, model, goal)
         scout.run(0, polish=False)
-        return measure_company(measured, parts.more, Setting(selection, scout.centre()))
+        return measure_company(measured, parts.more, dial.setting(scout.centre()))
 
 
 def promise_goal(promise: Promise, new_sequences: int, company: Company) -> Goal:
@@ -217,22 +233,17 @@ def bytes_goal(limit: float) -> Goal:
     return Goal(lambda item: item.expert_bytes_a_token.mean / limit, lambda item: item.kl.mean, saving=False)
 
 
-def _sensitivity(
-    measured: Measured,
-    selection: Selection,
-    experts: Sequence[int],
-    means: Array,
-    most: Array,
-    phase: Phase,
-    label: str,
-) -> tuple[Sensitivity, Curves]:
-    width = int(measured.meter.reference().index[0].shape[-1])
-    fewest = 0 if selection.guaranteed(width) else 1  # 0 would leave a token without any expert
-    budgets = ladder([float(value) for value in means], experts, fewest)
-    with _Bar(phase(f"Each layer alone, {label}"), measured, len(budgets) * len(experts)):
-        sensitivity = measure_sensitivity(measured, partial(Setting, selection), experts, budgets, means)
-    sizes = measured.meter.cost.expert_bytes
-    return sensitivity, curves(sensitivity, experts, [int(value) for value in most], sizes)
+def _dial(measured: Measured, selection: Selection, name: str, means: Array, phase: Phase, label: str) -> Dial:
+    """The dial by its name, for the model and text at hand."""
+    experts = measured.meter.probed.experts
+    if name == "budgets":
+        return budget_dial(selection, experts, means, _experts_per_token(measured))
+    with _Bar(phase(f"Range of floors, {label}"), measured, 8):
+        return floor_dial(measured, selection, experts, means)
+
+
+def _experts_per_token(measured: Measured) -> int:
+    return int(measured.meter.reference().index[0].shape[-1])
 
 
 def uniform_settings(preset: str, experts: Sequence[int], width: int, natural: float) -> list[Setting]:
@@ -244,39 +255,41 @@ def uniform_settings(preset: str, experts: Sequence[int], width: int, natural: f
     return [Setting(selection, tuple(min(budget, count) for count in experts)) for budget in budgets]
 
 
-def _uniform(measured: Measured, means: Array, phase: Phase, label: str) -> dict[str, list[Measurement]]:
-    meter = measured.meter
-    width = int(meter.reference().index[0].shape[-1])
-    tried = {
-        name: uniform_settings(name, meter.probed.experts, width, float(means.mean()))
-        for name in PRESETS
-        if name != "off"
-    }
+def _uniform(measured: Measured, floors: Dial, means: Array, phase: Phase, label: str) -> dict[str, list[Measurement]]:
+    experts, width = measured.meter.probed.experts, _experts_per_token(measured)
+    tried = {name: uniform_settings(name, experts, width, float(means.mean())) for name in PRESETS if name != "off"}
+    tried[ONE_FLOOR] = one_level(floors)
     every = [setting for settings in tried.values() for setting in settings]
     with _Bar(phase(f"Presets with uniform budgets, {label}"), measured, len(every)):
         measured.measure(every)
     return {name: measured.measure(settings) for name, settings in tried.items()}
 
 
-def _frontier(model: Curves, selection: Selection, means: Array) -> list[Setting]:
-    """Budgets by layer at the shares of `COMPARED`, as the curves of layers alone would have them."""
+def one_level(dial: Dial) -> list[Setting]:
+    """The same level in every layer, at every rung."""
+    return [dial.setting([min(level, last) for last in dial.last]) for level in dial.rungs]
+
+
+def _frontier(model: Curves, dial: Dial) -> list[Setting]:
+    """Levels by layer at the shares of `COMPARED`, as the curves of layers alone would have them."""
     # The search has scaled the curves to what it saw near its own outcome, which says nothing about other shares.
     model = Curves(model.kl, model.active, model.expert_bytes)
     natural = model.bytes_at([len(line) - 1 for line in model.active])
-    return [Setting(selection, model.solve(model.price_for(share * natural))) for share in COMPARED[::-1] if len(means)]
+    return [dial.setting(model.solve(model.price_for(share * natural))) for share in COMPARED[::-1]]
 
 
 def _search_parameters(
-    parts: Parts, selection: Selection, means: Array, phase: Phase, label: str
+    measured: Measured, selection: Selection, dial_name: str, means: Array, phase: Phase, label: str
 ) -> tuple[Selection, list[dict[str, Any]]]:
-    """The k0 and tau with the least KL at equal active experts, with uniform budgets."""
-    measured, experts = parts.choose, parts.choose.meter.probed.experts
-    variants = [replace(selection, guarantee=float(k0), sensitivity=tau) for k0 in GUARANTEES for tau in SENSITIVITIES]
+    """The k0 and tau with the least KL at equal active experts, with one level for all layers."""
+    # Floors can leave a token without any expert where none is guaranteed (see options.dial_name).
+    guarantees = [k0 for k0 in GUARANTEES if k0 or dial_name != "floors"]
+    variants = [replace(selection, guarantee=float(k0), sensitivity=tau) for k0 in guarantees for tau in SENSITIVITIES]
     if selection not in variants:
         variants.insert(0, selection)
-    budgets = sorted({max(1, round(share * float(means.mean()))) for share in COMPARED}, reverse=True)
-    settings = [[Setting(v, tuple(min(b, count) for count in experts)) for b in budgets] for v in variants]
-    with _Bar(phase(f"Parameters, {label}"), measured, len(variants) * len(budgets)):
+    dials = [_dial(measured, variant, dial_name, means, phase, label) for variant in variants]
+    settings = [one_level(dial) for dial in dials]
+    with _Bar(phase(f"Parameters, {label}"), measured, sum(len(row) for row in settings)):
         measured.measure([setting for row in settings for setting in row])
     active = PARAMETERS_AT * float(means.mean())
     reached = [kl_at(measured.measure(row), active) for row in settings]
@@ -289,7 +302,7 @@ def _search_parameters(
 
 
 def _uses(measured: Measured, chosen: Measurement | None) -> dict[str, list[list[float]]]:
-    """How uneven a batch is: tokens at the r-th busiest expert, mean over steps, without and with the budgets."""
+    """How uneven a batch is: tokens at the r-th busiest expert, mean over steps, without and with what was chosen."""
     found = {"unrestricted": measured.meter.uses(measured.batch, None)}
     if chosen:
         found["chosen"] = measured.meter.uses(measured.batch, chosen.setting)
@@ -316,6 +329,12 @@ def _line(items: Sequence[Measurement], draws: Bootstrap, active: float) -> Arra
     return line
 
 
+def _p99_at(items: Sequence[Measurement], active: float) -> float:
+    """The 99th percentile of active experts where their mean is `active`, interpolated."""
+    ordered = sorted(items, key=lambda item: item.active.mean)
+    return float(np.interp(active, [item.active.mean for item in ordered], [item.active_p99 for item in ordered]))
+
+
 def _as_interval(values: Array) -> Interval:
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return Interval(float(values[0]), float(low), float(high))
@@ -324,8 +343,8 @@ def _as_interval(values: Array) -> Interval:
 def comparison(points: Sequence[Measurement], uniform: dict[str, list[Measurement]]) -> list[dict[str, Any]]:
     """Each of `points` against every uniform policy at the same number of active experts.
 
-    One row for each policy that reaches it: its KL there, and the ratio of the point's KL to it, with intervals on
-    common draws.
+    One row for each policy that reaches it: its KL and 99th percentile of active experts there, and the ratio of the
+    point's KL to its, with intervals on common draws.
     """
     rows = []
     for point in points:
@@ -337,7 +356,9 @@ def comparison(points: Sequence[Measurement], uniform: dict[str, list[Measuremen
                 rows.append(
                     {
                         "active": point.active.mean,
+                        "active_p99": _p99_at(items, point.active.mean),
                         "budgets": point.budgets,
+                        "floors": point.floors,
                         "preset": name,
                         "kl": _as_interval(theirs),
                         "by_layer_kl": point.kl,
