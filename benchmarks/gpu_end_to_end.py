@@ -23,6 +23,7 @@ import numpy as np
 import typer
 
 from lynx_trt.artifact import Artifact, read
+from lynx_trt.budgets import Restriction
 from lynx_trt.build import engine_record
 from lynx_trt.console import new_app, run
 
@@ -120,39 +121,40 @@ def measure(backend: Any, artifact: Artifact, rounds: int) -> list[dict[str, Any
     layers = artifact.manifest.model.moe_layers
     rows = []
     for batch in (size for size in BATCHES if size in backend.sizes.decode_rows):
-        natural = _active(backend, batch, [layer.experts for layer in layers])
+        natural = _active(backend, batch, Restriction(tuple(layer.experts for layer in layers)))
         settings = {}
         for share in SHARES:
-            budgets = [
+            budgets = (
                 layer.experts if share == 1 else max(1, round(share * float(active)))
                 for layer, active in zip(layers, natural, strict=True)
-            ]
-            settings[share] = budgets, _active(backend, batch, budgets)
+            )
+            restriction = Restriction(tuple(budgets))
+            settings[share] = restriction, _active(backend, batch, restriction)
         times: dict[float, list[float]] = {share: [] for share in settings}
         for _ in range(rounds):
-            for share, (budgets, _used) in settings.items():
-                times[share].append(_step_seconds(backend, batch, budgets))
+            for share, (restriction, _used) in settings.items():
+                times[share].append(_step_seconds(backend, batch, restriction))
         for share, (_, used) in settings.items():
             rows.append(_row(artifact, batch, share, used, times[share]))
     return rows
 
 
-def _inputs(backend: Any, batch: int, budgets: list[int]) -> tuple[Any, ...]:
+def _inputs(backend: Any, batch: int, restriction: Restriction) -> tuple[Any, ...]:
     generator = np.random.default_rng(batch)
     ids = generator.integers(0, backend.vocabulary, size=(batch, 1))
-    return ids, np.full(batch, CONTEXT, np.int64), np.ones(batch, np.int64), np.array(budgets, np.int32)
+    return ids, np.full(batch, CONTEXT, np.int64), np.ones(batch, np.int64), restriction
 
 
-def _active(backend: Any, batch: int, budgets: list[int]) -> Any:
+def _active(backend: Any, batch: int, restriction: Restriction) -> Any:
     """Active experts of each layer, after enough steps that the size is captured."""
     for _ in range(5):
-        result = backend.step(*_inputs(backend, batch, budgets))
+        result = backend.step(*_inputs(backend, batch, restriction))
     return np.array(result.active, np.float64)
 
 
-def _step_seconds(backend: Any, batch: int, budgets: list[int]) -> float:
+def _step_seconds(backend: Any, batch: int, restriction: Restriction) -> float:
     """Device time of one step, without the copies to and from the host."""
-    return float(backend.device_seconds(*_inputs(backend, batch, budgets)))
+    return float(backend.device_seconds(*_inputs(backend, batch, restriction)))
 
 
 def _row(artifact: Artifact, batch: int, share: float, used: Any, seconds: list[float]) -> dict[str, Any]:

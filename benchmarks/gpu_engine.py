@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from gpu_models import PROMPTS, decode, forced_logits, greedy_tokens
+from gpu_models import PROMPTS, decode, forced_logits, greedy_tokens, restrictions
 
 from lynx_trt.artifact import Artifact, read
 from lynx_trt.console import new_app, run
@@ -75,11 +75,12 @@ def _check(row: Row, folder: Path, make: Make) -> None:
         want = dict(file)
     ends = np.cumsum(PROMPTS)
     prompts = [part.tolist() for part in np.split(want["prompts"], ends[:-1])]
-    everything = [layer.experts for layer in artifact.manifest.model.moe_layers]
+    settings = restrictions(artifact.manifest.model.moe_layers)
+    everything = settings["all"]
     started = time.perf_counter()
     backend = make(artifact, False)
     row.figures["load_seconds"] = time.perf_counter() - started
-    _right(row, artifact, backend, prompts, want, everything)
+    _right(row, artifact, backend, prompts, want, settings)
     again = forced_logits(backend, prompts, want["tokens_all"], everything)
     once_more = forced_logits(backend, prompts, want["tokens_all"], everything)
     row.checks["same bits twice"] = bool(np.array_equal(again, once_more))
@@ -87,9 +88,9 @@ def _check(row: Row, folder: Path, make: Make) -> None:
     _graphs(row, make(artifact, True), prompts, want, everything, again)
 
 
-def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, everything: Any) -> None:
+def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, settings: Any) -> None:
     """Logits of forced tokens against float64, then what it says by itself."""
-    logits = forced_logits(backend, prompts, want["tokens_all"], everything)
+    logits = forced_logits(backend, prompts, want["tokens_all"], settings["all"])
     error = np.abs(logits - want["logits"])
     rms, median = float(np.sqrt((error**2).mean())), float(np.median(error))
     scale = float(np.abs(want["logits"]).max())
@@ -108,8 +109,8 @@ def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, 
         and rms <= 2 * float(want["same_precision_rms"]) + floor
         and median <= 2 * float(want["same_precision_median"]) + floor
     )
-    for name, budgets in (("all", everything), ("half", want["half"].tolist())):
-        tokens, active = greedy_tokens(backend, prompts, budgets)
+    for name, restriction in settings.items():
+        tokens, active = greedy_tokens(backend, prompts, restriction)
         same = tokens == want[f"tokens_{name}"]
         # After the first token that differs the texts are two different ones.
         agreed = np.cumprod(same, axis=0).astype(bool)
@@ -120,11 +121,11 @@ def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, 
         row.figures[f"active_experts_{name}"] = float(active.mean())
         row.figures[f"largest_difference_of_active_experts_{name}"] = int(difference.max(initial=0))
         if artifact.manifest.model.precision == "fp32":
-            row.checks[f"text, {name} experts"] = bool(same.all())
+            row.checks[f"text, {name}"] = bool(same.all())
             row.checks[f"active experts, {name}"] = bool((difference == 0).all())
         else:
             # Half precision may take the other of two near-equals, after which everything differs.
-            row.checks[f"text, {name} experts"] = bool(agreed[0].mean() >= 0.75)
+            row.checks[f"text, {name}"] = bool(agreed[0].mean() >= 0.75)
 
 
 def _graphs(row: Row, backend: Any, prompts: Any, want: Any, everything: Any, eager: Any) -> None:

@@ -5,7 +5,8 @@
 Runs where there is no GPU. For each model: the artifact with its engine (the ONNX file and weights that are in the
 engine left out, so that the kit is small), and `expected.npz`: a ragged batch of prompts, tokens to force, Hugging Face
 eager's logits in float64, the error of eager in the engine's own precision, and ONNX Runtime's greedy tokens and
-active experts under a budget. And the graph of Qwen3-30B-A3B's form without weights, for `gpu_end_to_end.py`.
+active experts with all experts, under a budget and under a floor. And the graph of Qwen3-30B-A3B's form without
+weights, for `gpu_end_to_end.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from gpu_models import PROMPTS, STEPS, forced_logits, greedy_tokens
+from gpu_models import PROMPTS, STEPS, forced_logits, greedy_tokens, restrictions
 
 from lynx_trt.artifact import MANIFEST, Artifact, record_files
 from lynx_trt.build import BuildOptions, build, shipped_model
@@ -138,13 +139,11 @@ def expected(entry: Entry, checkpoint: Path, reference: Artifact) -> dict[str, A
     vocabulary = reference.manifest.model.vocabulary
     generator = np.random.default_rng(5)
     prompts = [generator.integers(3, vocabulary, size=length).tolist() for length in PROMPTS]
-    layers = reference.manifest.model.moe_layers
-    everything = [layer.experts for layer in layers]
-    half = [max(2 * layer.experts_per_token, layer.experts // 4) for layer in layers]
-    found: dict[str, Any] = {"half": np.array(half, np.int32)}
-    for name, budgets in (("all", everything), ("half", half)):
+    settings = restrictions(reference.manifest.model.moe_layers)
+    found: dict[str, Any] = {}
+    for name, restriction in settings.items():
         backend = OrtBackend(reference, len(PROMPTS), threads=1)
-        tokens, active = greedy_tokens(backend, prompts, budgets)
+        tokens, active = greedy_tokens(backend, prompts, restriction)
         found[f"tokens_{name}"], found[f"active_{name}"] = tokens, active
     rows = [prompt + tokens.tolist() for prompt, tokens in zip(prompts, found["tokens_all"].T, strict=True)]
     exact = eager(checkpoint, torch.float64, rows)
@@ -154,7 +153,8 @@ def expected(entry: Entry, checkpoint: Path, reference: Artifact) -> dict[str, A
     found["same_precision_rms"] = np.sqrt((same**2).mean())
     found["same_precision_median"] = np.median(np.abs(same))
     # The backend that will be compared is checked here against the same numbers, by the same function.
-    logits = forced_logits(OrtBackend(reference, len(PROMPTS), threads=1), prompts, found["tokens_all"], everything)
+    backend = OrtBackend(reference, len(PROMPTS), threads=1)
+    logits = forced_logits(backend, prompts, found["tokens_all"], settings["all"])
     assert np.abs(logits - exact).max() < 1e-3 * np.abs(exact).max(), entry.name
     return found
 

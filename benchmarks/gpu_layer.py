@@ -145,6 +145,13 @@ def restrict(layer: Layer, batch: Batch, budget: int, floor: float = 0.0) -> Bat
     return replace(batch, index=kept.index, weight=kept.weight, **limits)
 
 
+def floored(layer: Layer, batch: Batch, wanted: float) -> Batch:
+    """The same with no cap, under the highest floor of powers of two that leaves as many experts as are wanted."""
+    floors = (2.0**-n for n in range(31))
+    tried = (restrict(layer, batch, layer.experts.experts - 1, floor) for floor in floors)
+    return next(each for each in tried if each.active >= wanted)
+
+
 class Kernels:
     """Our kernels for some ops, compiled all at once; `prepare` makes a launch of one op on tensors."""
 

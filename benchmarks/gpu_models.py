@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
+
+# Votes for each voting token; one token's own experts but its first have fewer in a batch of four.
+FLOOR = 0.1
 # A ragged batch: one row fills the prefill's width, one is a single token, two are in between.
 PROMPTS = (9, 5, 12, 1)
 STEPS = 16
@@ -14,36 +18,46 @@ STEPS = 16
 Array = np.ndarray[Any, Any]
 
 
-def prefill(backend: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> Array:
+def restrictions(layers: Sequence[Any]) -> dict[str, Restriction]:
+    """What the batch is decoded under, for some MoE layers: all experts, half of them, and a floor with no cap."""
+    every = tuple(layer.experts for layer in layers)
+    return {
+        "all": Restriction(every),
+        "half": Restriction(tuple(max(2 * layer.experts_per_token, layer.experts // 4) for layer in layers)),
+        "floor": Restriction(tuple(experts - 1 for experts in every), (FLOOR,) * len(every)),
+    }
+
+
+def prefill(backend: Any, prompts: Sequence[Sequence[int]], restriction: Restriction) -> Array:
     """Logits [B,V] after the prompts, in one ragged step."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
-    return np.array(backend.step(ids, np.zeros_like(lengths), lengths, np.array(budgets, np.int32)).logits)
+    return np.array(backend.step(ids, np.zeros_like(lengths), lengths, restriction).logits)
 
 
-def decode(backend: Any, tokens: Array, past: Array, budgets: Sequence[int]) -> tuple[Array, Array]:
+def decode(backend: Any, tokens: Array, past: Array, restriction: Restriction) -> tuple[Array, Array]:
     """Logits [B,V] and active experts [N] of one decode step."""
-    result = backend.step(tokens[:, None], past, np.ones_like(past), np.array(budgets, np.int32))
+    result = backend.step(tokens[:, None], past, np.ones_like(past), restriction)
     return np.array(result.logits), np.array(result.active)
 
 
-def forced_logits(backend: Any, prompts: Sequence[Sequence[int]], tokens: Array, budgets: Sequence[int]) -> Array:
+def forced_logits(backend: Any, prompts: Sequence[Sequence[int]], tokens: Array, restriction: Restriction) -> Array:
     """[steps + 1, B, V]: logits after the prompts, and after each of tokens [steps, B]."""
     past = np.array([len(prompt) for prompt in prompts], np.int64)
-    outputs = [prefill(backend, prompts, budgets)]
+    outputs = [prefill(backend, prompts, restriction)]
     for number, step in enumerate(tokens):
-        outputs.append(decode(backend, step, past + number, budgets)[0])
+        outputs.append(decode(backend, step, past + number, restriction)[0])
     return np.stack(outputs).astype(np.float64)
 
 
-def greedy_tokens(backend: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> tuple[Array, Array]:
+def greedy_tokens(backend: Any, prompts: Sequence[Sequence[int]], restriction: Restriction) -> tuple[Array, Array]:
     """Tokens [steps, B], and the active experts [steps, N] of the steps that take them."""
     past = np.array([len(prompt) for prompt in prompts], np.int64)
-    logits, tokens, active = prefill(backend, prompts, budgets), [], []
+    logits, tokens, active = prefill(backend, prompts, restriction), [], []
     for number in range(STEPS):
         tokens.append(logits.argmax(axis=1))
-        logits, used = decode(backend, tokens[-1], past + number, budgets)
+        logits, used = decode(backend, tokens[-1], past + number, restriction)
         active.append(used)
     return np.stack(tokens).astype(np.int64), np.stack(active)

@@ -26,6 +26,7 @@ from gpu_layer import (
     Kernels,
     Layer,
     Run,
+    floored,
     make_batch,
     ops_for,
     restrict,
@@ -81,13 +82,6 @@ def point(layer: Layer, tokens: int, fraction: float, by: str, bench: Bench) -> 
         columns = {"contender": name, **times(timing)} | ({"right": right[name]} if name in right else {})
         bench.report.add(row | columns)
     print(f"{label}: {timings.get('lynx_metadata')}", flush=True)
-
-
-def floored(layer: Layer, batch: Batch, wanted: float) -> Batch:
-    """The same with no cap, under the highest floor of powers of two that leaves as many experts as are wanted."""
-    floors = (2.0**-n for n in range(31))
-    tried = (restrict(layer, batch, layer.experts.experts - 1, floor) for floor in floors)
-    return next(each for each in tried if each.active >= wanted)
 
 
 def repeated(run: Run, calls: int) -> Run:
