@@ -61,7 +61,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("experts", f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each"),
         ("dimensions", f"H {model.hidden}, I {first.intermediate}, vocabulary {model.vocabulary}"),
         ("routing", "; ".join(rules)),
-        ("sequence", f"{model.max_length} tokens at most; cache {size(cache_bytes(manifest))} a sequence"),
+        ("sequence", _sequence(manifest)),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
         ("budgets", _by_layer(chosen.budgets)),
@@ -85,6 +85,12 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("built", manifest.created),
     ]
     return table
+
+
+def _sequence(manifest: Manifest) -> str:
+    longest = f"{manifest.model.max_length} tokens at most"
+    # A graph that others exported keeps its cache in its own way.
+    return f"{longest}; cache {size(cache_bytes(manifest))} a sequence" if manifest.model.caches else longest
 
 
 def _by_layer(values: Sequence[int | float]) -> str:

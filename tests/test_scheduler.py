@@ -146,15 +146,17 @@ POLICIES = st.builds(
     prefill_tokens=st.integers(1, 48),
     prefill_rows=st.integers(1, 4),
     prefill_first=st.booleans(),
-    buckets=st.sampled_from([(), (1, 2, 4, 8), (4,), (3, 100)]),
 )
+DECODE_ROWS = st.sampled_from([(), (1, 2, 4, 8), (4,), (3, 100)])
 
 
 @settings(max_examples=150, deadline=None)
-@given(slots=st.integers(1, 6), policy=POLICIES, arrivals=ARRIVALS)
-def test_every_sequence_is_what_it_is_alone(slots: int, policy: Policy, arrivals: list[Any]) -> None:
-    """Random arrivals, lengths, clients that go away, chunks and buckets: tokens as alone, every slot free after."""
-    backend = FakeBackend(slots)
+@given(slots=st.integers(1, 6), policy=POLICIES, rows=DECODE_ROWS, arrivals=ARRIVALS)
+def test_every_sequence_is_what_it_is_alone(
+    slots: int, policy: Policy, rows: tuple[int, ...], arrivals: list[Any]
+) -> None:
+    """Random arrivals, lengths, clients that go away, chunks, batch sizes: tokens as alone, every slot free after."""
+    backend = FakeBackend(slots, StepSizes(rows))
     scheduled = Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), policy=policy)
     sequences, leave = [], {}
     for prompt, new, wait, patience in arrivals:
@@ -271,9 +273,9 @@ def test_a_backend_that_is_prepared_for_some_sizes() -> None:
     assert {batch for _, batch, width in backend.steps if width == 1} <= {2, 6}
 
 
-def test_buckets_are_padded_with_masked_rows() -> None:
-    backend = FakeBackend(8)
-    scheduled = scheduler(backend, buckets=(1, 4, 8))
+def test_batches_are_filled_up_with_masked_rows() -> None:
+    backend = FakeBackend(8, StepSizes((1, 4, 8)))
+    scheduled = scheduler(backend)
     for number in range(3):
         scheduled.submit(sequence([number + 1, 2], 6))
     finish(scheduled)

@@ -39,8 +39,6 @@ class Policy:
         prefill_rows: sequences of one prefill step, at most (an engine's prefill profile has a limit).
         prefill_first: no decode step before every admitted prompt is in the cache; a fixed batch then decodes
             together from its first token to its last.
-        buckets: batch sizes of decode steps, rising; a batch is filled up to the next one with masked rows. Empty:
-            those that the backend is prepared for (it has a CUDA graph for each, say), else every size.
     """
 
     queue: int = 64
@@ -48,7 +46,6 @@ class Policy:
     prefill_tokens: int = 256
     prefill_rows: int = 64
     prefill_first: bool = False
-    buckets: tuple[int, ...] = ()
 
     def within(self, sizes: StepSizes) -> Policy:
         """The policy as far as a backend can follow it."""
@@ -56,7 +53,6 @@ class Policy:
             self,
             chunk=min(self.chunk, sizes.prefill_length),
             prefill_rows=min(self.prefill_rows, sizes.prefill_rows),
-            buckets=self.buckets or sizes.decode_rows,
         )
 
 
@@ -225,15 +221,15 @@ class Scheduler:
             sequence.on_end()
 
     def _batch(self, rows: int) -> int:
-        """The batch size that a decode step of `rows` rows has."""
-        return next((size for size in self.policy.buckets if rows <= size <= len(self._slots)), rows)
+        """The batch size that a decode step of `rows` rows has: the next one that the backend is prepared for."""
+        return next((size for size in self._backend.sizes.decode_rows if rows <= size <= len(self._slots)), rows)
 
     def _compact(self) -> None:
         """Move the last decoding sequence into a hole while that makes the batch smaller.
 
         A row of cache is copied once; every later step has one row less to compute. 120 requests of mixed length on
         16 slots (lynx-tiny, ONNX Runtime): 20% fewer rows than with masked holes, 5 to 15% less CPU; batches filled
-        up to powers of two would cost 45% more rows, so buckets are for backends that need them.
+        up to powers of two would cost 45% more rows, so that is for backends that need it.
         """
         while (slots := self._decoding()) and None in self._slots[: slots[-1]]:
             source, target = slots[-1], self._slots.index(None)
