@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_trt.calibration.groups import select_groups
+from lynx_trt.calibration.groups import _votes, select_groups
 from lynx_trt.selection import PRESETS, Selection, select
 
 VARIANTS = {
@@ -51,7 +51,8 @@ def assert_equal(selection: Selection, inputs: dict[str, torch.Tensor], mask: to
 def test_equals_the_reference(name: str, coarse: bool) -> None:
     inputs = routing(3, groups=12, batch=9, experts=16, width=4, coarse=coarse)
     for budget in (0, 1, 5, 9, 15, 16, 99):
-        assert_equal(VARIANTS[name], inputs, None, budget=budget)
+        for floor in (0.0, 0.02, 1 / 9, 1.0):
+            assert_equal(VARIANTS[name], inputs, None, budget=budget, floor=floor)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -61,6 +62,7 @@ def test_equals_the_reference(name: str, coarse: bool) -> None:
     batch=st.integers(1, 8),
     sizes=st.sampled_from([(1, 1), (4, 1), (6, 6), (8, 3), (33, 5)]),  # K=1, K=E, odd E
     budget=st.integers(0, 12),
+    floor=st.sampled_from([0.0, 1e-45, 1e-6, 0.003, 0.05, 0.125, 0.25, 1.0, 1e38]),
     coarse=st.booleans(),
     renormalize=st.booleans(),
     scale=st.sampled_from([1.0, 2.5]),
@@ -71,13 +73,37 @@ def test_equals_the_reference_everywhere(
     batch: int,
     sizes: tuple[int, int],
     budget: int,
+    floor: float,
     coarse: bool,
     renormalize: bool,
     scale: float,
 ) -> None:
     inputs = routing(seed, 3, batch, *sizes, coarse)
     mask = torch.rand(3, batch, generator=torch.Generator().manual_seed(seed)) > 0.2
-    assert_equal(VARIANTS[name], inputs, mask, budget=budget, renormalize=renormalize, scale=scale)
+    assert_equal(VARIANTS[name], inputs, mask, budget=budget, floor=floor, renormalize=renormalize, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["lynx", "lynx-latency", "lynx-affinity", "xshare", "everything"])
+@pytest.mark.parametrize("masked", [0, 3], ids=["all count", "some masked"])
+def test_votes_on_the_floor_are_not_above_it(name: str, masked: int) -> None:
+    """Floors at and right beside some group's own votes: what ties is out, and one float32 lower it is in."""
+    inputs = routing(11, groups=6, batch=8, experts=16, width=4, coarse=False)
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[:, :masked] = False
+    voting = np.float32(8 - masked)
+    selection = VARIANTS[name]
+    combine = inputs["combine"].where(mask[..., None], 0.0)
+    weight = inputs["topk_weight"].where(mask[..., None], 0.0)
+    votes = _votes(selection, combine, inputs["topk_index"], weight, mask).float().numpy()
+    changed = 0
+    for group in range(6):
+        vote = np.sort(votes[group])[-5]
+        exact = np.float32(vote / voting)
+        for floor in (exact, np.nextafter(exact, np.float32(0)), np.nextafter(exact, np.float32(1))):
+            assert_equal(selection, inputs, mask, budget=15, floor=float(floor))
+        # Worth a test only where the product really is the vote.
+        changed += exact * voting == vote
+    assert changed
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -111,13 +137,15 @@ def test_a_floor_keeps_what_enough_tokens_want() -> None:
     }
     voted = Selection(vote="weight", guarantee=0, sensitivity=0.0, remap=True, power=2.0)
     for floor, budget, kept in (
-        (0.0, 4, [0, 1, 2, 3]),
-        (0.01, 4, [0, 1, 2, 3]),  # 0.03 over three tokens
-        (0.02, 4, [0, 1]),
-        (0.3, 4, [0]),
+        (0.0, 3, [0, 1, 2]),  # as many as there are votes for, up to the cap
+        (0.01, 3, [0, 1, 2]),  # 0.03 over three tokens
+        (0.02, 3, [0, 1]),
+        (0.3, 3, [0]),
         (0.02, 1, [0]),  # the budget holds as well
+        (9.0, 3, []),
+        (9.0, 4, [0, 1, 2, 3]),  # a budget of E is off, whatever the floor
     ):
         got = select_groups(voted, **inputs, budget=budget, floor=floor)
         assert got.kept[0].nonzero().flatten().tolist() == kept
     own = Selection(vote="weight", guarantee=1, sensitivity=0.0, remap=True, power=2.0)
-    assert select_groups(own, **inputs, budget=4, floor=9.0).kept[0].nonzero().flatten().tolist() == [0, 1]
+    assert select_groups(own, **inputs, budget=3, floor=9.0).kept[0].nonzero().flatten().tolist() == [0, 1]

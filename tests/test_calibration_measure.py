@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.cost import cost_model
 from lynx_trt.calibration.measure import Meter, count_active
 from lynx_trt.calibration.model import Probed, Setting, Shape
@@ -18,16 +19,17 @@ from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.selection import PRESETS
 
 BATCH, PROMPT, LENGTH = 6, 7, 24
+FLOORS = {"lynx": 0.05, "lynx-accuracy": 0.2}
 
 
 def random_ids(rows: int, length: int = LENGTH, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(3, 256, size=(rows, length))
 
 
-def decoded(artifact: Any, ids: np.ndarray[Any, Any], budgets: tuple[int, ...]) -> tuple[Any, Any]:
+def decoded(artifact: Any, ids: np.ndarray[Any, Any], setting: Setting) -> tuple[Any, Any]:
     """Logits [D,B,V] and active experts [D,N] of real decode steps after a prefill of PROMPT tokens."""
     backend = OrtBackend(artifact, slots=len(ids))
-    dial, rows = np.array(budgets, np.int32), np.ones(len(ids), np.int64)
+    dial, rows = Restriction(setting.budgets, setting.floors), np.ones(len(ids), np.int64)
     backend.step(ids[:, :PROMPT], 0 * rows, PROMPT * rows, dial)
     steps = [backend.step(ids[:, t : t + 1], t * rows, rows, dial) for t in range(PROMPT, ids.shape[1])]
     return np.stack([step.logits.copy() for step in steps]), np.stack([step.active.copy() for step in steps])
@@ -56,9 +58,14 @@ def forced(model: Any, ids: np.ndarray[Any, Any], setting: Setting) -> tuple[Any
 def test_equals_step_by_step_decoding(name: str, preset: str, artifact: Any) -> None:
     built = artifact(name, preset=preset)
     layers = built.manifest.model.moe_layers
-    setting = Setting(PRESETS[preset], tuple(4 - n % 2 for n in range(len(layers))))
+    # Odd layers have a tight budget, even ones a floor that leaves some experts out, and the widest cap.
+    setting = Setting(
+        PRESETS[preset],
+        tuple(3 if n % 2 else layer.experts - 1 for n, layer in enumerate(layers)),
+        tuple(0.0 if n % 2 else FLOORS[preset] for n in range(len(layers))),
+    )
     ids = random_ids(BATCH)
-    want, want_active = decoded(built, ids, setting.budgets)
+    want, want_active = decoded(built, ids, setting)
     got, got_active = forced(tiny_models.random_model(name), ids, setting)
     np.testing.assert_array_equal(got_active, want_active)
     # Float32 in two engines: the bound is twice what the forward itself is off from float64.
@@ -70,7 +77,7 @@ def test_equals_step_by_step_decoding(name: str, preset: str, artifact: Any) -> 
     # And the restriction did something, or equality says nothing.
     free, _ = forced(tiny_models.random_model(name), ids, Setting(PRESETS["off"], tuple(e.experts for e in layers)))
     assert np.abs(free - got).max() > 100 * own_error
-    assert (got_active < 8).any()
+    assert (got_active < 8).any(axis=0).all()  # every layer, so the floors did
 
 
 def meter(name: str = "qwen3_moe", rows: int = 12, **options: Any) -> Meter:
@@ -84,7 +91,7 @@ def meter(name: str = "qwen3_moe", rows: int = 12, **options: Any) -> Meter:
 def test_metrics_equal_a_plain_computation() -> None:
     """Every number of the summary, worked out the long way from full logits."""
     measured = meter(threads=2)
-    setting = Setting(PRESETS["lynx"], (4, 3))
+    setting = Setting(PRESETS["lynx"], (4, 7), (0.0, 0.05))
     (result,) = measured.measure([setting], BATCH)
     ids = random_ids(12, seed=5)
     logits = {}
@@ -106,6 +113,7 @@ def test_metrics_equal_a_plain_computation() -> None:
     active = logits["restricted active"]
     assert result.active.mean == pytest.approx(active.mean(), abs=0.02)  # blocks of a step more or less
     assert result.active_by_layer == pytest.approx(active.mean(0), abs=0.02)
+    assert result.active_max_by_layer == active.max(0).tolist()
     for interval in (result.kl, result.kl_p99, result.agreement, result.nats_a_token, result.active):
         assert interval.low <= interval.mean <= interval.high
         assert interval.low < interval.high
@@ -157,9 +165,10 @@ def test_a_measurement_survives_json() -> None:
     from lynx_trt.calibration.measure import Measurement
 
     measured = meter()
-    (result,) = measured.measure([Setting(PRESETS["xshare"], (3, 5))], 4)
+    tried = Setting(PRESETS["xshare"], (3, 5), (0.0, 0.1))
+    (result,) = measured.measure([tried], 4)
     assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    assert result.setting == Setting(PRESETS["xshare"], (3, 5))
+    assert result.setting == tried
 
 
 def test_memory_is_for_a_fixed_number_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:

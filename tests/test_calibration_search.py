@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,49 @@ import pytest
 
 from lynx_trt.calibration.company import ALONE
 from lynx_trt.calibration.cost import BANDWIDTH, EFFICIENCY, cost_model
+from lynx_trt.calibration.dials import Budgets, Dial, Floors, budget_dial, floor_dial
 from lynx_trt.calibration.intervals import Bootstrap, Interval, bound_for_new_text, student_t
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting
 from lynx_trt.calibration.promise import Promise
-from lynx_trt.calibration.search import Search, curves, ladder, measure_sensitivity
-from lynx_trt.calibration.study import bytes_goal, kl_at, promise_goal
+from lynx_trt.calibration.search import Goal, Search, curves, measure_sensitivity
+from lynx_trt.calibration.study import bytes_goal, kl_at, promise_goal, with_caps
 from lynx_trt.errors import UsageError
 from lynx_trt.selection import PRESETS
 
 NATURAL = 16.0
 EXPERTS = 24
 LYNX = PRESETS["lynx"]
-MAKE = partial(Setting, LYNX)
+FEWEST = 2.0  # what is guaranteed, where floors are tried
 
 
 class MadeUp:
-    """Layers whose KL falls by a factor of e every `decay` experts, times what the others lost already."""
+    """Layers whose KL falls by a factor of e every `decay` experts, times what the others lost already.
+
+    A floor of `top` leaves what is guaranteed, and each halving of it one expert more.
+    """
 
     def __init__(
-        self, height: Sequence[float], decay: Sequence[float], together: float = 0.0, noise: float = 0.0
+        self,
+        height: Sequence[float],
+        decay: Sequence[float],
+        together: float = 0.0,
+        noise: float = 0.0,
+        top: float = 0.03,
     ) -> None:
-        self.height, self.decay, self.together, self.noise = height, decay, together, noise
-        self.asked: set[tuple[int, ...]] = set()
+        self.height, self.decay, self.together, self.noise, self.top = height, decay, together, noise, top
+        self.asked: set[Setting] = set()
 
-    def kl(self, budgets: Sequence[int]) -> float:
+    def active(self, setting: Setting) -> list[float]:
+        """Experts of each layer."""
+        pairs = zip(setting.budgets, setting.floors, strict=True)
+        return [NATURAL if budget >= EXPERTS else min(budget, self.above(floor)) for budget, floor in pairs]
+
+    def above(self, floor: float) -> float:
+        """Experts with more votes than a floor."""
+        return NATURAL if floor == 0 else min(max(FEWEST + math.log2(self.top / floor), FEWEST), NATURAL)
+
+    def kl(self, budgets: Sequence[float]) -> float:
         alone = [
             0.0 if budget >= NATURAL else height * (math.exp(-budget / decay) - math.exp(-NATURAL / decay))
             for budget, height, decay in zip(budgets, self.height, self.decay, strict=True)
@@ -49,12 +66,12 @@ class MadeUp:
         return [self._measure(setting) for setting in settings]
 
     def _measure(self, setting: Setting) -> Measurement:
-        self.asked.add(setting.budgets)
-        generator = np.random.default_rng(abs(hash(setting.budgets)) % 2**32)
-        restricted = sum(budget < NATURAL for budget in setting.budgets)
-        factor = 1.0 if restricted > 1 else 1 / (1 + self.together)  # a layer alone hurts less
-        kl = self.kl(setting.budgets) * factor * (1 + self.noise * generator.standard_normal())
-        return made_up_measurement(setting, max(kl, 0.0), [min(float(b), NATURAL) for b in setting.budgets])
+        self.asked.add(setting)
+        active = self.active(setting)
+        generator = np.random.default_rng(abs(hash((setting.budgets, setting.floors))) % 2**32)
+        factor = 1.0 if sum(count < NATURAL for count in active) > 1 else 1 / (1 + self.together)  # alone hurts less
+        kl = self.kl(active) * factor * (1 + self.noise * generator.standard_normal())
+        return made_up_measurement(setting, max(kl, 0.0), [min(count, NATURAL) for count in active])
 
 
 def made_up_measurement(setting: Setting, kl: float, active: list[float]) -> Measurement:
@@ -65,7 +82,7 @@ def made_up_measurement(setting: Setting, kl: float, active: list[float]) -> Mea
         batch=8,
         selection=asdict(setting.selection),
         budgets=list(setting.budgets),
-        floors=None,
+        floors=list(setting.floors),
         kl=Interval(kl, 0.9 * kl, 1.1 * kl),
         kl_p99=single,
         agreement=Interval(1 - kl, 1 - kl, 1 - kl),
@@ -76,6 +93,7 @@ def made_up_measurement(setting: Setting, kl: float, active: list[float]) -> Mea
         active=Interval(mean, mean, mean),
         active_p99=max(active),
         active_by_layer=active,
+        active_max_by_layer=[math.ceil(count) + 2 for count in active],
         expert_bytes_a_token=Interval(sum(active) / 8, 0.0, 1.0),
         step_seconds=Interval(1 + sum(active), 0.0, 1.0),
         kl_by_sequence=list(kl * spread),
@@ -84,12 +102,19 @@ def made_up_measurement(setting: Setting, kl: float, active: list[float]) -> Mea
     )
 
 
-def search(model: MadeUp, goal: Any) -> Measurement | None:
+def dial_of(model: MadeUp, name: str) -> Dial:
     layers = len(model.height)
-    budgets = ladder([NATURAL] * layers, [EXPERTS] * layers, 0)
-    found = measure_sensitivity(model, MAKE, [EXPERTS] * layers, budgets, np.full(layers, NATURAL))
-    lines = curves(found, [EXPERTS] * layers, [int(NATURAL)] * layers, [1] * layers)
-    return Search(model, MAKE, lines, goal, [EXPERTS] * layers).run().best
+    natural = np.full(layers, NATURAL)
+    if name == "budgets":
+        return budget_dial(LYNX, [EXPERTS] * layers, natural, 4)
+    return floor_dial(model, LYNX, [EXPERTS] * layers, natural)
+
+
+def search(model: MadeUp, goal: Goal, name: str = "budgets") -> Measurement | None:
+    dial, layers = dial_of(model, name), len(model.height)
+    found = measure_sensitivity(model, dial, np.full(layers, NATURAL))
+    lines = curves(found, dial, [int(NATURAL)] * layers, [1] * layers)
+    return Search(model, dial, lines, goal).run().best
 
 
 MODELS = {
@@ -118,23 +143,76 @@ def test_search_is_near_the_best_there_is(name: str, total: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("total", [20, 32, 44])
+def test_floors_are_near_the_best_there_is(name: str, total: int) -> None:
+    """The same for floors, which are finer: against all that whole experts can do."""
+    model = MODELS[name]
+    best = search(model, bytes_goal(total / 8), "floors")
+    assert best is not None
+    assert sum(best.active_by_layer) <= total
+    counts = range(2, 17)
+    single = np.array(
+        [[model.kl([b if n == layer else EXPERTS for n in range(4)]) for b in counts] for layer in range(4)]
+    )
+    grids = np.meshgrid(*single, indexing="ij")
+    least = sum(grids)[sum(np.meshgrid(*[np.array(counts)] * 4, indexing="ij")) <= total].min()
+    assert model.kl(best.active_by_layer) <= 1.1 * least + 1e-6
+
+
+@pytest.mark.parametrize("top", [0.6, 0.03, 2e-5], ids=["few experts", "some", "very many"])
+def test_floors_are_looked_for_where_they_matter(top: float) -> None:
+    """From what leaves nothing but the guaranteed to what leaves nearly all, whatever votes a model has."""
+    model = MadeUp([1.0] * 3, [2.0] * 3, top=top)
+    dial = dial_of(model, "floors")
+    assert isinstance(dial, Floors)
+    assert model.above(dial.values[0]) == FEWEST
+    assert dial.values[0] <= 4 * top or dial.values[0] == 1
+    assert model.above(dial.values[-1]) >= 0.97 * NATURAL
+    assert model.above(4.01 * dial.values[-1]) < 0.97 * NATURAL  # and not further down than need be
+    ratios = np.array(dial.values[:-1]) / np.array(dial.values[1:])
+    np.testing.assert_allclose(ratios, 2**0.25, rtol=2e-3)
+    assert len(dial.rungs) <= 10
+    assert len(model.asked) <= 17
+
+
+def test_levels_mean_what_they_say() -> None:
+    """The last level restricts nothing; another has a floor, and a budget that doesn't switch it off."""
+    floors = Floors(LYNX, (8, 24), (0.5, 0.25))
+    assert floors.last == (2, 2)
+    assert floors.setting((0, 2)) == Setting(LYNX, (7, 24), (0.5, 0.0))
+    budgets = Budgets(LYNX, (8, 24), [1, 4])
+    assert budgets.setting((3, 24)) == Setting(LYNX, (3, 24), (0.0, 0.0))
+    assert budgets.last == (8, 24)
+
+
+def test_caps_are_what_was_used() -> None:
+    """The most of any step; E - 1 at most beside a floor, and E only where nothing is restricted."""
+    item = made_up_measurement(Setting(LYNX, (23, 23, 24, 24), (0.1, 0.1, 0.0, 0.0)), 0.1, [9.5, 23.0, 24.0, 7.0])
+    item.active_max_by_layer[:] = [12, 24, 24, 9]
+    assert with_caps(item) == Setting(LYNX, (12, 23, 24, 9), (0.1, 0.1, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("dial", ["budgets", "floors"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("limit", [0.3, 0.03, 0.003])
-def test_search_keeps_a_promise_cheaply(name: str, limit: float) -> None:
-    """The bound holds with room for chance, and no uniform budget does better."""
+def test_search_keeps_a_promise_cheaply(name: str, limit: float, dial: str) -> None:
+    """The bound holds with room for chance, and nothing that is the same in all layers does better."""
     model, promise = MODELS[name], Promise(max_kl=limit)
-    best = search(model, promise_goal(promise, 16, ALONE))
+    best = search(model, promise_goal(promise, 16, ALONE), dial)
     assert best is not None
     assert promise.will_be_kept(best, 16)
-    uniform = [model.measure([Setting(LYNX, (b,) * 4)])[0] for b in range(EXPERTS + 1)]
+    levels = dial_of(model, dial)
+    uniform = model.measure([levels.setting((level,) * 4) for level in range(levels.last[0] + 1)])
     allowed = [item.step_seconds.mean for item in uniform if promise.will_be_kept(item, 16)]
     assert best.step_seconds.mean <= min(allowed)
 
 
-def test_search_asks_little() -> None:
+@pytest.mark.parametrize("dial", ["budgets", "floors"])
+def test_search_asks_little(dial: str) -> None:
     """Three rounds of four layers: far fewer settings than the 17**4 there are."""
     model = MadeUp([3.0, 0.3, 1.0, 0.1], [3.0, 2.0, 2.5, 1.5])
-    search(model, promise_goal(Promise(max_kl=0.03), 16, ALONE))
-    assert len(model.asked) < 120
+    search(model, promise_goal(Promise(max_kl=0.03), 16, ALONE), dial)
+    assert len(model.asked) < 140
 
 
 def test_a_promise_has_several_parts() -> None:

@@ -29,7 +29,7 @@ RUNGS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Levels whose active experts are within this share of the fewest that there can be do nothing but that.
 SATURATED = 0.01
 # Floors are looked for from 1 down, by this factor, until so large a share of the experts is in use; at most so many.
-SWEEP, WHOLE, SWEEPS = 4.0, 0.97, 12
+SWEEP, WHOLE, SWEEPS = 4.0, 0.97, 16
 # Levels of a factor of 2 in the floor, and at how many floors, at most, each layer is tried.
 OCTAVE, MOST_RUNGS = 4, 10
 
