@@ -43,7 +43,7 @@ def one(artifact: Path, folder: Path, sequences: int, *more: str) -> dict[str, A
 def settings(result: dict[str, Any]) -> int:
     """How many settings a calibration measured, the unrestricted model and the last check not counted."""
     (study,) = result["batches"]
-    alone = len(study["sensitivity"]["budgets"]) * len(study["sensitivity"]["kl"])
+    alone = len(study["sensitivity"]["levels"]) * len(study["sensitivity"]["kl"])
     compared = sum(len(items) for items in study["uniform"].values()) + len(study["frontier"])
     return alone + len(study["search"]["steps"]) + compared
 

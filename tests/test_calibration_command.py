@@ -89,18 +89,24 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name not in ("created", "seconds", "peak_bytes")}
 
 
-def test_budgets_reach_the_artifact(options: CalibrateOptions) -> None:
+@pytest.mark.parametrize("dial", ["floors", "budgets"])
+def test_what_is_found_reaches_the_artifact(dial: Any, options: CalibrateOptions) -> None:
     before = artifacts.read(options.artifact).manifest
-    result = run_quietly(options)
+    result = run_quietly(replace(options, dial=None if dial == "floors" else dial))  # floors by default
     after = artifacts.open_artifact(options.artifact).manifest  # its sums still hold
     assert result["kept"]
-    assert after.selection.budgets == result["budgets"] != before.selection.budgets
+    assert result["dial"] == dial
+    assert any(result["floors"]) == (dial == "floors")
+    assert after.selection.budgets == result["budgets"]
+    assert after.selection.floors == result["floors"]
+    assert after.selection.restriction != before.selection.restriction
     assert after.selection.parameters == before.selection.parameters
     record = after.calibration
     assert record is not None
     assert record.promise == {"max_kl": 0.2}
     assert record.batch == 4
     assert record.budgets_by_batch == {4: result["budgets"]}
+    assert record.floors_by_batch == {4: result["floors"]}
     assert record.held_out["kl"][0] <= 0.2
     assert record.text["sha256"] == texts.read_text(options.text).sha256
     assert sorted(p.name for p in options.artifact.iterdir()) == sorted([*before.files, "lynx.json"])
@@ -111,15 +117,26 @@ def test_report_holds_everything_and_needs_nothing(options: CalibrateOptions) ->
     folder = options.output
     assert folder is not None
     stored = json.loads((folder / "calibration.json").read_text())
-    assert stored["budgets"] == result["budgets"] == stored["batches"][-1]["held_out"]["budgets"]
+    shared = stored["batches"][-1]["shared"]
+    assert stored["budgets"] == result["budgets"] == shared["budgets"]
+    assert stored["floors"] == result["floors"] == shared["floors"]
     assert [study["batch"] for study in stored["batches"]] == [2, 4]
     for study in stored["batches"]:
-        assert set(study["uniform"]) == {"lynx", "lynx-latency", "lynx-accuracy", "lynx-affinity", "oea", "xshare"}
+        presets = {"lynx", "lynx-latency", "lynx-accuracy", "lynx-affinity", "oea", "xshare"}
+        assert set(study["uniform"]) == {*presets, "lynx, one floor"}
         assert len(study["sensitivity"]["kl"]) == 2
         assert study["comparison"]
+        assert len({row["preset"] for row in study["comparison"]} & {"lynx", "lynx, one floor"}) == 2
+        chosen = study["held_out"]
+        for floor, budget, most in zip(
+            chosen["floors"], chosen["budgets"], study["search"]["best"]["active_max_by_layer"], strict=True
+        ):
+            assert budget == most  # the cap: what some step of the text that it was chosen on used
+            assert budget < 8 or floor == 0
     assert stored["versions"]["torch"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == 6
+    assert str(result["floors"]) in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     names = {path.name for path in folder.iterdir()}
@@ -176,7 +193,7 @@ def test_parameters_are_searched_and_can_be_built_with(
     """Other parameters than the graph's never reach the artifact; a build from the file has them."""
     result = run_quietly(replace(options, search_parameters=True, output=tmp_path / "found"))
     tried = result["batches"][0]["parameters"]
-    assert len(tried) == 9
+    assert len(tried) == 6  # guarantees of 1 and 2; with floors nobody is left without one
     best = min((row for row in tried if row["kl"]), key=lambda row: row["kl"][0])
     assert result["selection"]["guarantee"] == best["guarantee"]
     assert result["selection"]["sensitivity"] == best["sensitivity"]
@@ -184,6 +201,7 @@ def test_parameters_are_searched_and_can_be_built_with(
     assert result["artifact_updated"] == same
     again = build_quietly(source, tmp_path / "again", budget=str(tmp_path / "found" / "calibration.json"))
     assert again.manifest.selection.budgets == result["budgets"]
+    assert again.manifest.selection.floors == result["floors"]
     assert again.manifest.selection.parameters == result["selection"]
 
 
@@ -197,10 +215,58 @@ def test_budgets_are_only_measured(options: CalibrateOptions, capsys: pytest.Cap
         run_quietly(replace(options, budget="1", max_kl=0.0001, overwrite=True))
 
 
+def test_budgets_and_floors_of_a_file_are_measured(options: CalibrateOptions, tmp_path: Path) -> None:
+    """A calibration's own file gives that calibration's numbers; one floor and no budget is a cap of E - 1."""
+    found = run_quietly(replace(options, write=False, sequences=16, output=tmp_path / "found"))
+    given = run_quietly(replace(options, budget=str(tmp_path / "found" / "calibration.json"), max_kl=None))
+    assert given["floors"] == found["floors"]
+    assert given["budgets"] == found["budgets"]
+    assert any(given["floors"])
+    halves = [found["batches"][0][part] for part in ("held_out", "search")]
+    sequences = [*halves[0]["kl_by_sequence"], *halves[1]["best"]["kl_by_sequence"]]
+    whole = given["batches"][0]["held_out"]["kl_by_sequence"]
+    np.testing.assert_allclose(sorted(whole), sorted(sequences), rtol=1e-3, atol=1e-6)
+    one = run_quietly(replace(options, floor=0.05, max_kl=None, overwrite=True))
+    assert one["budgets"] == [7, 7]
+    assert one["floors"] == [0.05, 0.05]
+    with pytest.raises(CalibrationError, match=r"budgets \[7, 7\] with the floors \[0.3, 0.3\] don't keep"):
+        run_quietly(replace(options, floor=0.3, max_kl=0.0001, overwrite=True))
+
+
+def test_several_batch_sizes_share_the_mildest(options: CalibrateOptions) -> None:
+    """In each layer the lowest floor and the largest cap: measured at every size, and what the artifact gets."""
+    result = run_quietly(replace(options, batch="1,4,8", max_kl=0.1))
+    studies = result["batches"]
+    found = [study["held_out"] for study in studies]
+    assert len({tuple(item["floors"]) for item in found}) > 1  # or there is nothing to share
+    assert result["floors"] == [min(layer) for layer in zip(*(item["floors"] for item in found), strict=True)]
+    assert result["budgets"] == [max(layer) for layer in zip(*(item["budgets"] for item in found), strict=True)]
+    for study in studies:
+        assert study["shared"]["floors"] == result["floors"]
+        assert study["shared"]["kl"][0] <= 0.1
+    record = artifacts.read(options.artifact).manifest.calibration
+    assert record is not None
+    assert record.floors_by_batch == {study["batch"]: study["held_out"]["floors"] for study in studies}
+    assert record.held_out["kl"] == list(studies[-1]["shared"]["kl"])
+
+
+def test_a_preset_that_guarantees_nothing_has_budgets(
+    source: Path, options: CalibrateOptions, build_quietly: Any
+) -> None:
+    """A floor could leave its tokens without any expert."""
+    shutil.rmtree(options.artifact)
+    build_quietly(source, options.artifact, preset="lynx-latency")
+    with pytest.raises(UsageError, match="--dial floors can leave a token without any expert"):
+        run_quietly(replace(options, dial="floors"))
+    result = run_quietly(replace(options, max_kl=1.0))
+    assert result["dial"] == "budgets"
+    assert not any(result["floors"])
+
+
 def test_a_target_that_nothing_meets(options: CalibrateOptions) -> None:
     """Exit 1, the artifact untouched, and what was measured is there."""
     before = artifacts.read(options.artifact).manifest
-    with pytest.raises(CalibrationError, match="no budgets that save 1% of the experts keep the promise") as caught:
+    with pytest.raises(CalibrationError, match="nothing that saves 1% of the experts keeps the promise") as caught:
         run_quietly(replace(options, max_kl=1e-7))
     assert caught.value.exit_code == 1
     assert artifacts.read(options.artifact).manifest == before
@@ -265,6 +331,11 @@ WRONG: dict[str, tuple[Callable[[CalibrateOptions], CalibrateOptions], str]] = {
     "budgets for another model": (_with_budget_file("[4, 4, 4]"), r"3 budgets for 2 MoE layers"),
     "budgets above the model's": (_with_budget_file('{"budgets": [64, 64]}'), r"but the model has 8 experts a layer"),
     "both": (_wrong(resume=True, overwrite=True), r"--resume goes on .* and --overwrite replaces"),
+    "floors for another model": (
+        _with_budget_file('{"budgets": [4, 4], "floors": [0.1]}'),
+        r"1 floors for 2 MoE layers",
+    ),
+    "a floor below 0": (_wrong(floor=-0.5), r"the floor is -0.5: .* is no number of votes"),
     "no GPU": (_wrong(device="cuda"), r"--device cuda, but torch sees no GPU here"),
     "a folder of something else": (_wrong(output=Path(__file__).parent), r"exists and is no calibration"),
     "a file in the way": (_wrong(output=Path(__file__)), r"exists and is not a folder"),
@@ -342,6 +413,8 @@ def test_command_line(options: CalibrateOptions) -> None:
     outcome = CliRunner().invoke(app, [*arguments, "--max-kl", "0.2"], catch_exceptions=False)
     assert "Promise: KL at most 0.2; kept on held-out text" in outcome.stdout
     assert "experts active in a layer" in outcome.stdout
+    assert f"Floors: {printed['floors']}" in outcome.stdout
+    assert "floors by layer" not in outcome.stdout  # nothing is compared
     for changes, code in ((["--max-kl", "1e-7"], 1), (["--max-kl", "0"], 2)):
         command = [sys.executable, "-m", "lynx_trt.calibrate", *arguments, *changes]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

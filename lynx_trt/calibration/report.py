@@ -93,7 +93,7 @@ def comparison_columns(study: dict[str, Any]) -> list[str]:
 def comparison_rows(study: dict[str, Any]) -> Rows:
     """Presets, the same in all layers, at the chosen number of active experts."""
     chosen = study["held_out"]
-    if not chosen or "comparison" not in study:
+    if not chosen or not study.get("comparison"):
         return []
     names = ("budgets", "floors")
     at = [

@@ -40,7 +40,8 @@ COMPARED = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # For --search-parameters: the guarantee k0, and tau, each tried around the selection's own.
 GUARANTEES = (0, 1, 2)
 SENSITIVITIES = (0.0, 0.1, 0.25)
-PARAMETERS_AT = 0.6  # the share of the natural active experts at which they are compared
+# The shares of the natural active experts at which they are compared: the first that the selection's own reach.
+PARAMETERS_AT = (0.6, 0.7, 0.8, 0.9)
 # What a search asks for, about; only for the progress bar.
 SEARCH_EXPECTED = 60
 
@@ -291,7 +292,9 @@ def _search_parameters(
     settings = [one_level(dial) for dial in dials]
     with _Bar(phase(f"Parameters, {label}"), measured, sum(len(row) for row in settings)):
         measured.measure([setting for row in settings for setting in row])
-    active = PARAMETERS_AT * float(means.mean())
+    own = measured.measure(settings[variants.index(selection)])
+    counts = [share * float(means.mean()) for share in PARAMETERS_AT]
+    active = next((count for count in counts if kl_at(own, count)), counts[-1])
     reached = [kl_at(measured.measure(row), active) for row in settings]
     tried = [
         {"guarantee": variant.guarantee, "sensitivity": variant.sensitivity, "active": active, "kl": found}
