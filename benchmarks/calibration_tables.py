@@ -13,10 +13,12 @@ from typing import Any
 import typer
 from calibration_common import RESULTS
 
-from lynx_trt.calibration import plots
+from lynx_trt.calibration import plots, report
+from lynx_trt.calibration.plots import ONE_FLOOR
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PUBLISHED = ("lynx-latency", "lynx-accuracy", "lynx-affinity", "oea", "xshare")
+OURS = ("lynx", ONE_FLOOR)
 
 
 def read(name: str) -> Any:
@@ -53,8 +55,6 @@ def at_half(study: dict[str, Any]) -> Iterator[str]:
         if value
     ]
     missing = [name for name, value in study["at_half"].items() if not value]
-    for name, items in study["by_layer"].items():
-        rows += [(name, f"{item['active'][0]:.2f}", interval(item["kl"])) for item in items[:1]]
     yield f"Batch of {study['batch']}; {natural:.2f} of 32 experts active by themselves.\n"
     yield from table(("policy", "active", "KL, nats a token"), rows)
     if missing:
@@ -85,10 +85,39 @@ def their_points(study: dict[str, Any]) -> Iterator[str]:
     """Each published policy where it is by itself, with uniform budgets, against the default preset there."""
     rows = []
     for name, found in study["at_their_points"].items():
-        for row in sorted(found, key=lambda row: float(row["active"])):
-            rows.append((f"`{name}`", f"{row['active']:.2f}", number(row["by_layer_kl"][0]), number(row["kl"][0])))
-            rows[-1] += (interval(row["ratio"]),)
-    yield from table(("policy", "active", "its KL", "KL of `lynx` there", "its KL / `lynx`'s"), rows)
+        for active in sorted({row["active"] for row in found}):
+            at = {row["preset"]: row for row in found if row["active"] == active}
+            own = next(iter(at.values()))["by_layer_kl"][0]
+            ratios = [interval(at[ours]["ratio"]) if ours in at else "-" for ours in OURS]
+            rows.append((f"`{name}`", f"{active:.2f}", number(own), *ratios))
+    yield from table(("policy", "active", "its KL", "/ `lynx`, uniform budget", f"/ `{ONE_FLOOR}`"), rows)
+
+
+def one_floor(study: dict[str, Any]) -> Iterator[str]:
+    """One floor for all layers against one budget for all layers."""
+    points = {item["active"][0]: item for item in study["uniform"][ONE_FLOOR]}
+    rows = []
+    for row in sorted(study["one_floor"], key=lambda row: float(row["active"])):
+        item = min(points.items(), key=lambda pair: abs(pair[0] - row["active"]))[1]
+        cells = (f"{row['active']:.2f}", f"{item['floors'][0]:.3g}", number(item["kl"][0]), interval(row["ratio"]))
+        rows.append((*cells, f"{item['active_p99']:.0f} / {row['active_p99']:.0f}"))
+    yield from table(("active", "floor", "KL", "/ `lynx`, uniform budget", "p99 of active, floor / budget"), rows)
+
+
+def defaults(study: dict[str, Any]) -> Iterator[str]:
+    """What an artifact could begin with."""
+    rows = [
+        (
+            name,
+            f"{max(item['floors']):.3g}" if max(item["floors"]) else str(item["budgets"][0]),
+            f"{item['active'][0]:.2f}",
+            f"{item['active_p99']:.0f}",
+            interval(item["kl"]),
+            f"{100 * item['agreement'][0]:.1f}%",
+        )
+        for name, item in study["defaults"].items()
+    ]
+    yield from table(("default", "value", "active", "p99", "KL", "same token"), rows)
 
 
 def details(study: dict[str, Any]) -> Iterator[str]:
@@ -106,21 +135,25 @@ def details(study: dict[str, Any]) -> Iterator[str]:
                     f"{100 * item['agreement'][0]:.1f}%",
                     f"{item['bits_a_byte'][0]:.4f}",
                     f"{100 * item['perplexity_increase'][0]:.2f}%",
-                    str(item["budgets"]) if "budgets" in name else "",
+                    str(item["budgets"]) if "by layer" in name else "",
+                    ", ".join(f"{value:.2g}" for value in item["floors"]) if "floors" in name else "",
                 )
             )
-    columns = ("", "active", "p99", "KL", "KL p99", "same token", "bits a byte", "perplexity", "budgets")
+    columns = ("", "active", "p99", "KL", "KL p99", "same token", "bits a byte", "perplexity", "budgets", "floors")
     yield from table(columns, rows)
 
 
 def sensitivity(study: dict[str, Any]) -> Iterator[str]:
-    """Each layer alone."""
-    found = study["sensitivity"]
-    rows = [
-        (str(layer), f"{natural:.1f}", *(number(value) for value in row))
-        for layer, (row, natural) in enumerate(zip(found["kl"], found["natural"], strict=True))
-    ]
-    yield from table(("layer", "active by itself", *(str(b) for b in found["budgets"])), rows)
+    """Each layer alone, for both dials; then at the same share of its own experts."""
+    for name, found in study["sensitivity"].items():
+        rows = [
+            (str(layer), f"{natural:.1f}", *(number(value) for value in row))
+            for layer, (row, natural) in enumerate(zip(found["kl"], found["natural"], strict=True))
+        ]
+        values = (f"{value:.3g}" for value in found["values"])
+        yield from table((f"layer alone, {name}", "active by itself", *values), rows)
+        costs = [f"{layer}: {number(report.alone(found, layer))}" for layer in range(len(rows))]
+        yield f"At {report.ALONE_AT:.0%} of its own experts: {', '.join(costs)}. {report.most_sensitive(found)}\n"
 
 
 def draw(study: dict[str, Any]) -> None:
@@ -128,15 +161,16 @@ def draw(study: dict[str, Any]) -> None:
     batch, by_layer = study["batch"], study["by_layer"]
     shown = {
         **study,
-        "uniform": {n: v for n, v in study["uniform"].items() if n in PUBLISHED or n == "lynx"},
-        "frontier": by_layer["budgets by layer"],
-        "others": {name: by_layer[name] for name in ("floors by layer",) if name in by_layer},
+        "uniform": {n: v for n, v in study["uniform"].items() if n in (*PUBLISHED, *OURS)},
+        "sensitivity": study["sensitivity"]["floors"],
+        "frontier": by_layer["floors by layer"],
+        "others": {"budgets by layer": by_layer["budgets by layer"]},
         "held_out": None,
     }
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / f"calibration-quality-{batch}.png").write_bytes(plots.png(plots.quality(shown)))
     if batch == 16:
-        (IMAGES / f"calibration-sensitivity-{batch}.png").write_bytes(plots.png(plots.sensitivity(study)))
+        (IMAGES / f"calibration-sensitivity-{batch}.png").write_bytes(plots.png(plots.sensitivity(shown)))
         (IMAGES / f"calibration-uses-{batch}.png").write_bytes(plots.png(plots.uses(study)))
 
 
@@ -150,11 +184,28 @@ def promises(rows: list[dict[str, Any]]) -> Iterator[str]:
             number(row["limit"]),
             number(row["held_out"]),
             "yes" if row["kept"] else "NO",
+            ", ".join(f"{1e3 * value:.3g}" for value in row["floors"]),
             str(row["budgets"]),
         )
         for row in rows
+        if "held_out" in row
     ]
-    yield from table(("promise", "seed", "active", "limit", "held-out text", "kept", "budgets"), cells)
+    yield from table(("promise", "seed", "active", "limit", "held-out text", "kept", "1000 x floors", "caps"), cells)
+    yield from (f"Nothing found: {row}" for row in rows if "held_out" not in row)
+
+
+def batches(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What was found at one batch size, used at the others."""
+    sizes = list(dict.fromkeys(row["used_at"] for row in rows))
+    for dial in dict.fromkeys(row["dial"] for row in rows):
+        own = [row for row in rows if row["dial"] == dial]
+        cells = []
+        for source in dict.fromkeys(row["found_at"] for row in own):
+            at = {row["used_at"]: row for row in own if row["found_at"] == source}
+            found = [f"{at[size]['active'][0]:.2f}, {number(at[size]['kl'][0])}" for size in sizes]
+            cells.append((str(source), *found))
+        heads = (f"at {size}: active, KL" for size in sizes)
+        yield from table((f"{dial} found at", *heads), cells)
 
 
 def main() -> None:
@@ -164,12 +215,17 @@ def main() -> None:
         if not study:
             continue
         draw(study)
-        for part in (at_half, their_points, ratios, details, sensitivity):
+        for part in (at_half, one_floor, their_points, ratios, details, defaults, sensitivity):
             for line in part(study):
                 typer.echo(line)
-    found = read("calibration_promises")
-    for line in promises(found) if found else ():
-        typer.echo(line)
+    for name, tabulate in (
+        ("calibration_promises", promises),
+        ("calibration_promises_witness", promises),
+        ("calibration_batches", batches),
+    ):
+        found = read(name)
+        for line in tabulate(found) if found else ():
+            typer.echo(line)
 
 
 if __name__ == "__main__":

@@ -135,10 +135,9 @@ def sensitivity_rows(study: dict[str, Any]) -> Rows:
     ]
 
 
-def most_sensitive(study: dict[str, Any]) -> str:
+def most_sensitive(found: dict[str, Any]) -> str:
     """One sentence: which layers are the most and the least sensitive, where each saves the same share."""
-    found = study["sensitivity"]
-    costs = [_alone(found, layer) for layer in range(len(found["kl"]))]
+    costs = [alone(found, layer) for layer in range(len(found["kl"]))]
     order = sorted(range(len(costs)), key=lambda layer: -costs[layer])
     third = max(1, len(order) // 3)
     top, least = order[0], order[-1]
@@ -149,7 +148,7 @@ def most_sensitive(study: dict[str, Any]) -> str:
     )
 
 
-def _alone(found: dict[str, Any], layer: int) -> float:
+def alone(found: dict[str, Any], layer: int) -> float:
     """KL of one layer alone at `ALONE_AT` of its natural active experts: log KL interpolated between its levels."""
     points = sorted(zip(found["active"][layer], found["kl"][layer], strict=True))
     wanted = ALONE_AT * found["natural"][layer]
@@ -262,7 +261,7 @@ def _batch(study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
         if name not in plots:
             continue
         if name.startswith("sensitivity"):
-            parts.append(f"<p>{escape(most_sensitive(study))}</p>")
+            parts.append(f"<p>{escape(most_sensitive(study['sensitivity']))}</p>")
         data = base64.b64encode(plots[name]).decode()
         parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
     if comparison_rows(study):
