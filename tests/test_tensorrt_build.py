@@ -101,6 +101,7 @@ def test_build(tmp_path, dtype, bias):
     assert io["input_ids"] == ("input", "int64", (-1, -1))
     assert io["past_key_values.0.key"] == ("input", precision, (-1, HEADS, CACHE, HEAD_SIZE))
     assert io["budgets"] == ("input", "int32", (2,))
+    assert io["floors"] == ("input", "float32", (2,))
     assert io["hidden"] == ("output", precision, (-1, H))
     assert io["active.1"] == ("output", "int32", ())
     # The attributes are in the plan, whole: a value that dies too early would be garbage there.
@@ -280,6 +281,9 @@ def move_data(key: int, value: str):
         (rewire(EXPERTS, 1, "weight.0"), r"index is float32; allowed: int64"),
         (rewire(EXPERTS, 3, None), r"has 3 inputs; it takes 5 or 7"),
         (rewire(SELECT, 4, "budgets"), r"budget has 1 dimensions"),
+        (rewire(SELECT, 5, "floors"), r"floor has 1 dimensions"),
+        (rewire(SELECT, 5, "budget.0"), r"floor is int32; allowed: float32"),
+        (rewire(SELECT, 6, None), r"LynxSelect has 6 inputs; it takes 7"),
         (rewire("Reshape", 0, "nothing"), r"node Reshape.\w+ \(Reshape\): .*input was not registered"),
         (move_data(0, "gone.data"), r"gone.data: No such file or directory \(tensor gate_up.0\)"),
         (move_data(1, "begin"), r"gate_up.0 does not say where its data lies"),
