@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lynx_trt import artifact as artifacts
 from lynx_trt.calibrate import app
+from lynx_trt.calibration import report
 from lynx_trt.calibration import text as texts
 from lynx_trt.calibration.measure import Meter
 from lynx_trt.calibration.options import CalibrateOptions
@@ -142,6 +143,21 @@ def test_report_holds_everything_and_needs_nothing(options: CalibrateOptions) ->
     names = {path.name for path in folder.iterdir()}
     plots = {f"{plot}-{batch}.png" for plot in ("quality", "sensitivity", "uses") for batch in (2, 4)}
     assert names == {"calibration.json", "report.html", *plots}
+
+
+def test_layers_are_compared_where_they_save_the_same() -> None:
+    """At 70% of their own experts: what the second loses by then, whatever it loses at equal floors."""
+    found = {
+        "natural": [10.0, 20.0, 10.0],
+        "active": [[2.0, 8.0], [13.0, 15.0], [7.0, 9.0]],
+        "kl": [[0.9, 0.0009], [0.04, 0.01], [0.001, 0.0001]],
+    }
+    assert report.alone(found, 0) == pytest.approx(0.9 * 1000 ** (-5 / 6))
+    assert report.alone(found, 1) == pytest.approx(0.02)  # halfway, the geometric mean
+    assert report.alone(found, 2) == pytest.approx(0.001)
+    assert "layer 1 is the most sensitive (a middle layer, KL 0.02) and layer 2 the least" in report.most_sensitive(
+        found
+    )
 
 
 def test_same_seed_same_numbers(options: CalibrateOptions, tmp_path: Path) -> None:

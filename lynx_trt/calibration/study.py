@@ -160,7 +160,9 @@ def run_study(
     uniform: dict[str, list[Measurement]] = {}
     frontier: list[Measurement] = []
     if compare:
-        floors = _dial(choose, PRESETS[DEFAULT_PRESET], "floors", means, phase, label)
+        default = PRESETS[DEFAULT_PRESET]
+        is_that = dial.name == "floors" and selection == default
+        floors = dial if is_that else _dial(choose, default, "floors", means, phase, label)
         uniform = _uniform(check, floors, means, phase, label)
         with _Bar(phase(f"{dial.name.capitalize()} by layer, {label}"), check, len(COMPARED)):
             frontier = check.measure(_frontier(model, dial))
