@@ -3,7 +3,8 @@
 In order: voting (for `affinity` votes only), votes, keep (not if `KEEP_HERE`), choice, and then the last steps of
 `dispatch_kernel.py`: scan (not if `SCAN_HERE`) and place. A block is TOKENS tokens and a program of its own, except
 that keep and scan are one program each. Where there are few blocks, every program of the next launch adds up the few
-tables itself, which is faster than one more launch.
+tables itself, which is faster than one more launch. The floor is for each voting token of the batch: a block's are
+counted by voting, where that runs, and else by votes.
 
 Sums run in a fixed order, so that the same batch gives the same bits.
 """

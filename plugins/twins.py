@@ -75,11 +75,10 @@ def _kept_set(
     votes = _votes(spec, combine, index, weight, counts).float()
     forced = (own & _forced(spec, choice, index, weight)).any(dim=0)
     enough = votes > torch.tensor(floor, dtype=torch.float32, device=votes.device) * counts.sum().float()
-    kept = forced.clone()
-    ranked = sorted(range(experts), key=lambda e: (not forced[e], -float(votes[e]), e))
-    for expert in ranked[: max(budget, 0)]:
-        kept[expert] |= enough[expert]
-    return kept
+    first, sums = forced.tolist(), votes.tolist()
+    ranked = sorted(range(experts), key=lambda expert: (not first[expert], -sums[expert], expert))
+    best = torch.tensor(ranked[: max(budget, 0)], dtype=torch.int64, device=votes.device)
+    return forced | (torch.zeros_like(forced).index_fill_(0, best, True) & enough)
 
 
 def _forced(spec: SelectSpec, choice: Tensor, index: Tensor, weight: Tensor) -> Tensor:

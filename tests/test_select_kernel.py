@@ -212,17 +212,20 @@ def test_no_token_counts(way: str) -> None:
     _check(batch, PRESETS["lynx"], 2, WAYS[way])
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])
-def test_many_blocks(preset: str, floor: float) -> None:
+def test_many_blocks(preset: str) -> None:
     """Blocks that are too many for each program to add up: the kept set and the scan are launches of their own."""
     batch = _router(19, 16, 3)  # ten blocks: tables of more rows than are added at a time
-    given = (_spec(PRESETS[preset], 16, 3), *_tensors(batch, 5, floor))
-    got = on_device(with_many_blocks, execute.select, *given, launch=BLOCKS)
-    want = batch.select(PRESETS[preset], 5, floor=floor)
-    np.testing.assert_array_equal(got.index.numpy(), want.index)
-    assert int(got.active) == len(want.kept)
-    _check_dispatch(got.dispatch, torch.from_numpy(want.index), 16)
+    selection = replace(PRESETS[preset], guarantee=0)
+    low, high = _edge(batch, selection, 5)
+    assert batch.kept_set(selection, 5, low).sum() > batch.kept_set(selection, 5, high).sum()
+    for floor in (0.0, low, high):
+        given = (_spec(selection, 16, 3), *_tensors(batch, 5, floor))
+        got = on_device(with_many_blocks, execute.select, *given, launch=BLOCKS)
+        want = batch.select(selection, 5, floor=floor)
+        np.testing.assert_array_equal(got.index.numpy(), want.index)
+        assert int(got.active) == len(want.kept)
+        _check_dispatch(got.dispatch, torch.from_numpy(want.index), 16)
 
 
 def with_many_blocks(function: Any, *arguments: Any, **options: Any) -> Any:
