@@ -41,7 +41,7 @@ def one(artifact: Path, folder: Path, sequences: int, *more: str) -> dict[str, A
 
 
 def settings(result: dict[str, Any]) -> int:
-    """How many settings a calibration measured, the unrestricted model and the last check not counted."""
+    """How many settings a calibration measured; the range of floors, other batches and checks are not counted."""
     (study,) = result["batches"]
     alone = len(study["sensitivity"]["levels"]) * len(study["sensitivity"]["kl"])
     compared = sum(len(items) for items in study["uniform"].values()) + len(study["frontier"])
@@ -50,6 +50,7 @@ def settings(result: dict[str, Any]) -> int:
 
 def main(
     sequences: Annotated[str, typer.Option(help="Numbers of sequences, with commas between them.")] = "32,64,128",
+    write: Annotated[bool, typer.Option(help="Record the results; otherwise only print them.")] = True,
 ) -> None:
     """Calibrate with each amount of text, and once without the comparison."""
     counts = [int(part) for part in sequences.split(",")]
@@ -59,7 +60,8 @@ def main(
         for number, (count, more) in enumerate([*((count, ()) for count in counts), (counts[-1], ("--no-compare",))]):
             rows.append(one(artifact, Path(scratch) / f"{number}", count, *more))
             typer.echo(rows[-1])
-    typer.echo(record("calibration_cost", rows))
+    if write:
+        typer.echo(record("calibration_cost", rows))
 
 
 if __name__ == "__main__":
