@@ -69,8 +69,7 @@ def brief(item: Measurement) -> dict[str, Any]:
     return rounded
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions and hardware."""
+def _commit() -> str | None:
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git is there
         cwd=Path(__file__).parent,
@@ -78,9 +77,17 @@ def environment() -> dict[str, Any]:
         text=True,
         check=False,
     )
+    return head.stdout.strip() or None
+
+
+COMMIT = _commit()  # of the code that runs, whatever is committed in the meantime
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": head.stdout.strip() or None,
+        "commit": COMMIT,
         "python": platform.python_version(),
         **{name: version(name) for name in ("lynx-trt", "torch", "transformers")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
