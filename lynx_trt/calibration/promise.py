@@ -16,7 +16,7 @@ from lynx_trt.errors import UsageError
 if TYPE_CHECKING:
     from lynx_trt.calibration.measure import Measurement
 
-# Budgets are chosen so that text of the same kind keeps the promise this surely.
+# Floors and budgets are chosen so that text of the same kind keeps the promise this surely.
 CONFIDENCE = 0.99
 
 
