@@ -39,7 +39,7 @@ def main(
         Literal["auto", "onnxruntime", "tensorrt"],
         typer.Option(help="What runs it: the engine on a GPU, or the graph in ONNX Runtime; auto: whichever fits."),
     ] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads of ONNX Runtime; 0 is all cores but one.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of ONNX Runtime; 0: what serves best here.")] = 0,
     stream_interval: Annotated[
         float, typer.Option(help="Seconds between two pieces of a stream, at least; 0 sends every token by itself.")
     ] = 0.05,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,75 @@ def test_the_baseline_is_the_model_without_selection(artifact: Callable[..., Art
     # Behind the restricted steps the caches differ, so only the prefill compares.
     assert np.abs(plain[0][0] - fused[0][0]).max() <= 1e-5 * np.abs(plain[0][0]).max()
     assert all((active == -1).all() for _, active in fused)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # the second keeps an Attention with sinks of its own
+@pytest.mark.parametrize("heads", [0, 1 << 30])  # of no size, of any size: streamed, with all scores
+def test_both_ways_to_attend_are_equal(
+    name: str, heads: int, artifact: Callable[..., Artifact], monkeypatch: Any
+) -> None:
+    built = artifact(name, preset="lynx")
+    reference = steps(built, None)
+    monkeypatch.setattr("lynx_trt.runtime.attention.SMALL_HEAD", heads)
+    sinks = [node.input[11] for node in lower(built).model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert all(bool(sink) == bool(heads) for sink in sinks)
+    assert len(sinks) == (0 if name == "gpt_oss" else len(built.manifest.model.caches))
+    for (expected, _), (got, _) in zip(reference, steps(built, "auto"), strict=True):
+        assert np.abs(got - expected).max() <= 64 * np.finfo(np.float32).eps * np.abs(expected).max()
+
+
+# a batch in one piece, in pieces of equal size, and of unequal size; behind free slots
+@pytest.mark.parametrize(("batch", "pieces", "first"), [(7, 1, 0), (8, 2, 0), (9, 2, 0), (12, 3, 1)])
+@pytest.mark.parametrize("form", ["auto", "baseline"])
+def test_pieces_of_a_batch_are_the_whole(
+    form: Form, batch: int, pieces: int, first: int, artifact: Callable[..., Artifact], monkeypatch: Any
+) -> None:
+    built = artifact("qwen3_moe", preset="lynx")
+    experts = tuple(layer.experts for layer in built.manifest.model.moe_layers)
+    generator = np.random.default_rng(5)
+    whole, cut = (OrtBackend(built, first + batch, threads=1, pieces=count, form=form) for count in (1, 4))
+    ran: list[int] = []
+    run = cut._run
+
+    def counted(session: Any, bindings: Any) -> None:
+        ran.append(len(bindings))
+        run(session, bindings)
+
+    monkeypatch.setattr(cut, "_run", counted)
+    past, one = np.zeros(batch, np.int64), np.ones(batch, np.int64)
+    ids = generator.integers(3, 256, (batch, 5))
+    idle = one.copy()
+    idle[2] = 0
+    for number, (tokens, lengths, budget) in enumerate(
+        [(ids, one * 5, 8), (ids[:, :1], one, 8), (ids[:, 1:2], one, 2), (ids[:, 2:3], idle, 8), (ids[:, 3:4], one, 8)]
+    ):
+        restriction = Restriction((budget,) * len(experts))
+        expected, got = (each.step(tokens, past, lengths, restriction, first=first) for each in (whole, cut))
+        assert got.active.tolist() == expected.active.tolist()
+        rows = lengths > 0
+        difference = np.abs(got.logits[rows] - expected.logits[rows]).max()
+        assert difference <= 64 * np.finfo(np.float32).eps * np.abs(expected.logits).max(), number
+        past = past + lengths
+    # The selection votes over the batch, and an idle row has to load nothing; a prompt runs in one piece.
+    assert ran == ([1, pieces, 1, 1, pieces] if form == "auto" else [1, pieces, pieces, pieces, pieces])
+
+
+@pytest.mark.parametrize("failing", [0, 1])  # on the caller's thread, beside it
+def test_a_piece_that_fails_fails_the_step(failing: int, artifact: Callable[..., Artifact]) -> None:
+    """Once the others have ended: they write where the next step will."""
+    backend = OrtBackend(artifact("qwen3_moe", preset="lynx"), 8, threads=1, pieces=2, form="auto")
+    ended: list[int] = []
+
+    class Session:
+        def run_with_iobinding(self, piece: int) -> None:
+            if piece == failing:
+                raise RuntimeError("no memory")
+            time.sleep(0.05)
+            ended.append(piece)
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        backend._run(Session(), [0, 1])
+    assert ended == [1 - failing]
 
 
 @pytest.mark.parametrize("form", ["baseline", "unrestricted"])

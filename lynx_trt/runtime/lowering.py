@@ -55,11 +55,19 @@ SMALL_EXPERT = 256 << 10
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph to be loaded from memory, its weights in `folder`, and what each MoE layer became."""
+    """A graph to be loaded from memory.
+
+    Attributes:
+        model: the graph, its weights in `folder`.
+        folder: the artifact's.
+        forms: what each MoE layer became.
+        small: whether the experts of every layer are small.
+    """
 
     model: onnx.ModelProto
     folder: Path
     forms: tuple[str, ...]
+    small: bool
 
 
 class Unrestricted:
@@ -117,7 +125,7 @@ def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) ->
     records = artifact.manifest.model.moe_layers
     if len(pairs) != len(records):
         raise ArtifactError(f"{path} has {len(pairs)} MoE layers, the manifest says {len(records)}; build it again")
-    forms, logits = [], []
+    forms, logits, small = [], [], True
     for (select, experts), record in zip(pairs, records, strict=True):
         layer = _Layer(edit, select, experts, record.experts_per_token)
         try:
@@ -125,6 +133,7 @@ def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) ->
         except NoFitError as reason:
             raise ArtifactError(f"{record.name} can't be computed as {form}: {reason}") from None
         logits.append(layer.logits)
+        small = small and layer.small
     if form == "unrestricted":
         if len({(record.experts, record.experts_per_token) for record in records}) > 1:
             raise ArtifactError(f"{artifact.folder} has layers of different sizes, which have no unrestricted form")
@@ -134,7 +143,7 @@ def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) ->
     edit.finish()
     drop_dead(model)
     widen(model)
-    return Lowered(model, artifact.folder, tuple(forms))
+    return Lowered(model, artifact.folder, tuple(forms), small)
 
 
 def _pairs(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
@@ -154,14 +163,20 @@ def _give_router_logits(edit: GraphEdit, graph: onnx.GraphProto, logits: Sequenc
     graph.output[place].CopyFrom(helper.make_tensor_value_info(ROUTER_LOGITS, TensorProto.FLOAT, None))
 
 
-def count_active(logits: Array, layers: int, k: int) -> Array:
-    """Experts [N] i32 that at least one token has among its K best: `logits` [N T,E] of the unrestricted form."""
-    tokens = len(logits) // layers
-    if tokens == 1:
+def count_active(pieces: Sequence[Array], layers: int, k: int) -> Array:
+    """Experts [N] i32 that at least one token has among its K best.
+
+    Args:
+        pieces: logits [N T,E] of the unrestricted form, for each piece of the batch.
+        layers: N.
+        k: K, experts a token.
+    """
+    if len(pieces) == 1 and len(pieces[0]) == layers:
         return np.full(layers, k, np.int32)
-    chosen = np.argpartition(logits, -k, axis=1)[:, -k:]
-    marks = np.zeros((layers, logits.shape[1]), bool)
-    marks[np.repeat(np.arange(layers), tokens * k), chosen.reshape(-1)] = True
+    marks = np.zeros((layers, pieces[0].shape[1]), bool)
+    for logits in pieces:
+        chosen = np.argpartition(logits, -k, axis=1)[:, -k:]
+        marks[np.repeat(np.arange(layers), len(logits) // layers * k), chosen.reshape(-1)] = True
     return np.asarray(marks.sum(1), np.int32)
 
 
@@ -205,10 +220,15 @@ class _Layer:
     def _choose(self) -> Form:
         if not all(self.edit.is_constant(name) for name in (self.gate_up, self.down, *self.biases)):
             return "body"
+        return "fused" if self.small and self._misfit() is None else "grouped"
+
+    @property
+    def small(self) -> bool:
+        """Whether an expert of constant weights is small."""
+        if not self.edit.is_constant(self.down):
+            return False
         shape = self.edit.shape(self.down)
-        parts = 3 if self.form["gated"] else 2
-        small = 4 * parts * shape[1] * shape[2] <= SMALL_EXPERT
-        return "fused" if small and self._misfit() is None else "grouped"
+        return 4 * (3 if self.form["gated"] else 2) * shape[1] * shape[2] <= SMALL_EXPERT
 
     def _name_result(self, name: str) -> None:
         self.edit.add("Identity", [name], outputs=[self.experts.output[0]])

@@ -28,13 +28,16 @@ def backend_available(name: Name) -> bool:
     return bool(found["gpus"] and found["auto"])
 
 
-def open_backend(artifact: Artifact, slots: int, *, threads: int | None = None, name: Name = "auto") -> Backend:
+def open_backend(
+    artifact: Artifact, slots: int, *, threads: int | None = None, pieces: int | None = None, name: Name = "auto"
+) -> Backend:
     """A backend with `slots` sequence slots.
 
     Args:
         artifact: an opened artifact.
         slots: sequences that decode together, at most.
         threads: of ONNX Runtime; None leaves it the choice.
+        pieces: of a decode step that ONNX Runtime may compute at once, each with one thread; None is one a thread.
         name: `tensorrt` is the engine, on a GPU; `onnxruntime` the graph, on the CPU; `auto` the engine where it
             fits this machine, else the graph.
 
@@ -53,4 +56,4 @@ def open_backend(artifact: Artifact, slots: int, *, threads: int | None = None, 
         return TensorRTBackend(artifact, slots)
     from lynx_trt.runtime.ort import OrtBackend
 
-    return OrtBackend(artifact, slots, threads=threads, form="auto")
+    return OrtBackend(artifact, slots, threads=threads, pieces=pieces, form="auto")

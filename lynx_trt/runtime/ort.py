@@ -5,9 +5,13 @@ For comparisons it also runs on CUDA (`device`), where the caches stay on the GP
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,10 +33,27 @@ ELEMENT = {"fp32": np.float32, "fp16": np.float16}
 ONNX_FILE = "model.onnx"
 IDS, BUDGETS, FLOORS = "input_ids", "budgets", "floors"
 INPUTS = (IDS, "past_lengths", "lengths")
+# Rows that a piece of a decode step has at least: 8 rows of lynx-tiny take 0.65 ms on one core, 4 rows 0.36.
+PIECE = 4
 BINDINGS = 256  # of decode steps that are kept: one for each batch size, and more where slots in the middle decode
 # Where a graph that is loaded from memory has its external data.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A session of ONNX Runtime.
+
+    Attributes:
+        session: the session.
+        routers: whether it gives the routers' logits in place of the active experts, and takes no restriction.
+        rows_apart: whether no row sees another one, so that a decode step can run in pieces.
+    """
+
+    session: Any
+    routers: bool = False
+    rows_apart: bool = False
 
 
 class OrtBackend:
@@ -40,6 +61,10 @@ class OrtBackend:
 
     Binding the same memory as past and present lets TensorScatter write in place; otherwise ONNX Runtime copies the
     whole cache at every step.
+
+    Small experts leave every core with little to do between two points where ONNX Runtime's threads wait for each
+    other. So a decode step that restricts nothing is cut into pieces of the batch, each on a core of its own: they
+    meet once a step and not once a node. Where the selection votes over the batch, there is no such cut.
     """
 
     def __init__(
@@ -48,6 +73,7 @@ class OrtBackend:
         slots: int,
         *,
         threads: int | None = None,
+        pieces: int | None = None,
         form: Form | None = None,
         profile: Path | None = None,
         device: Device = "cpu",
@@ -58,6 +84,7 @@ class OrtBackend:
             artifact: the artifact.
             slots: sequences.
             threads: of ONNX Runtime; None leaves it the choice.
+            pieces: into which a decode step may be cut, at most; None is one a thread.
             form: what the lynx ops become (lowering.py), computed in float32, `auto` for speed; None runs
                 `model.onnx` as it is, the functions in it and its own precision: the reference.
             profile: where ONNX Runtime writes the time of each node, up to `end_profile`; the name gets a suffix.
@@ -77,8 +104,11 @@ class OrtBackend:
             )
         self.slots, self.sizes = slots, StepSizes()
         self._device = device
-        self._session, self._free = _sessions(artifact, threads, form, profile, device)
-        self.notes = [] if device == "cpu" else _left_to_cpu((self._session, self._free), device)
+        cores = pieces or threads or len(os.sched_getaffinity(0))
+        self._pieces = 1 if profile or device != "cpu" else cores
+        self._whole, self._free = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
+        self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
+        self.notes = [] if device == "cpu" else _left_to_cpu(self._sessions(), device)
         element = ELEMENT[model.precision] if form is None else np.float32
         self._unrestricted, self._count = Unrestricted(artifact), count_active
         self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
@@ -98,6 +128,8 @@ class OrtBackend:
         self._active = np.zeros(len(model.moe_layers), np.int32)
         self._experts, self._k = model.moe_layers[0].experts, model.moe_layers[0].experts_per_token
         self._bindings: dict[tuple[bool, int, int], tuple[Any, Array]] = {}
+        # A prompt's matrix products are large enough for all of ONNX Runtime's threads.
+        self._free_prompts = threads == 1 or not self._free.rows_apart
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
@@ -114,53 +146,72 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
-        free = self._free is not self._session and self._unrestricted.holds(lengths, length, restriction)
+        graph = self._graph(lengths, length, restriction)
         budgets, floors = restriction.arrays
         values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
         if length == 1:
             for name, value in values.items():
-                self._inputs[name][: len(value)] = value
-            binding, routers = self._bound(free, first, batch)
+                self._inputs[name][rows if name in INPUTS else slice(None)] = value
+            cuts = _cuts(first, batch, self._pieces if graph.rows_apart else 1)
+            bound = [self._bound(graph, piece) for piece in cuts]
         else:
             inputs = {n: np.ascontiguousarray(v, self._inputs[n].dtype) for n, v in values.items()}
-            binding, routers = self._bind(free, rows, inputs)
-        (self._free if free else self._session).run_with_iobinding(binding)
-        active = self._count(routers, len(self._active), self._k) if free else self._active.copy()
-        return StepResult(self._logits[:batch].copy(), active)
+            bound = [self._bind(graph, rows, inputs)]
+        self._run(graph.session, [binding for binding, _ in bound])
+        routers = [logits for _, logits in bound]
+        active = self._count(routers, len(self._active), self._k) if graph.routers else self._active.copy()
+        return StepResult(self._logits[rows].copy(), active)
 
-    def _bound(self, free: bool, first: int, batch: int) -> tuple[Any, Array]:
+    def _graph(self, lengths: Array, length: int, restriction: Restriction) -> _Graph:
+        """What runs a step of rows of `length` tokens."""
+        if self._free is self._whole or (length > 1 and not self._free_prompts):
+            return self._whole
+        free = not self._free.routers or self._unrestricted.holds(lengths, length, restriction)
+        return self._free if free else self._whole
+
+    def _run(self, session: Any, bindings: Sequence[Any]) -> None:
+        """Run each binding, the first on this thread and the others beside it; if one fails the others end first."""
+        beside = [self._helpers.submit(session.run_with_iobinding, binding) for binding in bindings[1:]]
+        try:
+            session.run_with_iobinding(bindings[0])
+        finally:
+            wait(beside)
+        for run in beside:
+            run.result()
+
+    def _bound(self, graph: _Graph, rows: slice) -> tuple[Any, Array]:
         """The binding of a decode step, as `_bind` makes it."""
-        key = free, first, batch
+        key = graph is self._free, rows.start, rows.stop
         if key not in self._bindings:
             if len(self._bindings) >= BINDINGS:
                 self._bindings.clear()
-            self._bindings[key] = self._bind(free, slice(first, first + batch), self._decode_inputs(batch))
+            self._bindings[key] = self._bind(graph, rows, self._decode_inputs(rows))
         elif self._device != "cpu":
             # What lies elsewhere than the graph wants it is copied when it is bound, not when it runs: the inputs
             # always, and the cache of a layer whose attention runs on the CPU.
-            self._bind_inputs(self._bindings[key][0], free, slice(first, first + batch), self._decode_inputs(batch))
+            self._bind_inputs(self._bindings[key][0], graph, rows, self._decode_inputs(rows))
         return self._bindings[key]
 
-    def _decode_inputs(self, batch: int) -> dict[str, Array]:
-        return {name: value if name in (BUDGETS, FLOORS) else value[:batch] for name, value in self._inputs.items()}
+    def _decode_inputs(self, rows: slice) -> dict[str, Array]:
+        return {name: value[rows] if name in INPUTS else value for name, value in self._inputs.items()}
 
-    def _bind(self, free: bool, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
+    def _bind(self, graph: _Graph, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
         """Inputs that live as long as the binding, and outputs of every step in the same memory; routers' logits."""
-        binding = (self._free if free else self._session).io_binding()
-        self._bind_inputs(binding, free, rows, inputs)
+        binding = graph.session.io_binding()
+        self._bind_inputs(binding, graph, rows, inputs)
         for name, cache in self._caches.items():
             _bind_rows(binding.bind_output, f"present_{name}", cache, rows)
-        _bind(binding.bind_output, "logits", self._logits[: rows.stop - rows.start])
-        routers = np.zeros((len(self._active) * inputs[IDS].size if free else 0, self._experts), np.float32)
-        if free:
+        _bind(binding.bind_output, "logits", self._logits[rows])
+        routers = np.zeros((len(self._active) * inputs[IDS].size if graph.routers else 0, self._experts), np.float32)
+        if graph.routers:
             _bind(binding.bind_output, "router_logits", routers)
         else:
             _bind(binding.bind_output, "active_experts", self._active)
         return binding, routers
 
-    def _bind_inputs(self, binding: Any, free: bool, rows: slice, inputs: dict[str, Array]) -> None:
+    def _bind_inputs(self, binding: Any, graph: _Graph, rows: slice, inputs: dict[str, Array]) -> None:
         for name, value in inputs.items():
-            if not (free and name in (BUDGETS, FLOORS)):
+            if not (graph.routers and name in (BUDGETS, FLOORS)):
                 _bind(binding.bind_input, name, value)
         for name, cache in self._caches.items():
             _bind_rows(binding.bind_input, f"past_{name}", cache, rows)
@@ -179,7 +230,17 @@ class OrtBackend:
 
     def end_profile(self) -> list[str]:
         """Stop profiling; returns the files' paths, one for each graph."""
-        return [str(session.end_profiling()) for session in dict.fromkeys((self._session, self._free))]
+        return [str(session.end_profiling()) for session in self._sessions()]
+
+    def _sessions(self) -> list[Any]:
+        return list(dict.fromkeys((self._whole.session, self._free.session)))
+
+
+def _cuts(first: int, batch: int, pieces: int) -> list[slice]:
+    """Rows `first` to `first + batch - 1` in pieces of equal size, at most so many, each of `PIECE` rows or more."""
+    pieces = max(1, min(pieces, batch // PIECE))
+    ends = [first + batch * piece // pieces for piece in range(pieces + 1)]
+    return [slice(*piece) for piece in pairwise(ends)]
 
 
 def device_problem(device: Device) -> str | None:
@@ -227,10 +288,10 @@ def _writable(cache: Any) -> Iterator[Array]:
     cache.update_inplace(values)
 
 
-def _left_to_cpu(sessions: tuple[Any, Any], device: Device) -> list[str]:
+def _left_to_cpu(sessions: Sequence[Any], device: Device) -> list[str]:
     """A line for each graph of which a part runs on the CPU, though another device was asked for."""
     lines = []
-    for session in dict.fromkeys(sessions):
+    for session in sessions:
         parts = session.get_provider_graph_assignment_info()
         left = Counter(n.op_type for part in parts if part.ep_name != PROVIDERS[device] for n in part.get_nodes())
         if left:
@@ -245,28 +306,34 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _sessions(
-    artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None, device: Device
-) -> tuple[Any, Any]:
-    """The session, and one for steps that restrict nothing where that is worth it: small experts, fused.
+def _graphs(
+    artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None, device: Device, *, cut: bool
+) -> tuple[_Graph, _Graph]:
+    """The graph for all steps, and the one for those that restrict nothing, where that is worth it: small experts.
 
-    There the selection's nodes cost more than the experts, and a second copy of the weights is little.
+    There the selection's nodes cost more than the experts, and a second copy of the weights is little. With `cut` the
+    second one runs in pieces, so that it has one thread for each.
     """
     from lynx_trt.runtime.lowering import lower
 
     if form is None:
-        session = _session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device)
-        return session, session
+        whole = _Graph(_session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device))
+        return whole, whole
     attention = device == "cpu"
     lowered = lower(artifact, form=form, attention=attention)
-    session = _session(artifact, lowered.model.SerializeToString(), threads, profile, device)
+    source = lowered.model.SerializeToString()
+    whole = _Graph(_session(artifact, source, threads, profile, device))
+    apart = 1 if cut else threads
+    if form == "baseline" and cut and lowered.small:
+        return whole, _Graph(_session(artifact, source, apart, None, device), rows_apart=True)
     if form != "auto" or set(lowered.forms) != {"fused"}:
-        return session, session
+        return whole, whole
     try:
         free = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
     except ArtifactError:  # another routing rule: the selection stays in every step
-        return session, session
-    return session, _session(artifact, free, threads, profile and profile.with_name(f"{profile.name}-free"), device)
+        return whole, whole
+    second = profile and profile.with_name(f"{profile.name}-free")
+    return whole, _Graph(_session(artifact, free, apart, second, device), routers=True, rows_apart=cut)
 
 
 def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None, device: Device) -> Any:

@@ -22,7 +22,7 @@ class Settings:
         max_tokens: new tokens of requests that don't say.
         deadline: seconds after which a request is ended, at most.
         backend: what runs the model: tensorrt (the engine), onnxruntime, or auto (whichever fits).
-        threads: CPU threads of ONNX Runtime; 0 is all cores but one.
+        threads: CPU threads of ONNX Runtime; 0 is all cores, and all but one in steps that can't be cut into pieces.
         chunk: tokens of one prompt in one prefill step.
         prefill_tokens: tokens of one prefill step, padding included.
         stream_interval: seconds between two pieces of one stream, at least; tokens in between come as one piece.

@@ -40,16 +40,13 @@ def start_service(
     opened = read(artifact)
     settings = Settings.of(parameters)
     name = cast("Name", settings.backend)
-    backend = open_backend(opened, settings.slots, threads=settings.threads or _threads(), name=name)
+    cores = len(os.sched_getaffinity(0))
+    # Threads that wait for each other at every operator lose far more to a busy core than they win with it, and the
+    # server and its streams need one. Pieces of a decode step meet once, so they may have all.
+    threads, pieces = settings.threads or max(1, cores - 1), settings.threads or cores
+    backend = open_backend(opened, settings.slots, threads=threads, pieces=pieces, name=name)
     print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
     parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings)
     return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)
-
-
-def _threads() -> int:
-    """All cores but one, which the server and its streams need: threads that wait for each other at every operator
-    lose far more to a busy core than they win with it.
-    """
-    return max(1, len(os.sched_getaffinity(0)) - 1)
