@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import signal
 import socket
@@ -148,7 +147,10 @@ def batching(target: Target, quality: str, rounds: int, seconds: float, many: in
 
 
 def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, threads: int) -> dict[str, Any]:
-    """Time per token of the server over that of `lynx_trt.generate`: the same prompts, all experts, in turns."""
+    """Time per token of the server over that of `lynx_trt.generate`: the same prompts, all experts, in turns.
+
+    0 threads leave both the choice: `generate` takes all cores, the server what start.py says.
+    """
     from lynx_trt.artifact import TOKENIZER, read
     from lynx_trt.budgets import Restriction
     from lynx_trt.runtime.decode import generate
@@ -158,7 +160,7 @@ def overhead(target: Target, artifact: Path, batch: int, rounds: int, new: int, 
 
     opened = read(artifact)
     limits, tokenizer = limits_of(opened.manifest), Tokenizer(opened.path(TOKENIZER))
-    backend = open_backend(opened, batch, threads=threads)
+    backend = open_backend(opened, batch, threads=threads or None)
     texts = prompts(batch, batch, most=60)
 
     def here() -> float:
@@ -291,9 +293,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="*", default=list(CONCURRENCY))
     parser.add_argument("--quality", nargs="*", default=list(QUALITIES))
     parser.add_argument("--rounds", type=int, default=5, help="of batching and overhead")
-    parser.add_argument(
-        "--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1), help="of ONNX Runtime, both sides"
-    )
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime, both sides; 0: what each takes itself")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_load.json")
     parser.add_argument("--plot", type=Path, default=PLOT)
     parser.add_argument("--page", type=Path, default=PAGE, help="where the tables go")

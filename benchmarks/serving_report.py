@@ -27,8 +27,8 @@ def _place(record: Record) -> str:
     warning = "**The machine was busy with other work meanwhile, so these figures say little.** " if busy else ""
     return warning + (
         f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
-        f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']} with "
-        f"{record['threads']} thread(s), load average {record['load_before']} before, "
+        f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']}, "
+        f"{record['threads'] or 'default'} threads, load average {record['load_before']} before, "
         f"Python {record['python']}, {record['server']}, commit {record['commit']}, {record['time'][:10]}; "
         f"`{record['command']}`."
     )
@@ -50,6 +50,7 @@ def _judged(record: Record) -> str:
                 ("decode_tokens_per_second", "tokens/s of the decode steps alone"),
             )
         ),
+        _alone(record["overhead"]),
         *(
             (
                 f"server over `generate`, batch {entry['batch']}: ms a token",
@@ -61,6 +62,14 @@ def _judged(record: Record) -> str:
         ),
     ]
     return _markdown(rows)
+
+
+def _alone(overhead: list[Record]) -> tuple[str, ...]:
+    """Of `generate` without a server: the largest batch over one, in tokens a second."""
+    one, most = overhead[0], max(overhead, key=lambda entry: int(entry["batch"]))
+    rates = [entry["batch"] / entry["generate_ms"] * 1e3 for entry in (one, most)]
+    name = f"`generate` alone, {most['batch']} sequences over {one['batch']}, max: tokens/s"
+    return (name, f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
 
 
 def _load(record: Record) -> str:

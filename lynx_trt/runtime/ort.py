@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,12 +48,25 @@ class _Graph:
     Attributes:
         session: the session.
         routers: whether it gives the routers' logits in place of the active experts, and takes no restriction.
-        rows_apart: whether no row sees another one, so that a decode step can run in pieces.
     """
 
     session: Any
     routers: bool = False
-    rows_apart: bool = False
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """What runs the steps.
+
+    Attributes:
+        whole: any step.
+        free: steps that restrict nothing; may be `whole`.
+        apart: the same in pieces, as far as they are decode steps; None where that isn't worth it.
+    """
+
+    whole: _Graph
+    free: _Graph
+    apart: _Graph | None = None
 
 
 class OrtBackend:
@@ -106,7 +119,7 @@ class OrtBackend:
         self._device = device
         cores = pieces or threads or len(os.sched_getaffinity(0))
         self._pieces = 1 if profile or device != "cpu" else cores
-        self._whole, self._free = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
+        self._graphs = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
         self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
         self.notes = [] if device == "cpu" else _left_to_cpu(self._sessions(), device)
         element = ELEMENT[model.precision] if form is None else np.float32
@@ -127,9 +140,8 @@ class OrtBackend:
         self._logits = np.zeros((slots, model.vocabulary), np.float32)
         self._active = np.zeros(len(model.moe_layers), np.int32)
         self._experts, self._k = model.moe_layers[0].experts, model.moe_layers[0].experts_per_token
-        self._bindings: dict[tuple[bool, int, int], tuple[Any, Array]] = {}
-        # A prompt's matrix products are large enough for all of ONNX Runtime's threads.
-        self._free_prompts = threads == 1 or not self._free.rows_apart
+        self._bindings: dict[tuple[int, int, int], tuple[Any, Array]] = {}
+        self._selects = form != "baseline"
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
@@ -146,14 +158,14 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
-        graph = self._graph(lengths, length, restriction)
         budgets, floors = restriction.arrays
         values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
+        cuts = _cuts(first, batch, self._pieces if length == 1 else 1)
+        graph = self._graph(not self._selects or self._unrestricted.holds(lengths, length, restriction), len(cuts))
         if length == 1:
             for name, value in values.items():
                 self._inputs[name][rows if name in INPUTS else slice(None)] = value
-            cuts = _cuts(first, batch, self._pieces if graph.rows_apart else 1)
-            bound = [self._bound(graph, piece) for piece in cuts]
+            bound = [self._bound(graph, piece) for piece in (cuts if graph is self._graphs.apart else [rows])]
         else:
             inputs = {n: np.ascontiguousarray(v, self._inputs[n].dtype) for n, v in values.items()}
             bound = [self._bind(graph, rows, inputs)]
@@ -162,15 +174,17 @@ class OrtBackend:
         active = self._count(routers, len(self._active), self._k) if graph.routers else self._active.copy()
         return StepResult(self._logits[rows].copy(), active)
 
-    def _graph(self, lengths: Array, length: int, restriction: Restriction) -> _Graph:
-        """What runs a step of rows of `length` tokens."""
-        if self._free is self._whole or (length > 1 and not self._free_prompts):
-            return self._whole
-        free = not self._free.routers or self._unrestricted.holds(lengths, length, restriction)
-        return self._free if free else self._whole
+    def _graph(self, free: bool, pieces: int) -> _Graph:
+        """What runs a step; `free`: it restricts nothing."""
+        if free and pieces > 1 and self._graphs.apart is not None:
+            return self._graphs.apart
+        return self._graphs.free if free else self._graphs.whole
 
     def _run(self, session: Any, bindings: Sequence[Any]) -> None:
         """Run each binding, the first on this thread and the others beside it; if one fails the others end first."""
+        if len(bindings) == 1:
+            session.run_with_iobinding(bindings[0])
+            return
         beside = [self._helpers.submit(session.run_with_iobinding, binding) for binding in bindings[1:]]
         try:
             session.run_with_iobinding(bindings[0])
@@ -181,7 +195,7 @@ class OrtBackend:
 
     def _bound(self, graph: _Graph, rows: slice) -> tuple[Any, Array]:
         """The binding of a decode step, as `_bind` makes it."""
-        key = graph is self._free, rows.start, rows.stop
+        key = id(graph.session), rows.start, rows.stop
         if key not in self._bindings:
             if len(self._bindings) >= BINDINGS:
                 self._bindings.clear()
@@ -233,12 +247,15 @@ class OrtBackend:
         return [str(session.end_profiling()) for session in self._sessions()]
 
     def _sessions(self) -> list[Any]:
-        return list(dict.fromkeys((self._whole.session, self._free.session)))
+        graphs = [graph for graph in (self._graphs.whole, self._graphs.free, self._graphs.apart) if graph]
+        return list(dict.fromkeys(graph.session for graph in graphs))
 
 
 def _cuts(first: int, batch: int, pieces: int) -> list[slice]:
     """Rows `first` to `first + batch - 1` in pieces of equal size, at most so many, each of `PIECE` rows or more."""
-    pieces = max(1, min(pieces, batch // PIECE))
+    pieces = min(pieces, batch // PIECE)
+    if pieces < 2:
+        return [slice(first, first + batch)]
     ends = [first + batch * piece // pieces for piece in range(pieces + 1)]
     return [slice(*piece) for piece in pairwise(ends)]
 
@@ -308,32 +325,34 @@ def _first_line(error: Exception) -> str:
 
 def _graphs(
     artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None, device: Device, *, cut: bool
-) -> tuple[_Graph, _Graph]:
-    """The graph for all steps, and the one for those that restrict nothing, where that is worth it: small experts.
+) -> _Graphs:
+    """The graphs, more than one where that is worth it: small experts.
 
-    There the selection's nodes cost more than the experts, and a second copy of the weights is little. With `cut` the
-    second one runs in pieces, so that it has one thread for each.
+    There the selection's nodes cost more than the experts, and a second copy of the weights is little. With `cut` a
+    third has one thread for each piece, if the second has more.
     """
     from lynx_trt.runtime.lowering import lower
 
     if form is None:
         whole = _Graph(_session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device))
-        return whole, whole
+        return _Graphs(whole, whole)
     attention = device == "cpu"
     lowered = lower(artifact, form=form, attention=attention)
     source = lowered.model.SerializeToString()
-    whole = _Graph(_session(artifact, source, threads, profile, device))
-    apart = 1 if cut else threads
-    if form == "baseline" and cut and lowered.small:
-        return whole, _Graph(_session(artifact, source, apart, None, device), rows_apart=True)
-    if form != "auto" or set(lowered.forms) != {"fused"}:
-        return whole, whole
-    try:
-        free = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
-    except ArtifactError:  # another routing rule: the selection stays in every step
-        return whole, whole
-    second = profile and profile.with_name(f"{profile.name}-free")
-    return whole, _Graph(_session(artifact, free, apart, second, device), routers=True, rows_apart=cut)
+    whole = free = _Graph(_session(artifact, source, threads, profile, device))
+    if form == "auto" and set(lowered.forms) == {"fused"}:
+        try:
+            source = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
+        except ArtifactError:  # another routing rule: the selection stays in every step
+            return _Graphs(whole, whole)
+        second = profile and profile.with_name(f"{profile.name}-free")
+        free = _Graph(_session(artifact, source, threads, second, device), routers=True)
+    elif form != "baseline" or not lowered.small:
+        return _Graphs(whole, whole)
+    if not cut:
+        return _Graphs(whole, free)
+    apart = free if threads == 1 else replace(free, session=_session(artifact, source, 1, None, device))
+    return _Graphs(whole, free, apart)
 
 
 def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None, device: Device) -> Any:
