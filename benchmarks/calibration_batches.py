@@ -2,7 +2,8 @@
 
 For each batch size the fewest experts with a KL of 0.01 are searched for on one half of the text; each outcome is
 then used at every batch size, on the other half. So is what an artifact gets that is calibrated for all of them: in
-each layer the lowest floor and the largest budget.
+each layer the lowest floor and the largest budget. Floors are used with the caps that were found with them, and
+without any, since a small batch's caps hold a large one.
 
     python benchmarks/calibration_batches.py --journal out/batches
 """
@@ -51,22 +52,22 @@ def main(
     choose_meter, check_meter, _ = parts(probed, COUNT, 0, LENGTH)
     identity = {"count": COUNT, "length": LENGTH, "prompt": PROMPT}
     log = Journal(journal, identity, resume=True) if journal else None
+    found: dict[str, dict[int | str, Restriction]] = {"floors": {}, "floors without caps": {}, "budgets": {}}
+    for batch in BATCHES:
+        choose = Measured(choose_meter, batch, "choose", log)
+        means = choose_meter.natural(batch).mean((1, 2))
+        found["floors"][batch] = find(choose, floor_dial(choose, LYNX, experts, means))
+        found["budgets"][batch] = find(choose, budget_dial(LYNX, experts, means, width))
+        uncapped = tuple(count - 1 for count in experts)
+        found["floors without caps"][batch] = Restriction(uncapped, found["floors"][batch].floors)
     rows: list[dict[str, Any]] = []
-    for name in ("floors", "budgets"):
-        found: dict[int | str, Restriction] = {}
-        for batch in BATCHES:
-            choose = Measured(choose_meter, batch, "choose", log)
-            means = choose_meter.natural(batch).mean((1, 2))
-            if name == "floors":
-                found[batch] = find(choose, floor_dial(choose, LYNX, experts, means))
-            else:
-                found[batch] = find(choose, budget_dial(LYNX, experts, means, width))
-        found[ALL] = Restriction.mildest(list(found.values()))
+    for name, by_batch in found.items():
+        by_batch[ALL] = Restriction.mildest(list(by_batch.values()))
         for at in BATCHES:
             check = Measured(check_meter, at, "check", log)
-            for source, chosen in found.items():
+            natural = float(check_meter.natural(at).mean())
+            for source, chosen in by_batch.items():
                 (item,) = check.measure([Setting(LYNX, chosen.budgets, chosen.floors)])
-                natural = float(check_meter.natural(at).mean())
                 rows.append({"dial": name, "found_at": source, "used_at": at, "natural": natural, **brief(item)})
                 typer.echo(
                     f"{name} of {source} at {at}: {item.active.mean:.2f} of {natural:.2f}, KL {item.kl.mean:.4f}"
