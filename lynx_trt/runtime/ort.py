@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -189,9 +189,9 @@ class OrtBackend:
         try:
             session.run_with_iobinding(bindings[0])
         finally:
-            wait(beside)
-        for run in beside:
-            run.result()
+            errors = [run.exception() for run in beside]
+        for error in filter(None, errors):
+            raise error
 
     def _bound(self, graph: _Graph, rows: slice) -> tuple[Any, Array]:
         """The binding of a decode step, as `_bind` makes it."""
