@@ -6,7 +6,7 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
-K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without).
+K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; D is in COMPUTED).
 
 TensorRT's plugins do take int64 (tried with TensorRT for RTX 1.7 under the 11.4 API: a plugin that supports nothing
 else for `index` is built into an engine), so `index` keeps the type that ONNX's TopK gives it.
@@ -14,8 +14,9 @@ else for `index` is built into an engine), so `index` keeps the type that ONNX's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
@@ -48,6 +49,17 @@ class Field:
     choices: tuple[Value, ...] = ()
 
 
+# Whether LynxSelect hands the metadata of `dispatch_kernel.py` to LynxExperts, which then does not make it: a field of
+# both nodes, of which one has one output more and the other one input more. No exporter writes it; `prepare` does.
+DISPATCH = "dispatch"
+_DISPATCH_FIELD = Field(DISPATCH, "int32", 0, (0, 1))
+
+# Dimensions that are equal to none of an input: sums of products of symbols and numbers.
+Terms = tuple[tuple[int | str, ...], ...]
+COMPUTED: dict[str, Terms] = {"D": (("T", "K"), (2, "E"), (2,))}
+# The same with inputs' dimensions, each as (input, axis), in the symbols' place.
+Sources = tuple[tuple[int | tuple[int, int], ...], ...]
+
 KERNEL_FIELDS = (Field(KERNELS_ID, "char", ""), Field(KERNELS, "int8", ""))
 
 
@@ -60,17 +72,33 @@ class Tensor:
     shape: tuple[str, ...]
 
 
+_DISPATCH_TENSOR = Tensor(DISPATCH, "int32", ("D",))
+
+
 @dataclass(frozen=True)
 class Contract:
-    """What TensorRT is told about one plugin. The last `optional` inputs are given all together or not at all."""
+    """What TensorRT is told about one plugin. The inputs named `optional` are given all together or not at all.
+
+    Of a node whose field `dispatch` is 1, `of_node` is the contract: the metadata is its last output (`hands_over`) or
+    its last input.
+    """
 
     name: str
     fields: tuple[Field, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    optional: int = 0
+    hands_over: bool
+    optional: tuple[str, ...] = ()
     version: str = str(VERSION)
     namespace: str = DOMAIN
+
+    def of_node(self, values: Mapping[str, Value]) -> Contract:
+        """The contract of a node with such fields."""
+        if not values[DISPATCH]:
+            return self
+        if self.hands_over:
+            return replace(self, outputs=(*self.outputs, _DISPATCH_TENSOR))
+        return replace(self, inputs=(*self.inputs, _DISPATCH_TENSOR))
 
     @property
     def stored_fields(self) -> tuple[Field, ...]:
@@ -81,24 +109,38 @@ class Contract:
     def input_counts(self) -> tuple[int, ...]:
         """The numbers of inputs a node may have, ascending."""
         every = len(self.inputs)
-        return (every - self.optional, every) if self.optional else (every,)
+        return (every - len(self.optional), every) if self.optional else (every,)
+
+    def inputs_of(self, n_inputs: int) -> tuple[Tensor, ...]:
+        """The inputs of a node that has so many. Raises ValueError: it can't have so many."""
+        if n_inputs not in self.input_counts:
+            counts = " or ".join(map(str, self.input_counts))
+            handed = f" with {DISPATCH} = 1" if _DISPATCH_TENSOR in self.inputs else ""
+            raise ValueError(f"{self.name} has {n_inputs} inputs; it takes {counts}{handed}")
+        if n_inputs == len(self.inputs):
+            return self.inputs
+        return tuple(tensor for tensor in self.inputs if tensor.name not in self.optional)
 
     def output_types(self, input_types: Sequence[str]) -> list[str]:
         """The outputs' types; a "float" output has the type of the first "float" input."""
         precision = next((got for want, got in zip(self.inputs, input_types, strict=False) if want.type == "float"), "")
         return [precision if output.type == "float" else output.type for output in self.outputs]
 
-    def output_sources(self) -> list[tuple[tuple[int, int], ...]]:
-        """For each output, for each of its dimensions: the (input, axis) it is equal to. No dimension is computed."""
-        where: dict[str, tuple[int, int]] = {}
-        for number, tensor in enumerate(self.inputs):
-            for axis, symbol in enumerate(tensor.shape):
-                where.setdefault(symbol, (number, axis))
-        return [tuple(where[symbol] for symbol in output.shape) for output in self.outputs]
+    def output_sources(self) -> list[tuple[Sources, ...]]:
+        """For each output, for each of its dimensions: the sum of products of inputs' dimensions that it is."""
+        return [tuple(self._sources(symbol) for symbol in output.shape) for output in self.outputs]
 
     def output_shapes(self, input_shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The outputs' shapes for concrete input shapes."""
-        return [tuple(input_shapes[number][axis] for number, axis in dims) for dims in self.output_sources()]
+        return [tuple(_size(dim, input_shapes) for dim in dims) for dims in self.output_sources()]
+
+    def _sources(self, symbol: str) -> Sources:
+        where: dict[str, tuple[int, int]] = {}
+        for number, tensor in enumerate(self.inputs):
+            for axis, each in enumerate(tensor.shape):
+                where.setdefault(each, (number, axis))
+        terms = COMPUTED.get(symbol, ((symbol,),))
+        return tuple(tuple(where[each] if isinstance(each, str) else each for each in term) for term in terms)
 
     def supports(self, position: int, types: Sequence[str], n_inputs: int, *, linear: bool = True) -> bool:
         """Whether the tensor at `position` (inputs first, then outputs) may have types[position], given those before.
@@ -107,7 +149,7 @@ class Contract:
         """
         if not linear or n_inputs not in self.input_counts:
             return False
-        tensors = (*self.inputs[:n_inputs], *self.outputs)
+        tensors = (*self.inputs_of(n_inputs), *self.outputs)
         want = tensors[position].type
         if want != "float":
             return types[position] == want
@@ -116,11 +158,8 @@ class Contract:
 
     def check_types(self, types: Sequence[str]) -> None:
         """Raise ValueError, naming the input, unless a node with inputs of such types can be this op."""
-        if len(types) not in self.input_counts:
-            counts = " or ".join(map(str, self.input_counts))
-            raise ValueError(f"{self.name} has {len(types)} inputs; it takes {counts}")
         precision: tuple[str, ...] = FLOAT_TYPES
-        for tensor, kind in zip(self.inputs, types, strict=False):
+        for tensor, kind in zip(self.inputs_of(len(types)), types, strict=True):
             allowed = precision if tensor.type == "float" else (tensor.type,)
             if kind not in allowed:
                 raise ValueError(f"{self.name}: {tensor.name} is {kind}; allowed: {', '.join(allowed)}")
@@ -129,10 +168,20 @@ class Contract:
 
     def check_ranks(self, ranks: Sequence[int]) -> None:
         """Raise ValueError, naming the input, unless each has its number of dimensions."""
-        for tensor, rank in zip(self.inputs, ranks, strict=False):
+        for tensor, rank in zip(self.inputs_of(len(ranks)), ranks, strict=True):
             if rank != len(tensor.shape):
                 shape = f"[{', '.join(tensor.shape)}]"
                 raise ValueError(f"{self.name}: {tensor.name} has {rank} dimensions; it must be {shape}")
+
+    def check_sizes(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError, naming the input, unless one whose size is computed has it; `shapes` are concrete."""
+        for tensor, shape in zip(self.inputs_of(len(shapes)), shapes, strict=True):
+            for symbol, size in zip(tensor.shape, shape, strict=False):
+                if symbol in COMPUTED and size != (right := _size(self._sources(symbol), shapes)):
+                    raise ValueError(
+                        f"{self.name}: {tensor.name} has {size} entries; it must have {right} here: it comes from a "
+                        "node with other numbers of tokens or experts"
+                    )
 
     def parse_fields(self, given: dict[str, Value]) -> dict[str, Value]:
         """The value of every field, defaults filled in; attributes that are no fields are ignored.
@@ -151,6 +200,13 @@ class Contract:
         return values
 
 
+def _size(sources: Sources, shapes: Sequence[Sequence[int]]) -> int:
+    """A dimension of concrete shapes."""
+    return sum(
+        math.prod(each if isinstance(each, int) else shapes[each[0]][each[1]] for each in term) for term in sources
+    )
+
+
 _FORM = ExpertsForm()
 
 SELECT_CONTRACT = Contract(
@@ -165,6 +221,7 @@ SELECT_CONTRACT = Contract(
         Field("beta", "int32", 4),
         Field("renormalize", "int32", choices=(0, 1)),
         Field("scale", "float32", 1.0),
+        _DISPATCH_FIELD,
     ),
     inputs=(
         Tensor("choice", "float32", ("T", "E")),
@@ -180,6 +237,7 @@ SELECT_CONTRACT = Contract(
         Tensor("weight", "float32", ("T", "K")),
         Tensor("active", "int32", ()),
     ),
+    hands_over=True,
 )
 
 EXPERTS_CONTRACT = Contract(
@@ -192,6 +250,7 @@ EXPERTS_CONTRACT = Contract(
         Field("alpha", "float32", _FORM.alpha),
         Field("limit", "float32", _FORM.limit),
         Field("up_offset", "float32", _FORM.up_offset),
+        _DISPATCH_FIELD,
     ),
     inputs=(
         Tensor("hidden", "float", ("T", "H")),
@@ -203,7 +262,8 @@ EXPERTS_CONTRACT = Contract(
         Tensor("down_bias", "float", ("E", "H")),
     ),
     outputs=(Tensor("output", "float", ("T", "H")),),
-    optional=2,
+    hands_over=False,
+    optional=("gate_up_bias", "down_bias"),
 )
 
 # The workspace follows from the kernels that the engine carries (`launcher.workspace_bytes`); without any it is 0.

@@ -19,7 +19,7 @@ from typing import Protocol
 from lynx_trt.errors import ArtifactError
 from lynx_trt.export.ops import SELECT
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
-from lynx_trt.plugins.contract import Contract
+from lynx_trt.plugins.contract import DISPATCH, Contract
 from lynx_trt.plugins.plan import Plan, Step, find_plan
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec, Spec, Value
 
@@ -52,8 +52,11 @@ def published(kernels_id: str) -> Kernels:
 
 def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]], float_type: str) -> Spec:
     """A node's spec from its fields and its inputs' shapes (T may be anything); `float_type` is that of `hidden`."""
+    handed = bool(values[DISPATCH])
     if op == SELECT:
-        return SelectSpec.from_attributes(values, experts=shapes[0][1], experts_per_token=shapes[2][1])
+        return SelectSpec.from_attributes(
+            values, experts=shapes[0][1], experts_per_token=shapes[2][1], dispatch_taken=handed
+        )
     down = shapes[4]
     return ExpertsSpec.from_attributes(
         values,
@@ -62,7 +65,8 @@ def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]
         hidden=shapes[0][1],
         inner=down[1] if values["transposed"] else down[2],
         dtype=float_type,
-        bias=len(shapes) > 5,
+        bias=len(shapes) - handed > 5,
+        dispatch_given=handed,
     )
 
 
@@ -156,12 +160,12 @@ class Prepared:
 
 
 class Launcher:
-    """One node's launches on one driver."""
+    """One node's launches on one driver; `contract` is that of the node (`Contract.of_node`)."""
 
     def __init__(self, contract: Contract, kernels: Kernels, key: str, n_inputs: int, driver: Driver) -> None:
         self._kernels, self._key, self._driver = kernels, key, driver
         self._places = {
-            **{tensor.name: ("input", number) for number, tensor in enumerate(contract.inputs[:n_inputs])},
+            **{tensor.name: ("input", number) for number, tensor in enumerate(contract.inputs_of(n_inputs))},
             **{tensor.name: ("output", number) for number, tensor in enumerate(contract.outputs)},
         }
 

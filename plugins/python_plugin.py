@@ -8,11 +8,12 @@ built without kernels refuses to run: it is never silently wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lynx_trt.errors import LynxError, TensorRTError
-from lynx_trt.plugins.contract import CONTRACTS, KERNELS, KERNELS_ID, Contract, FieldType, Value
+from lynx_trt.plugins.contract import CONTRACTS, KERNELS, KERNELS_ID, Contract, FieldType, Sources, Value
 
 # TensorRT holds no reference of its own to Python objects: a creator or a plugin that is collected is a crash.
 # Keyed by the module: full TensorRT and TensorRT for RTX have a registry each.
@@ -102,7 +103,10 @@ def _data_type(trt: Any, name: str) -> Any:
 
 
 class _Plugin:
-    """One node of the graph. The bases of TensorRT are added by `register`, which has the module at hand."""
+    """One node of the graph; `contract` is its own (`Contract.of_node`).
+
+    The bases of TensorRT are added by `register`, which has the module at hand.
+    """
 
     trt: Any
 
@@ -154,8 +158,8 @@ class _Plugin:
         outputs = []
         for dims in self.contract.output_sources():
             shape = self.trt.DimsExprs(len(dims))
-            for axis, (number, source) in enumerate(dims):
-                shape[axis] = inputs[number][source]
+            for axis, sources in enumerate(dims):
+                shape[axis] = _dimension(self.trt, sources, inputs, builder)
             outputs.append(shape)
         return outputs
 
@@ -190,6 +194,7 @@ class _Plugin:
             return  # TensorRT also calls this where nothing runs; `enqueue` refuses
         shapes = [tuple(tensor.dims) for tensor in inputs]
         with _refusing(self.node):
+            self.contract.check_sizes(shapes)
             if self._launcher is None:
                 self._launcher = self._make_launcher(shapes, inputs[0].type)
             self._prepared = self._launcher.prepare(shapes[0][0])
@@ -235,6 +240,19 @@ class _Plugin:
         return Launcher(self.contract, kernels, self._key(shapes, float_type), len(shapes), self.driver())
 
 
+def _dimension(trt: Any, sources: Sources, inputs: Sequence[Any], builder: Any) -> Any:
+    """A dimension of an output as TensorRT's expression."""
+
+    def joined(operation: Any, parts: Sequence[Any]) -> Any:
+        return functools.reduce(lambda first, second: builder.operation(operation, first, second), parts)
+
+    def factor(each: int | tuple[int, int]) -> Any:
+        return builder.constant(each) if isinstance(each, int) else inputs[each[0]][each[1]]
+
+    operations = trt.DimensionOperation
+    return joined(operations.SUM, [joined(operations.PROD, [factor(each) for each in term]) for term in sources])
+
+
 class _Creator:
     """What the ONNX parser, and later the deserializing engine, find in the registry."""
 
@@ -264,7 +282,7 @@ class _Creator:
             from lynx_trt.plugins.launcher import publish
 
             publish(kernels_id, blob)
-        return self.plugin_class(self.contract, values, name, kernels_id, blob)
+        return self.plugin_class(self.contract.of_node(values), values, name, kernels_id, blob)
 
 
 def _plugin_field(trt: Any, name: str, kind: FieldType, value: Value | bytes) -> Any:

@@ -20,7 +20,7 @@ from fake_kernels import FakeDriver, fake_kernels
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
-from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract
+from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract, Sources
 from lynx_trt.plugins.launcher import Launcher, spec_of, workspace_bytes
 from lynx_trt.selection import PRESETS
 
@@ -72,12 +72,17 @@ def run(command: list[str], **options) -> str:
     return done.stdout + done.stderr
 
 
+def metadata(tokens: int) -> int:
+    """D, the size of the dispatch metadata: K is 2 and E 8 in all cases."""
+    return 2 * tokens + 2 * 8 + 2
+
+
 class Case:
-    """One node: its op, attributes, and inputs' types and shapes, with T where the tokens are."""
+    """One node: its op, attributes, and inputs' types and shapes, with T where the tokens are and D for metadata."""
 
     def __init__(self, op: str, attributes: dict, inputs: list[tuple[str, tuple]]) -> None:
-        self.contract: Contract = CONTRACTS[op]
         self.attributes = {name: value for name, value in attributes.items() if name not in PLUGIN}
+        self.contract: Contract = CONTRACTS[op].of_node({"dispatch": 0, **attributes})
         self.inputs = inputs
 
     @property
@@ -85,7 +90,8 @@ class Case:
         return self.contract.parse_fields(self.attributes)
 
     def shapes(self, tokens: int) -> list[tuple[int, ...]]:
-        return [tuple(tokens if size == "T" else size for size in shape) for _, shape in self.inputs]
+        sizes = {"T": tokens, "D": metadata(tokens)}
+        return [tuple(sizes.get(size, size) for size in shape) for _, shape in self.inputs]
 
     @property
     def spec(self):
@@ -115,6 +121,7 @@ def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias
     weights = [(e, h, r), (e, i, h)] if form.transposed else [(e, r, h), (e, h, i)]
     inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *((kind, shape) for shape in weights)]
     inputs += [(kind, (e, r)), (kind, (e, h))] if bias else []
+    inputs += [("int32", ("D",))] if changes.get("dispatch") else []
     return Case("LynxExperts", {**experts_attributes(form), **changes}, inputs)
 
 
@@ -126,6 +133,9 @@ CASES = {
         ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0), "bfloat16", bias=True
     ),
     "experts-ungated": experts_case(ExpertsForm("relu2", gated=False), "float32"),
+    "select-handing": select_case(dispatch=1),
+    "experts-handed": experts_case(dispatch=1),
+    "experts-bias-handed": experts_case(kind="bfloat16", bias=True, dispatch=1),
 }
 
 
@@ -179,7 +189,7 @@ def test_contract(built, tmp_path, name):
     assert lines_of(lines, "field") == [f"field {f.name} {FIELD_KINDS[f.type]}" for f in contract.stored_fields]
     assert lines_of(lines, "stored") == stored_fields(case, kernels_id, blob)
     types = contract.output_types([kind for kind, _ in case.inputs])
-    sources = [[f"{number}.{axis}" for number, axis in dims] for dims in contract.output_sources()]
+    sources = [[expression(dim) for dim in dims] for dims in contract.output_sources()]
     assert lines_of(lines, "output") == [" ".join(["output", *each]) for each in zip_words(types, sources)]
     kinds = [*(kind for kind, _ in case.inputs), *types]
     assert len(lines_of(lines, "formats")) == len(kinds)
@@ -198,6 +208,12 @@ def test_contract(built, tmp_path, name):
     ]
 
 
+def expression(sources: Sources) -> str:
+    """A dimension as the probe writes it."""
+    words = [[str(each) if isinstance(each, int) else f"{each[0]}.{each[1]}" for each in term] for term in sources]
+    return "+".join("*".join(term) for term in words)
+
+
 def zip_words(types: list[str], sources: list[list[str]]) -> list[list[str]]:
     return [[kind, *words] for kind, words in zip(types, sources, strict=True)]
 
@@ -213,7 +229,7 @@ def test_launches(built, tmp_path, name):
     )
     driver = FakeDriver()
     launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
-    inputs, outputs = [0x1000 * n for n in range(1, 8)], [0x100000 * n for n in range(1, 5)]
+    inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000 * n for n in range(1, 5)]
     for each in tokens:
         launcher.prepare(each).run(driver, inputs, outputs, 0x7000000, 77)
     numbers = {cubin.entry: number for number, cubin in enumerate(kernels.cubins)}
@@ -264,6 +280,26 @@ def test_refusals(built, tmp_path, case, kernels, message):
     assert message in "\n".join(lines)
 
 
+def test_metadata_of_another_size_is_refused(built, tmp_path):
+    """That of 5 tokens in a step of 4: the kernels would read what nobody wrote."""
+    case = experts_case(dispatch=1)
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
+    case.inputs[-1] = ("int32", (metadata(5),))
+    lines = probe(built, case.commands("run 4", kernels=f"kernels id {tmp_path / 'kernels'}"))
+    assert lines_of(lines, "status", "launch") == ["status -1 -1"]
+    assert "LynxExperts node: dispatch has 28 entries; it must have 26 here" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("dispatch", "metadata_input"), [(1, False), (0, True)])
+def test_the_field_and_the_inputs_agree(built, dispatch, metadata_input):
+    case = experts_case(dispatch=dispatch)
+    case.inputs = [*case.inputs[:5], *([("int32", ("D",))] if metadata_input else [])]
+    lines = probe(built, case.commands("outputs"))
+    assert lines_of(lines, "refused")
+    counts = "5 inputs; it takes 6 or 8 with dispatch = 1" if dispatch else "6 inputs; it takes 5 or 7"
+    assert f"LynxExperts node: it has {counts}" in lines
+
+
 def test_an_error_of_cuda_has_its_name(built, tmp_path):
     case = select_case()
     (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
@@ -277,10 +313,10 @@ sys.path.insert(0, {tests!r})
 from test_cpp_plugin import CASES, MOST, fake_kernels
 from lynx_trt.plugins.cuda_driver import CudaDriver
 from lynx_trt.plugins.launcher import Launcher
-case = CASES["experts-bias"]
+case = CASES["experts-bias-handed"]
 driver, kernels = CudaDriver(), fake_kernels([case.spec], (90,), MOST)
 launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
-inputs, outputs = [0x1000 * n for n in range(1, 8)], [0x100000]
+inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000]
 for tokens in (17, 513):
     launcher.prepare(tokens).run(driver, inputs, outputs, 0x7000000, 77)
 """
@@ -290,7 +326,7 @@ def test_cuda_python_does_the_same(built, tmp_path):
     """The Python plugin's driver, cuda-python, on the library that prints: the same loads and launches."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         pytest.skip('cuda-python is not installed: pip install "cuda-python>=12.8"')
-    case = CASES["experts-bias"]
+    case = CASES["experts-bias-handed"]
     (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), MOST).to_bytes())
     expected = probe(built, case.commands("run 17", "run 513", kernels=f"kernels id {tmp_path / 'kernels'}"))
     script = DRIVER_SCRIPT.format(tests=str(Path(__file__).parent))
@@ -342,10 +378,11 @@ def test_engines(built, tmp_path):
     path = make_graph(tmp_path / "model.onnx", "fp16", layers=2)
     attributes = select_attributes(PRESETS["lynx"], experts_per_token=K, renormalize=True, scale=1.0)
     values = CONTRACTS["LynxSelect"].parse_fields(attributes)
-    shapes = [(1, E), (1, E), (1, K), (1, K), (), (1,)]
-    specs = [spec_of("LynxSelect", values, shapes, "float32")]
-    values = CONTRACTS["LynxExperts"].parse_fields(dict(experts_attributes(ExpertsForm())))
-    specs.append(spec_of("LynxExperts", values, [(1, H), (1, K), (1, K), (E, 2 * I, H), (E, H, I)], "float16"))
+    shapes = [(1, E), (1, E), (1, K), (1, K), (), (), (1,)]
+    specs = [spec_of("LynxSelect", {**values, "dispatch": 1}, shapes, "float32")]
+    values = CONTRACTS["LynxExperts"].parse_fields({**experts_attributes(ExpertsForm()), "dispatch": 1})
+    shapes = [(1, H), (1, K), (1, K), (E, 2 * I, H), (E, H, I), (metadata(1),)]
+    specs.append(spec_of("LynxExperts", values, shapes, "float16"))
     (tmp_path / "kernels").write_bytes(blob := fake_kernels(specs, (90,), 256).to_bytes())
     plans = {}
     for name, library in (("python", ""), ("cpp", str(built / "liblynx_plugin.so"))):
@@ -359,6 +396,6 @@ def test_engines(built, tmp_path):
     assert len(plans["python"]) == len(plans["cpp"])
     for plan in plans.values():
         assert 0 < plan.count(blob) <= 4  # of one node, for each of two profiles, twice at most
-    found = {name: re.findall(rb"vote\0.{8}weight.{200}", plan, re.DOTALL) for name, plan in plans.items()}
+    found = {name: re.findall(rb"vote\0.{8}weight.{300}", plan, re.DOTALL) for name, plan in plans.items()}
     assert len(found["python"]) == 4  # two layers, two profiles
     assert found["python"] == found["cpp"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import experts_attributes, select_attributes
 from lynx_trt.plugins import launcher
 from lynx_trt.plugins.blob import Kernels, lookup
-from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, SELECT_CONTRACT
+from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, SELECT_CONTRACT, Contract
 from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.launcher import Launcher, publish, published, spec_of, workspace_bytes
 from lynx_trt.plugins.plan import find_plan, plans
@@ -26,9 +27,14 @@ from lynx_trt.tensorrt.profiles import Profile
 SELECT = SelectSpec(8, 2, "affinity", 1, 0.5, True, power=2.0)
 EXPERTS = ExpertsSpec(8, 2, 128, 64, "float16", ExpertsForm("gelu", transposed=True))
 BIASED = ExpertsSpec(8, 2, 128, 64, "bfloat16", ExpertsForm(), bias=True)
-SPECS = (SELECT, EXPERTS, BIASED)
+HANDING = replace(SELECT, dispatch_taken=True)
+HANDED = replace(EXPERTS, dispatch_given=True)
+HANDED_BIASED = replace(BIASED, dispatch_given=True)
+SPECS = (SELECT, EXPERTS, BIASED, HANDING, HANDED, HANDED_BIASED)
+NAMES = ["select", "experts", "biased", "select-handing", "experts-handed", "biased-handed"]
 MOST = 4096
-INPUTS, OUTPUTS, WORKSPACE, STREAM = [0x1000 * n for n in range(1, 8)], [0x100000, 0x200000, 0x300000], 0x7000000, 77
+INPUTS, OUTPUTS = [0x1000 * n for n in range(1, 9)], [0x100000 * n for n in range(1, 5)]
+WORKSPACE, STREAM = 0x7000000, 77
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +42,27 @@ def kernels() -> Kernels:
     return fake_kernels(SPECS, (90,), MOST)
 
 
+def contract_of(spec) -> Contract:
+    if isinstance(spec, SelectSpec):
+        return SELECT_CONTRACT.of_node({"dispatch": spec.dispatch_taken})
+    return EXPERTS_CONTRACT.of_node({"dispatch": spec.dispatch_given})
+
+
 def launcher_of(kernels: Kernels, spec, driver: FakeDriver) -> Launcher:
-    contract = SELECT_CONTRACT if isinstance(spec, SelectSpec) else EXPERTS_CONTRACT
-    return Launcher(
-        contract, kernels, spec.key, 7 if spec is BIASED else len(contract.inputs) - contract.optional, driver
-    )
+    contract = contract_of(spec)
+    n_inputs = contract.input_counts[-1 if getattr(spec, "bias", False) else 0]
+    return Launcher(contract, kernels, spec.key, n_inputs, driver)
 
 
 def prescribed(kernels: Kernels, spec, tokens: int, driver: FakeDriver) -> list[dict]:
     """What plan.py says, put together in the plainest way."""
-    contract = SELECT_CONTRACT if isinstance(spec, SelectSpec) else EXPERTS_CONTRACT
+    contract = contract_of(spec)
+    names = [tensor.name for tensor in contract.inputs]
+    if not getattr(spec, "bias", True):
+        names = [name for name in names if not name.endswith("_bias")]
     plan = find_plan(lookup(kernels, 90, spec.key), tokens)
     places = {"null": 0, "T": tokens}
-    places |= {tensor.name: address for tensor, address in zip(contract.inputs, INPUTS, strict=False)}
+    places |= dict(zip(names, INPUTS, strict=False))
     places |= {tensor.name: address for tensor, address in zip(contract.outputs, OUTPUTS, strict=False)}
     places |= {name: WORKSPACE + offset for name, offset in plan.offsets(tokens).items()}
     launches = []
@@ -63,12 +77,28 @@ def prescribed(kernels: Kernels, spec, tokens: int, driver: FakeDriver) -> list[
 
 # One token; a decode batch; the last with one program; the first with blocks; a prefill that fills no block.
 @pytest.mark.parametrize("tokens", [1, 17, 512, 513, 4095])
-@pytest.mark.parametrize("spec", SPECS, ids=["select", "experts", "biased"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_launches_are_the_plans(kernels, spec, tokens):
     driver = FakeDriver()
     launcher_of(kernels, spec, driver).prepare(tokens).run(driver, INPUTS, OUTPUTS, WORKSPACE, STREAM)
     assert driver.launched
     assert driver.launched == prescribed(kernels, spec, tokens, driver)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64])
+def test_a_layer_that_hands_over_is_a_launch_less(kernels, tokens):
+    """What LynxSelect writes is what LynxExperts reads: a tensor between them, and no region of a workspace."""
+    launched = {}
+    for name, pair in (("apart", (SELECT, EXPERTS)), ("handed", (HANDING, HANDED))):
+        driver = FakeDriver()
+        for spec in pair:
+            launcher_of(kernels, spec, driver).prepare(tokens).run(driver, INPUTS, OUTPUTS, WORKSPACE, STREAM)
+        launched[name] = driver.launched
+    assert [len(launched[name]) for name in ("apart", "handed")] == [5, 4]
+    select, gate_up, *_ = launched["handed"]
+    assert OUTPUTS[3] in select["words"]  # its fourth output
+    assert INPUTS[5] in gate_up["words"]  # the input behind `down`
+    assert WORKSPACE not in select["words"]
 
 
 def test_a_second_run_takes_the_new_pointers(kernels):
@@ -108,7 +138,7 @@ def test_a_larger_batch_is_refused(kernels):
         launcher_of(kernels, SELECT, FakeDriver()).prepare(9000)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["select", "experts", "biased"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @pytest.mark.parametrize("tokens", [1, 64, 1000, MOST])
 def test_workspace(spec, tokens):
     """Enough for every smaller batch; that of the plans when there are kernels for all SMs."""
@@ -172,23 +202,34 @@ def test_ops_of_layers():
     assert [op.ranges for op in ops] == [((1, 8),)] * 2
     assert ops[1].spec == ExpertsSpec(8, 2, 128, 48, "bfloat16", form, bias=True)
     assert isinstance(ops[0].spec, SelectSpec)
+    # A pair that hands over has kernels of its own; the size of the metadata is open, as T is.
+    handing = {**layers[1], "attributes": {**select, "dispatch": 1}}
+    handed = {**experts, "attributes": {**experts["attributes"], "dispatch": 1}, "shapes": [*shapes, [-1]]}
+    found = ops_of([layers[1], handing, {**handed, "type": "bfloat16"}], [profile])
+    assert [op.spec for op in found] == [
+        ops[0].spec,
+        replace(ops[0].spec, dispatch_taken=True),
+        replace(ops[1].spec, dispatch_given=True),
+    ]
     layers[0]["shapes"] = [[-1, -1], *shapes[1:]]
     with pytest.raises(TensorRTError, match="E of choice of node s0 is not known before the engine runs"):
         ops_of(layers[:1], [profile])
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["select", "experts", "biased"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_spec_of_a_node(spec):
     """A node's fields and shapes give back the spec that the kernels were made for."""
     if isinstance(spec, SelectSpec):
         shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (), (5,)]
-        values = {name: getattr(spec, name) for name in (field.name for field in CONTRACTS["LynxSelect"].fields)}
-        assert spec_of("LynxSelect", values, shapes, "float32") == spec
+        values = {field.name: getattr(spec, field.name) for field in CONTRACTS["LynxSelect"].fields[:-1]}
+        assert spec_of("LynxSelect", {**values, "dispatch": spec.dispatch_taken}, shapes, "float32") == spec
         return
     e, h, i = spec.experts, spec.hidden, spec.inner
     weights = [(e, h, 2 * i), (e, i, h)] if spec.form.transposed else [(e, 2 * i, h), (e, h, i)]
     shapes = [(5, h), (5, 2), (5, 2), *weights, *([(e, 2 * i), (e, h)] if spec.bias else [])]
-    assert spec_of("LynxExperts", experts_attributes(spec.form), shapes, spec.dtype) == spec
+    shapes += [(28,)] if spec.dispatch_given else []
+    values = {**experts_attributes(spec.form), "dispatch": spec.dispatch_given}
+    assert spec_of("LynxExperts", values, shapes, spec.dtype) == spec
 
 
 def test_without_cuda_python():

@@ -17,10 +17,11 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
 from lynx_trt.plugins import launcher, python_plugin
 from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, FLOAT_TYPES, SELECT_CONTRACT
-from lynx_trt.plugins.specs import SelectSpec
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
 from lynx_trt.tensorrt import loader
 
+HANDED = {"dispatch": 1}
 SELECT_ATTRIBUTES = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
 EXPERTS_ATTRIBUTES = experts_attributes(ExpertsForm(activation="gelu_tanh", limit=7.0))
 ATTRIBUTES = {"LynxSelect": SELECT_ATTRIBUTES, "LynxExperts": EXPERTS_ATTRIBUTES}
@@ -44,9 +45,11 @@ def trt():
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_fields_are_the_attributes_that_the_exporter_writes(name):
     contract = CONTRACTS[name]
-    assert {field.name for field in contract.fields} == ATTRIBUTES[name].keys() - PLUGIN.keys()
+    *attributes, dispatch = contract.fields  # the last is written by `prepare` alone
+    assert (dispatch.name, dispatch.default, dispatch.choices) == ("dispatch", 0, (0, 1))
+    assert {field.name for field in attributes} == ATTRIBUTES[name].keys() - PLUGIN.keys()
     kinds = {"char": str, "int32": int, "float32": float}
-    for field in contract.fields:
+    for field in attributes:
         assert type(ATTRIBUTES[name][field.name]) is kinds[field.type], field.name
     assert {"plugin_namespace": contract.namespace, "plugin_version": contract.version} == PLUGIN
 
@@ -55,7 +58,7 @@ def test_fields_are_the_attributes_that_the_exporter_writes(name):
 def test_every_preset_is_allowed(preset):
     attributes = select_attributes(PRESETS[preset], experts_per_token=8, renormalize=False, scale=2.5)
     values = SELECT_CONTRACT.parse_fields(dict(attributes))
-    assert values == {name: value for name, value in attributes.items() if name not in PLUGIN}
+    assert values == {name: value for name, value in attributes.items() if name not in PLUGIN} | {"dispatch": 0}
 
 
 def test_defaults_are_the_ops_defaults():
@@ -67,40 +70,81 @@ def test_required_and_forbidden_values():
         SELECT_CONTRACT.parse_fields({})
     with pytest.raises(ValueError, match="activation is 'swish'; allowed: silu"):
         EXPERTS_CONTRACT.parse_fields({"activation": "swish"})
+    with pytest.raises(ValueError, match="LynxExperts: dispatch is 2; allowed: 0, 1"):
+        EXPERTS_CONTRACT.parse_fields({"dispatch": 2})
 
 
 def test_output_shapes():
     t, e, k, h, i = 5, 8, 2, 16, 32  # all different, so that no axis can be mistaken for another
     shapes = [(t, e), (t, e), (t, k), (t, k), (), (), (t,)]
     assert SELECT_CONTRACT.output_shapes(shapes) == [(t, k), (t, k), ()]
+    assert SELECT_CONTRACT.of_node(HANDED).output_shapes(shapes) == [(t, k), (t, k), (), (10 + 16 + 2,)]
     shapes = [(t, h), (t, k), (t, k), (e, 2 * i, h), (e, h, i)]
     assert EXPERTS_CONTRACT.output_shapes(shapes) == [(t, h)]
     transposed = [(t, h), (t, k), (t, k), (e, h, 2 * i), (e, i, h), (e, 2 * i), (e, h)]
     assert EXPERTS_CONTRACT.output_shapes(transposed) == [(t, h)]
+    for inputs in (shapes, transposed):
+        assert EXPERTS_CONTRACT.of_node(HANDED).output_shapes([*inputs, (28,)]) == [(t, h)]
+
+
+def test_the_size_of_the_metadata():
+    """It says what a LynxExperts may read of it; one of other T, K or E would be read past its end, or wrongly."""
+    node = EXPERTS_CONTRACT.of_node(HANDED)
+    shapes = [(5, 16), (5, 2), (5, 2), (8, 64, 16), (8, 16, 32)]
+    for biases in ([], [(8, 64), (8, 16)]):
+        node.check_sizes([*shapes, *biases, (28,)])
+        with pytest.raises(ValueError, match="LynxExperts: dispatch has 26 entries; it must have 28 here"):
+            node.check_sizes([*shapes, *biases, (26,)])
+    EXPERTS_CONTRACT.check_sizes(shapes)
+
+
+def test_a_node_has_the_metadata_or_not():
+    """The field and the number of inputs have to agree, with and without biases."""
+    plain, handed = EXPERTS_CONTRACT.of_node({"dispatch": 0}), EXPERTS_CONTRACT.of_node(HANDED)
+    assert (plain.input_counts, handed.input_counts) == ((5, 7), (6, 8))
+    names = ["hidden", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias", "dispatch"]
+    assert [tensor.name for tensor in handed.inputs_of(8)] == names
+    assert [tensor.name for tensor in handed.inputs_of(6)] == [*names[:5], "dispatch"]
+    types = ["float16", "int64", "float32", "float16", "float16"]
+    handed.check_types([*types, "int32"])
+    with pytest.raises(ValueError, match="LynxExperts has 5 inputs; it takes 6 or 8 with dispatch = 1"):
+        handed.check_types(types)
+    with pytest.raises(ValueError, match="LynxExperts has 6 inputs; it takes 5 or 7"):
+        plain.check_types([*types, "int32"])
+    with pytest.raises(ValueError, match="dispatch is int64; allowed: int32"):
+        handed.check_types([*types, "int64"])
+    with pytest.raises(ValueError, match=r"dispatch has 2 dimensions; it must be \[D\]"):
+        handed.check_ranks([2, 2, 2, 3, 3, 2])
 
 
 @pytest.mark.parametrize("kind", FLOAT_TYPES)
-@pytest.mark.parametrize("n_inputs", [5, 7])
+@pytest.mark.parametrize("n_inputs", [5, 6, 7, 8])
 def test_experts_formats(kind, n_inputs):
-    types = [*[kind, "int64", "float32", kind, kind, kind, kind][:n_inputs], kind]
-    assert all(EXPERTS_CONTRACT.supports(p, types, n_inputs) for p in range(len(types)))
-    assert EXPERTS_CONTRACT.output_types(types[:n_inputs]) == [kind]
+    handed = n_inputs % 2 == 0
+    contract = EXPERTS_CONTRACT.of_node({"dispatch": int(handed)})
+    types = [kind, "int64", "float32", kind, kind, kind, kind][: n_inputs - handed]
+    types += [*["int32"] * handed, kind]
+    assert all(contract.supports(p, types, n_inputs) for p in range(len(types)))
+    assert contract.output_types(types[:n_inputs]) == [kind]
     for position in range(len(types)):
-        assert not EXPERTS_CONTRACT.supports(position, types, n_inputs, linear=False)
+        assert not contract.supports(position, types, n_inputs, linear=False)
         wrong = [*types[:position], "int8", *types[position + 1 :]]
-        assert not EXPERTS_CONTRACT.supports(position, wrong, n_inputs)
+        assert not contract.supports(position, wrong, n_inputs)
+        assert not contract.supports(position, types, n_inputs + 1)
 
 
-def test_select_formats():
+@pytest.mark.parametrize("dispatch", [0, 1])
+def test_select_formats(dispatch):
     """Each of its inputs and outputs has one type, and the linear format."""
+    contract = SELECT_CONTRACT.of_node({"dispatch": dispatch})
     inputs = ["float32", "float32", "int64", "float32", "int32", "float32", "bool"]
-    types = [*inputs, "int64", "float32", "int32"]
-    assert SELECT_CONTRACT.output_types(inputs) == types[7:]
+    types = [*inputs, "int64", "float32", "int32", *["int32"] * dispatch]
+    assert contract.output_types(inputs) == types[7:]
     for position, kind in enumerate(types):
         for other in (*FLOAT_TYPES, "int32", "int64", "bool"):
             given = [*types[:position], other, *types[position + 1 :]]
-            assert SELECT_CONTRACT.supports(position, given, 7) == (other == kind)
-        assert not SELECT_CONTRACT.supports(position, types, 7, linear=False)
+            assert contract.supports(position, given, 7) == (other == kind)
+        assert not contract.supports(position, types, 7, linear=False)
 
 
 def test_select_without_a_floor():
@@ -158,6 +202,8 @@ KEPT: list = []
 def fields_of(trt, name, attributes, *, nul: bool = False):
     fields = []
     for field in CONTRACTS[name].fields:
+        if field.name not in attributes:
+            continue
         value = attributes[field.name]
         if field.type == "char":  # the parser passes C strings, with their end
             fields.append(trt.PluginField(field.name, value.encode() + b"\0" * nul, trt.PluginFieldType.CHAR))
@@ -182,12 +228,14 @@ def test_registered(trt, name):
     assert len(python_plugin._CREATORS[trt.__name__]) == len(CONTRACTS)
 
 
+@pytest.mark.parametrize("dispatch", [0, 1])
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_attributes_survive_serialization(trt, name):
+def test_attributes_survive_serialization(trt, name, dispatch):
     creator = creator_of(trt, name)
     phase = trt.TensorRTPhase.BUILD
-    plugin = creator.create_plugin("node", fields_of(trt, name, ATTRIBUTES[name], nul=True), phase)
-    expected = {key: value for key, value in ATTRIBUTES[name].items() if key not in PLUGIN}
+    attributes = ATTRIBUTES[name] | ({"dispatch": dispatch} if dispatch else {})
+    plugin = creator.create_plugin("node", fields_of(trt, name, attributes, nul=True), phase)
+    expected = {key: value for key, value in attributes.items() if key not in PLUGIN} | {"dispatch": dispatch}
     assert plugin.values == expected
     stored = plugin.get_fields_to_serialize()
     gc.collect()  # the values must outlive the call: TensorRT reads them afterwards
@@ -195,7 +243,8 @@ def test_attributes_survive_serialization(trt, name):
     assert again.values == expected
     assert again.clone().values == expected
     assert (again.plugin_name, again.plugin_version, again.plugin_namespace) == (name, "1", "lynx")
-    assert again.num_outputs == len(CONTRACTS[name].outputs)
+    outputs = len(CONTRACTS[name].outputs) + (dispatch if name == "LynxSelect" else 0)
+    assert plugin.num_outputs == again.num_outputs == again.clone().num_outputs == outputs
 
 
 def test_output_types(trt):
@@ -210,6 +259,22 @@ def test_output_types(trt):
     )
     bf16 = trt.DataType.BF16
     assert plugin.get_output_data_types([bf16, i64, f32, bf16, bf16]) == [bf16]
+
+
+def test_handed_metadata_is_an_output_and_an_input(trt):
+    python_plugin.take_refusals()
+    f32, f16, i32, i64 = trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.INT32, trt.DataType.INT64
+    select, experts = (
+        creator_of(trt, name).create_plugin(name, fields_of(trt, name, attributes | HANDED), trt.TensorRTPhase.BUILD)
+        for name, attributes in ATTRIBUTES.items()
+    )
+    assert select.get_output_data_types([f32, f32, i64, f32, i32, f32, trt.DataType.BOOL]) == [i64, f32, i32, i32]
+    assert experts.get_output_data_types([f16, i64, f32, f16, f16, i32]) == [f16]
+    with pytest.raises(ValueError, match="it takes 6 or 8 with dispatch = 1"):
+        experts.get_output_data_types([f16, i64, f32, f16, f16, f16, f16])
+    assert python_plugin.take_refusals() == [
+        "node LynxExperts: LynxExperts has 7 inputs; it takes 6 or 8 with dispatch = 1"
+    ]
 
 
 def test_refusals_are_kept_for_the_message(trt):
@@ -235,8 +300,8 @@ def test_running_without_kernels_refuses_loudly(trt, name):
     assert plugin.get_workspace_size([], []) == 0
 
 
-def with_kernels(trt, name, kernels_id: str, blob: bytes = b"") -> object:
-    fields = list(fields_of(trt, name, ATTRIBUTES[name]))
+def with_kernels(trt, name, kernels_id: str, blob: bytes = b"", **changes) -> object:
+    fields = list(fields_of(trt, name, ATTRIBUTES[name] | changes))
     fields.append(trt.PluginField("kernels_id", kernels_id.encode() + b"\0", trt.PluginFieldType.CHAR))
     if blob:
         fields.append(trt.PluginField("kernels", np.frombuffer(blob, np.int8), trt.PluginFieldType.INT8))
@@ -259,7 +324,7 @@ def test_kernels_travel_and_run(trt, monkeypatch):
     )
     stored = [(p.contract.name, p.get_fields_to_serialize()) for p in (runner, carrier)]
     assert [[field.name for field in fields][-2:] for _, fields in stored] == [
-        ["scale", "kernels_id"],
+        ["dispatch", "kernels_id"],
         ["kernels_id", "kernels"],
     ]
     monkeypatch.setattr(launcher, "_BLOBS", {})
@@ -281,6 +346,31 @@ def test_kernels_travel_and_run(trt, monkeypatch):
     assert launch["stream"] == 77
     dynamic = [SimpleNamespace(max=(64, *shape[1:]), desc=desc) for shape, desc in zip(shapes, descs, strict=True)]
     assert runner.get_workspace_size(dynamic, []) == launcher.workspace_bytes(kernels, select.key, 64) > 0
+
+
+def test_handed_metadata_is_read(trt, monkeypatch):
+    """LynxExperts launches what was made for a node with the metadata, and refuses that of another T."""
+    spec = ExpertsSpec.from_attributes(
+        EXPERTS_ATTRIBUTES, experts=8, experts_per_token=2, hidden=16, inner=32, dtype="float32", dispatch_given=True
+    )
+    kernels = fake_kernels([spec], (90,), 64)
+    plugin = creator_of(trt, "LynxExperts").create_plugin(
+        "n", with_kernels(trt, "LynxExperts", "handed", kernels.to_bytes(), dispatch=1), trt.TensorRTPhase.RUNTIME
+    )
+    plugin = plugin.attach_to_context(None)
+    driver = FakeDriver()
+    monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: driver))
+    shapes = [(5, 16), (5, 2), (5, 2), (8, 64, 16), (8, 16, 32), (28,)]
+    descs = [SimpleNamespace(dims=shape, type=trt.DataType.FLOAT) for shape in shapes]
+    plugin.on_shape_change(descs, [])
+    pointers = [256 * n for n in range(1, 7)]
+    plugin.enqueue(descs, [], pointers, [4096], 8192, 77)
+    gate_up, *_ = driver.launched
+    assert len(driver.launched) == 3
+    assert gate_up["words"][:4] == [pointers[0], pointers[3], 0, pointers[5]]
+    descs[-1] = SimpleNamespace(dims=(30,))
+    with pytest.raises(ValueError, match="dispatch has 30 entries; it must have 28 here"):
+        plugin.on_shape_change(descs, [])
 
 
 def test_another_gpu_is_told(trt, monkeypatch):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -27,7 +28,7 @@ from lynx_trt.plugins import aot
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.tensorrt import loader, worker
 from lynx_trt.tensorrt.build import KernelsReport, build_engine
-from lynx_trt.tensorrt.prepare import input_dims, prepare, read
+from lynx_trt.tensorrt.prepare import _nodes, hand_over, input_dims, prepare, read
 from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
 
 try:
@@ -130,6 +131,7 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
     assert [op.ranges for op in asked] == [((1, 64), (1, 4 * CACHE))] * 2  # three equal layers: two ops
     assert [type(op.spec) for op in asked] == [SelectSpec, ExpertsSpec]
     assert (asked[1].spec.dtype, asked[1].spec.bias, asked[1].spec.inner) == ("bfloat16", True, 32)
+    assert (asked[0].spec.dispatch_taken, asked[1].spec.dispatch_given) == (True, True)
     blob = fake_kernels([op.spec for op in asked], (80, 90), 256).to_bytes()
     assert (report.kernels.sms, report.kernels.bytes) == ((80, 90), len(blob))
     plan = path.with_suffix(".plan").read_bytes()
@@ -190,6 +192,171 @@ def test_the_file_is_left_alone(tmp_path):
     build(path, expert_weights="external")
     path.with_suffix(".plan").unlink()
     assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()} == before
+
+
+# ---- the metadata that LynxSelect hands to LynxExperts
+
+
+def insert_after(op: str, made: onnx.NodeProto, position: int):
+    """Put a node behind the first one of an op, and its output in the place of an input of the first LynxExperts."""
+
+    def change(model):
+        place = next(n for n, node in enumerate(model.graph.node) if node.op_type == op)
+        model.graph.node.insert(place + 1, made)
+        node_of(model, EXPERTS).input[position] = made.output[0]
+
+    return change
+
+
+def through_identity(model):
+    """`index` goes through another node: what comes out of it may be another tensor."""
+    insert_after(SELECT, helper.make_node("Identity", ["index.0"], ["index0"]), 1)(model)
+
+
+def through_reshape(model):
+    model.graph.initializer.append(helper.make_tensor("two", onnx.TensorProto.INT64, [2], [-1, 2]))
+    insert_after(SELECT, helper.make_node("Reshape", ["index.0", "two"], ["index0"]), 1)(model)
+
+
+def second_user(model):
+    """Another node reads `index` too."""
+    insert_after(SELECT, helper.make_node("Cast", ["index.0"], ["seen"], to=onnx.TensorProto.INT32), 1)(model)
+    node_of(model, EXPERTS).input[1] = "index.0"
+    model.graph.output.append(helper.make_tensor_value_info("seen", onnx.TensorProto.INT32, None))
+
+
+def index_is_an_output(model):
+    model.graph.output.append(helper.make_tensor_value_info("index.0", onnx.TensorProto.INT64, None))
+
+
+def two_experts(model):
+    """Both layers use the first one's choice."""
+    [node for node in model.graph.node if node.op_type == EXPERTS][1].input[1] = "index.0"
+
+
+def experts_of_the_router(model):
+    """The index is the router's, and LynxSelect's goes nowhere."""
+    node_of(model, EXPERTS).input[1] = "topk_index.0"
+
+
+def more_experts_in_the_router(model):
+    """The router ranks 16 experts of which the layer has 8: the metadata's layout is of another E."""
+    router = next(t for t in model.graph.initializer if t.name == "router.0")
+    router.dims[1] *= 2
+    del router.external_data[:]
+    router.data_location = onnx.TensorProto.DEFAULT
+    router.raw_data = bytes(router.dims[0] * router.dims[1] * 2)
+
+
+def in_a_subgraph(model):
+    """The second layer's LynxExperts is in both branches of an If, and its LynxSelect outside."""
+    place, node = [(n, node) for n, node in enumerate(model.graph.node) if node.op_type == EXPERTS][1]
+    branches = []
+    for branch in ("then", "else"):
+        inner = onnx.NodeProto()
+        inner.CopyFrom(node)
+        inner.name, inner.output[0] = f"{node.name}.{branch}", branch
+        value = helper.make_tensor_value_info(branch, onnx.TensorProto.FLOAT16, None)
+        branches.append(helper.make_graph([inner], branch, [], [value]))
+    condition = helper.make_node("Cast", ["budget.1"], ["condition"], to=onnx.TensorProto.BOOL)
+    made = helper.make_node("If", ["condition"], list(node.output), then_branch=branches[0], else_branch=branches[1])
+    del model.graph.node[place]
+    model.graph.node.insert(place, made)
+    model.graph.node.insert(place, condition)
+
+
+def handed(path: Path, shapes=None) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The copy for TensorRT, and the LynxSelect nodes of it that hand over; E is 8 unless `shapes` says otherwise."""
+    model = prepare(path).model
+    inputs = {SELECT: [[-1, 8]] * 7, EXPERTS: [[8, H, 32]] * 7}
+    every = {node.name: inputs[node.op_type] for node in _nodes(model.graph) if node.domain == "lynx"}
+    return model, hand_over(model, {**every, **(shapes or {})})
+
+
+def test_hand_over(tmp_path):
+    """Each pair: an output more, an input more behind the biases, and the fields that say so."""
+    for bias in (False, True):
+        model, names = handed(make_graph(tmp_path / "model.onnx", layers=2, bias=bias))
+        pairs = [[node for node in model.graph.node if node.op_type == op] for op in (SELECT, EXPERTS)]
+        assert names == tuple(node.name for node in pairs[0])
+        for select, experts in zip(*pairs, strict=True):
+            assert len(select.output) == 4
+            assert (len(experts.input), experts.input[-1]) == (8 if bias else 6, select.output[3])
+            for node in (select, experts):
+                assert [a.i for a in node.attribute if a.name == "dispatch"] == [1]
+        assert hand_over(model, {}) == ()  # a second time: nothing is left to do
+
+
+@pytest.mark.parametrize(
+    "change",
+    [through_identity, through_reshape, second_user, index_is_an_output, two_experts, experts_of_the_router],
+)
+def test_no_hand_over(tmp_path, change):
+    """Where the index is not LynxSelect's own, or not for one LynxExperts alone: the other layer is not touched."""
+    before = prepare(edit(make_graph(tmp_path / "model.onnx", layers=2), change)).model
+    model, names = handed(tmp_path / "model.onnx")
+    assert names == (() if change is two_experts else ("LynxSelect.index.1",))
+    for old, new in zip(before.graph.node, model.graph.node, strict=True):
+        assert old == new or new.name in ("LynxSelect.index.1", "LynxExperts.experts.1")
+        assert all(a.i == (old != new) for a in new.attribute if a.name == "dispatch")
+
+
+@pytest.mark.parametrize("experts", [16, -1])
+def test_no_hand_over_of_another_number_of_experts(tmp_path, experts):
+    path = make_graph(tmp_path / "model.onnx", layers=2)
+    assert handed(path, {"LynxSelect.index.0": [[-1, experts]] * 7})[1] == ("LynxSelect.index.1",)
+
+
+def test_no_hand_over_into_a_subgraph(tmp_path):
+    path = edit(make_graph(tmp_path / "model.onnx", layers=2), in_a_subgraph)
+    model, names = handed(path)
+    assert names == ("LynxSelect.index.0",)
+    assert sum(node.op_type == EXPERTS for node in _nodes(model.graph)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "pairs"),
+    [
+        (None, 2),
+        (through_identity, 1),
+        (through_reshape, 1),
+        (second_user, 1),
+        (two_experts, 0),
+        (more_experts_in_the_router, 1),
+    ],
+)
+def test_engines_with_and_without_the_hand_over(tmp_path, monkeypatch, change, pairs):
+    """TensorRT builds all of them, its own shapes decide, and the kernels are those of the layers that there are."""
+    asked = []
+
+    def compile_for(ops, sms, *, progress):
+        asked.extend(op.spec for op in ops)
+        return fake_kernels(asked, sms, 256)
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True)
+    report = build(edit(path, change) if change else path, sms=(90,))
+    assert report.messages == ()
+    assert report.plugin_layers == {SELECT: 2, EXPERTS: 2}
+    taken = {spec.dispatch_taken for spec in asked if isinstance(spec, SelectSpec)}
+    given = {spec.dispatch_given for spec in asked if isinstance(spec, ExpertsSpec)}
+    assert taken == given == {0: {False}, 1: {False, True}, 2: {True}}[pairs]
+    fields = re.findall(rb"dispatch\0.{8}(....)", path.with_suffix(".plan").read_bytes(), re.DOTALL)
+    counts = Counter(int.from_bytes(value, "little") for value in fields)
+    assert counts[1] == 2 * 2 * pairs  # of both layers of each pair, for each of two profiles
+    assert set(counts) <= {0, 1}
+    assert not [tensor.name for tensor in report.io if "dispatch" in tensor.name]
+
+
+def test_hand_over_with_external_weights(tmp_path):
+    """Weights that are inputs of the engine come before the metadata, which no one binds."""
+    path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True)
+    report = build(path, expert_weights="external")
+    names = [tensor.name for tensor in report.io]
+    assert {item.name for item in report.external} <= set(names)
+    assert not [name for name in names if "dispatch" in name]
+    fields = re.findall(rb"dispatch\0.{8}(....)", path.with_suffix(".plan").read_bytes(), re.DOTALL)
+    assert fields == [(1).to_bytes(4, "little")] * 8  # four layers, two profiles
 
 
 @pytest.mark.slow  # a gigabyte of disk

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lynx_trt.errors import TensorRTError, UsageError
-from lynx_trt.plugins.contract import CONTRACTS
+from lynx_trt.plugins.contract import COMPUTED, CONTRACTS
 from lynx_trt.plugins.launcher import spec_of
 from lynx_trt.plugins.specs import Op
 from lynx_trt.tensorrt.profiles import Profile
@@ -24,16 +24,16 @@ def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> 
     ranges = tuple(dict.fromkeys(_tokens(profile) for profile in profiles))
     specs = {}
     for layer in layers:
-        contract = CONTRACTS[layer["op"]]
+        values = CONTRACTS[layer["op"]].parse_fields(layer["attributes"])
         shapes = layer["shapes"]
-        for tensor, shape in zip(contract.inputs, shapes, strict=False):
+        for tensor, shape in zip(CONTRACTS[layer["op"]].of_node(values).inputs_of(len(shapes)), shapes, strict=True):
             for symbol, size in zip(tensor.shape, shape, strict=True):
-                if symbol != "T" and size < 0:
+                if symbol != "T" and symbol not in COMPUTED and size < 0:
                     raise TensorRTError(
                         f"{symbol} of {tensor.name} of node {layer['name']} is not known before the engine runs, and "
                         "kernels are compiled for one size: export the graph with fixed sizes"
                     )
-        spec = spec_of(layer["op"], contract.parse_fields(layer["attributes"]), shapes, layer["type"])
+        spec = spec_of(layer["op"], values, shapes, layer["type"])
         specs[spec.key] = spec
     return [Op(spec, ranges) for spec in specs.values()]
 

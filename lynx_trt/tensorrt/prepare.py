@@ -1,11 +1,13 @@
 """The copy of a lynx ONNX graph that TensorRT reads, made in memory without touching the weights.
 
-The file that ONNX Runtime runs differs from what TensorRT wants in four points:
+The file that ONNX Runtime runs differs from what TensorRT wants in five points:
 
 - the ops' function bodies are dropped: TensorRT's parser silently prefers a local function to a plugin;
 - a float32 Attention gets `TRT_decomposable = 1`: TensorRT has no fused kernel for it, and ONNX Runtime rejects
   the attribute;
 - with kernels, one lynx node carries them, and each their id (`contract.KERNELS`);
+- a LynxSelect hands the dispatch metadata to the LynxExperts that its `index` goes to, which else makes it once more
+  (`hand_over`, once TensorRT has told the shapes);
 - with external expert weights, the constant inputs of LynxExperts become inputs of the graph, so that the engine
   holds no copy of them and the runtime binds them from the same data file.
 
@@ -17,14 +19,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lynx_trt.errors import TensorRTError
-from lynx_trt.export.ops import DOMAIN, EXPERTS, PLUGIN
-from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, KERNELS, KERNELS_ID
+from lynx_trt.export.ops import DOMAIN, EXPERTS, PLUGIN, SELECT
+from lynx_trt.plugins.contract import CONTRACTS, DISPATCH, EXPERTS_CONTRACT, KERNELS, KERNELS_ID, SELECT_CONTRACT
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 ExpertWeights = Literal["engine", "external"]
 Dims = tuple[int | str, ...]
 
-_FIRST_WEIGHT = [tensor.name for tensor in EXPERTS_CONTRACT.inputs].index("gate_up")
+_SELECT_INPUTS = [tensor.name for tensor in SELECT_CONTRACT.inputs]
+_EXPERTS_INPUTS = [tensor.name for tensor in EXPERTS_CONTRACT.inputs]
+_FIRST_WEIGHT = _EXPERTS_INPUTS.index("gate_up")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,46 @@ def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine", kernel
         _add_kernels(model.graph, kernels)
     external = _externalize(model.graph, onnx_path) if expert_weights == "external" else ()
     return Prepared(model, plugins, external)
+
+
+def hand_over(model: onnx.ModelProto, shapes: Mapping[str, Sequence[Sequence[int]]]) -> tuple[str, ...]:
+    """Add the output `dispatch` to each LynxSelect that can hand it over, and give it to its LynxExperts.
+
+    It can where its `index` goes to one LynxExperts and nowhere else, both are nodes of the graph itself, and both have
+    the same E, which the layout of the metadata depends on (T and K are those of `index`). All others stay as they are.
+
+    Args:
+        model: a prepared model; it is changed.
+        shapes: of all inputs of each lynx node, by its name, as TensorRT infers them; -1 is a size that it leaves open.
+
+    Returns:
+        The names of the LynxSelect nodes that were changed.
+    """
+    graph = model.graph
+    users = Counter(name for node in _nodes(graph) for name in node.input)
+    users.update(value.name for each in _graphs(graph) for value in each.output)
+    selects = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type == SELECT}
+    changed = []
+    for experts in graph.node:
+        if experts.domain != DOMAIN or experts.op_type != EXPERTS:
+            continue
+        index = experts.input[_EXPERTS_INPUTS.index("index")]
+        select = selects.get(index)
+        if select is None or users[index] != 1 or "" in experts.input:
+            continue
+        fields = [a for node in (select, experts) for a in node.attribute if a.name == DISPATCH]
+        if any(field.i for field in fields):
+            continue
+        here = shapes[experts.name][_EXPERTS_INPUTS.index("down")][0]
+        there = shapes[select.name][_SELECT_INPUTS.index("choice")][1]
+        if here != there or here < 0:
+            continue
+        select.output.append(f"{select.name}.{DISPATCH}")
+        experts.input.append(select.output[-1])
+        for field in fields:
+            field.i = 1
+        changed.append(select.name)
+    return tuple(changed)
 
 
 def plugin_attributes(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
@@ -148,13 +192,19 @@ def _check_data(model: onnx.ModelProto, onnx_path: Path) -> None:
             )
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """All nodes, those of subgraphs too."""
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all its subgraphs."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
-                yield from _nodes(subgraph)
+                yield from _graphs(subgraph)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, those of subgraphs too."""
+    for each in _graphs(graph):
+        yield from each.node
 
 
 def _plugin_nodes(graph: onnx.GraphProto) -> dict[str, str]:
@@ -180,6 +230,8 @@ def _plugin_nodes(graph: onnx.GraphProto) -> dict[str, str]:
         if not node.name or taken[node.name] > 1:
             node.name = f"{DOMAIN}.{node.op_type}.{number}"
         given = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name in PLUGIN}
+        if not any(attribute.name == DISPATCH for attribute in node.attribute):  # else the parser warns of it
+            node.attribute.append(onnx.helper.make_attribute(DISPATCH, 0))
         for name, value in PLUGIN.items():
             if given.get(name, value) != value:
                 raise TensorRTError(
@@ -246,9 +298,7 @@ def _externalize(graph: onnx.GraphProto, onnx_path: Path) -> tuple[ExternalInput
     moved: dict[str, ExternalInput] = {}
     nodes = [node for node in _nodes(graph) if node.domain == DOMAIN and node.op_type == EXPERTS]
     for node in nodes:
-        for role, name in list(zip((t.name for t in EXPERTS_CONTRACT.inputs), node.input, strict=False))[
-            _FIRST_WEIGHT:
-        ]:
+        for role, name in list(zip(_EXPERTS_INPUTS, node.input, strict=False))[_FIRST_WEIGHT:]:
             if name not in constants:
                 raise TensorRTError(
                     f"{role} of {node.name} is {name!r}, which is not a constant of {onnx_path}, so it can't stay "

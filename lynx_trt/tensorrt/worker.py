@@ -105,26 +105,29 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
 
     from lynx_trt.plugins import python_plugin
     from lynx_trt.tensorrt import loader
-    from lynx_trt.tensorrt.prepare import plugin_attributes, prepare
+    from lynx_trt.tensorrt.prepare import hand_over, plugin_attributes, prepare
 
     onnx_path = Path(request["onnx"])
     channel.progress("Reading the graph")
     kernels = Path(request["kernels"]).read_bytes() if request["kernels"] else b""
     prepared = prepare(onnx_path, expert_weights=request["expert_weights"], kernels=kernels)
-    plugins, external = prepared.plugins, prepared.external
-    attributes = plugin_attributes(prepared.model)
-    data = prepared.model.SerializeToString()
-    del prepared  # with the copy of the weights, if they lie inside the file
+    plugins, external, model = prepared.plugins, prepared.external, prepared.model
     channel.progress("Loading TensorRT")
     loaded = loader.load(request["flavor"])
     python_plugin.register(loaded.module)
     builder = _Builder(loaded.module, channel)
     channel.progress("Parsing")
-    builder.parse(data, onnx_path)
-    del data
+    builder.parse(model.SerializeToString(), onnx_path)
     layers = builder.count_plugins(plugins)
+    described = builder.describe_plugins(plugin_attributes(model))
+    # Only now are all shapes known. The graph is parsed again where that changes it.
+    if hand_over(model, {layer["name"]: layer["shapes"] for layer in described}):
+        builder.parse(model.SerializeToString(), onnx_path)
+        layers = builder.count_plugins(plugins)
+        described = builder.describe_plugins(plugin_attributes(model))
     if request["partial"] is None:
-        return {"layers": builder.describe_plugins(attributes)}
+        return {"layers": described}
+    del prepared, model  # with the copy of the weights, if they lie inside the file
     builder.configure(request["profiles"], request["workspace_bytes"])
     size = builder.build(Path(request["partial"]), stream=loaded.matched)
     return {
@@ -150,15 +153,18 @@ class _Builder:
         self.builder = trt.Builder(self.logger)
         if not self.builder:
             raise TensorRTError(f"TensorRT makes no builder: {self._reasons()}")
-        # The default since TensorRT 11, and all there is in TensorRT for RTX; 10 has to be asked for it.
-        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
         self.config = self.builder.create_builder_config()
+        self.network: Any = None
+        self.parser: Any = None
 
     def parse(self, data: bytes, onnx_path: Path) -> None:
-        """Fill the network; external data is found relative to the path."""
+        """Make the network, anew if there is one; external data is found relative to the path."""
         from lynx_trt.plugins.python_plugin import take_refusals
 
+        self.parser = None  # before the network that it refers to
+        # The default since TensorRT 11, and all there is in TensorRT for RTX; 10 has to be asked for it.
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
         parser = self.trt.OnnxParser(self.network, self.logger)
         override = getattr(self.trt.OnnxParserFlag, "ENABLE_PLUGIN_OVERRIDE", None)
         if override is not None:

@@ -1,6 +1,8 @@
 #include "contract.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -49,6 +51,7 @@ Contract const& selectContract() {
             whole("beta", false, 4),
             flag("renormalize", true, 0),
             real("scale", false, 1),
+            flag("dispatch", false, 0),
         },
         {
             typed("choice", DataType::kFLOAT, "TE"),
@@ -64,7 +67,7 @@ Contract const& selectContract() {
             typed("weight", DataType::kFLOAT, "TK"),
             typed("active", DataType::kINT32, ""),
         },
-        0};
+        true, 0};
     return *contract;
 }
 
@@ -78,6 +81,7 @@ Contract const& expertsContract() {
             real("alpha", false, 1),
             real("limit", false, 0),
             real("up_offset", false, 0),
+            flag("dispatch", false, 0),
         },
         {
             precise("hidden", "TH"),
@@ -88,8 +92,37 @@ Contract const& expertsContract() {
             precise("gate_up_bias", "ER"),
             precise("down_bias", "EH"),
         },
-        {precise("output", "TH")}, 2};
+        {precise("output", "TH")}, false, 2};
     return *contract;
+}
+
+Contract Contract::ofNode(std::vector<Value> const& values) const {
+    Contract made = *this;
+    if (values.back().number != 0) {
+        (handsOver ? made.outputs : made.inputs).push_back(typed("dispatch", DataType::kINT32, "D"));
+    }
+    return made;
+}
+
+bool Contract::takes(int32_t nInputs) const {
+    int32_t const every = static_cast<int32_t>(inputs.size());
+    return nInputs == every || nInputs == every - optional;
+}
+
+Tensor const& Contract::input(int32_t number, int32_t nInputs) const {
+    bool const every = nInputs == static_cast<int32_t>(inputs.size());
+    return inputs[!every && number >= kFirstOptional ? number + optional : number];
+}
+
+std::pair<int32_t, int32_t> Contract::place(char symbol, int32_t nInputs) const {
+    for (int32_t i = 0; i < nInputs; ++i) {
+        char const* const shape = input(i, nInputs).shape;
+        char const* const found = std::strchr(shape, symbol);
+        if (found != nullptr) {
+            return {i, static_cast<int32_t>(found - shape)};
+        }
+    }
+    throw std::runtime_error(std::string("no input has the dimension ") + symbol);
 }
 
 char const* typeName(DataType type) {
@@ -140,6 +173,59 @@ std::vector<Value> parseFields(Contract const& contract, PluginFieldCollection c
         values.push_back(std::move(value));
     }
     return values;
+}
+
+void checkSizes(Contract const& contract, std::vector<Dims> const& shapes) {
+    if (std::strcmp(contract.inputs.back().shape, "D") != 0) {
+        return;
+    }
+    auto const size = [&](char symbol) {
+        auto const [input, axis] = contract.place(symbol, static_cast<int32_t>(shapes.size()));
+        return shapes[input].d[axis];
+    };
+    int64_t const right = size('T') * size('K') + 2 * size('E') + 2;
+    if (shapes.back().d[0] != right) {
+        throw std::runtime_error("dispatch has " + std::to_string(shapes.back().d[0]) + " entries; it must have " +
+            std::to_string(right) + " here: it comes from a node with other numbers of tokens or experts");
+    }
+}
+
+// Floats are the bits of the float32 in hexadecimal.
+std::string keyOf(
+    Contract const& contract, std::vector<Value> const& values, std::vector<Dims> const& shapes, DataType type) {
+    std::string result;
+    auto const add = [&](char const* name, std::string const& value) { result += ";" + (name + ("=" + value)); };
+    auto const size = [&](char const* name, int64_t value) { add(name, std::to_string(value)); };
+    int64_t const handed = values.back().number != 0 ? 1 : 0;
+    if (contract.handsOver) {
+        result = "select";
+        size("experts", shapes[0].d[1]);
+        size("experts_per_token", shapes[2].d[1]);
+    } else {
+        bool const transposed = values[2].number != 0;
+        result = "experts";
+        size("experts", shapes[4].d[0]);
+        size("experts_per_token", shapes[1].d[1]);
+        size("hidden", shapes[0].d[1]);
+        size("inner", shapes[4].d[transposed ? 1 : 2]);
+        add("dtype", typeName(type));
+        size("bias", static_cast<int64_t>(shapes.size()) - handed > kFirstOptional ? 1 : 0);
+        size("dispatch_given", handed);
+    }
+    for (std::size_t i = 0; i + 1 < values.size(); ++i) {  // the last is `dispatch`
+        Field const& field = contract.fields[i];
+        if (field.type == PluginFieldType::kFLOAT32) {
+            auto const number = static_cast<float>(values[i].number);
+            uint32_t bits = 0;
+            std::memcpy(&bits, &number, sizeof bits);
+            std::array<char, 9> digits{};
+            std::snprintf(digits.data(), digits.size(), "%08x", static_cast<unsigned>(bits));
+            add(field.name, digits.data());
+        } else {
+            add(field.name, shown(field, values[i]));
+        }
+    }
+    return contract.handsOver ? result + ";dispatch_taken=" + std::to_string(handed) : result;
 }
 
 }  // namespace lynx

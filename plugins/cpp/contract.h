@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lynx {
@@ -27,7 +28,8 @@ struct Tensor {
     char const* name;
     bool isFloat;   // of the graph's own precision; otherwise of `type`
     nvinfer1::DataType type;
-    char const* shape;  // a letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up
+    // A letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up, D T K + 2 E + 2.
+    char const* shape;
 };
 
 struct Contract {
@@ -35,13 +37,20 @@ struct Contract {
     std::vector<Field> fields;
     std::vector<Tensor> inputs;
     std::vector<Tensor> outputs;
-    int32_t optional;  // the last so many inputs are given together or not at all
+    bool handsOver;    // with the last field, `dispatch`, 1: the metadata is the last output; otherwise the last input
+    int32_t optional;  // so many inputs, those from kFirstOptional on, are given together or not at all
 
-    bool takes(int32_t nInputs) const {
-        int32_t const every = static_cast<int32_t>(inputs.size());
-        return nInputs == every || nInputs == every - optional;
-    }
+    // The contract of a node with such fields.
+    Contract ofNode(std::vector<Value> const& values) const;
+    bool takes(int32_t nInputs) const;
+    // An input of a node that has so many.
+    Tensor const& input(int32_t number, int32_t nInputs) const;
+    // The first input that has a dimension, and its axis. Throws std::runtime_error: none has it.
+    std::pair<int32_t, int32_t> place(char symbol, int32_t nInputs) const;
 };
+
+// LynxExperts' biases.
+constexpr int32_t kFirstOptional = 5;
 
 Contract const& selectContract();
 Contract const& expertsContract();
@@ -58,5 +67,12 @@ std::string shown(Field const& field, Value const& value);
 // All fields' values in the contract's order, defaults filled in. Throws std::runtime_error, naming the attribute: a
 // required one is missing, or one has a value that is not allowed.
 std::vector<Value> parseFields(Contract const& contract, nvinfer1::PluginFieldCollection const& given);
+
+// Throws std::runtime_error unless the metadata that a node is given, if it is, is that of its own T, K and E.
+void checkSizes(Contract const& contract, std::vector<nvinfer1::Dims> const& shapes);
+
+// The key of plugins/specs.py, by which a node's kernels are found; `type` is the graph's own precision.
+std::string keyOf(Contract const& contract, std::vector<Value> const& values, std::vector<nvinfer1::Dims> const& shapes,
+    nvinfer1::DataType type);
 
 }  // namespace lynx

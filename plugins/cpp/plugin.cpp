@@ -72,9 +72,10 @@ class Plugin final : public IPluginV3,
                      public IPluginV3OneBuild,
                      public IPluginV3OneRuntime {
 public:
-    Plugin(Contract const& contract, std::vector<Value> values, std::string node, std::string kernelsId,
+    // The contract is that of the node (Contract::ofNode).
+    Plugin(Contract contract, std::vector<Value> values, std::string node, std::string kernelsId,
         std::shared_ptr<std::string const> blob)
-        : contract_(contract)
+        : contract_(std::move(contract))
         , values_(std::move(values))
         , node_(std::move(node))
         , kernelsId_(std::move(kernelsId))
@@ -124,14 +125,14 @@ public:
     }
 
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t nInputs, DimsExprs const*, int32_t, DimsExprs* outputs,
-        int32_t nOutputs, IExprBuilder&) noexcept override {
+        int32_t nOutputs, IExprBuilder& builder) noexcept override {
         return guarded(contract_.name, node_.c_str(), -1, [&] {
             checkRanks(inputs, nInputs);
             for (int32_t i = 0; i < nOutputs; ++i) {
                 std::string const shape = contract_.outputs[i].shape;
                 outputs[i].nbDims = static_cast<int32_t>(shape.size());
                 for (std::size_t axis = 0; axis < shape.size(); ++axis) {
-                    outputs[i].d[axis] = dimension(shape[axis], inputs, nInputs);
+                    outputs[i].d[axis] = dimension(shape[axis], inputs, nInputs, builder);
                 }
             }
             return 0;
@@ -144,7 +145,7 @@ public:
             return false;
         }
         auto const tensor = [&](int32_t each) -> Tensor const& {
-            return each < nInputs ? contract_.inputs[each] : contract_.outputs[each - nInputs];
+            return each < nInputs ? contract_.input(each, nInputs) : contract_.outputs[each - nInputs];
         };
         DataType const type = tensors[position].desc.type;
         if (!tensor(position).isFloat) {
@@ -167,7 +168,8 @@ public:
             for (int32_t i = 0; i < nInputs; ++i) {
                 shapes.push_back(inputs[i].max);
             }
-            return published(kernelsId_).workspaceBytes(key(shapes, inputs[0].desc.type), shapes[0].d[0]);
+            return published(kernelsId_).workspaceBytes(
+                keyOf(contract_, values_, shapes, inputs[0].desc.type), shapes[0].d[0]);
         });
     }
 
@@ -248,15 +250,24 @@ private:
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     }
 
+    void checkCount(int32_t nInputs) const {
+        if (contract_.takes(nInputs)) {
+            return;
+        }
+        auto const every = static_cast<int32_t>(contract_.inputs.size());
+        std::string const fewer = contract_.optional > 0 ? std::to_string(every - contract_.optional) + " or " : "";
+        bool const given = !contract_.handsOver && values_.back().number != 0;
+        throw std::runtime_error("it has " + std::to_string(nInputs) + " inputs; it takes " + fewer +
+            std::to_string(every) + (given ? " with dispatch = 1" : ""));
+    }
+
     // Throws, naming the input, unless such inputs are the op's; returns the graph's precision.
     DataType checkTypes(DataType const* types, int32_t nInputs) const {
-        if (!contract_.takes(nInputs)) {
-            throw std::runtime_error("it has " + std::to_string(nInputs) + " inputs");
-        }
+        checkCount(nInputs);
         DataType precision = DataType::kFLOAT;
         bool known = false;
         for (int32_t i = 0; i < nInputs; ++i) {
-            Tensor const& tensor = contract_.inputs[i];
+            Tensor const& tensor = contract_.input(i, nInputs);
             bool const right = tensor.isFloat ? (known ? types[i] == precision : isFloatType(types[i]))
                                               : types[i] == tensor.type;
             if (!right) {
@@ -274,8 +285,9 @@ private:
     }
 
     void checkRanks(DimsExprs const* inputs, int32_t nInputs) const {
+        checkCount(nInputs);
         for (int32_t i = 0; i < nInputs; ++i) {
-            Tensor const& tensor = contract_.inputs[i];
+            Tensor const& tensor = contract_.input(i, nInputs);
             if (inputs[i].nbDims != static_cast<int32_t>(std::strlen(tensor.shape))) {
                 throw std::runtime_error(std::string(tensor.name) + " has " + std::to_string(inputs[i].nbDims) +
                     " dimensions; it must have " + std::to_string(std::strlen(tensor.shape)));
@@ -283,53 +295,24 @@ private:
         }
     }
 
-    // No dimension of an output is computed: each is one of an input.
-    IDimensionExpr const* dimension(char symbol, DimsExprs const* inputs, int32_t nInputs) const {
-        for (int32_t i = 0; i < nInputs; ++i) {
-            char const* const shape = contract_.inputs[i].shape;
-            char const* const found = std::strchr(shape, symbol);
-            if (found != nullptr) {
-                return inputs[i].d[found - shape];
+    // A dimension of an output: one of an input, or that of the metadata.
+    IDimensionExpr const* dimension(
+        char symbol, DimsExprs const* inputs, int32_t nInputs, IExprBuilder& builder) const {
+        if (symbol != 'D') {
+            auto const [input, axis] = contract_.place(symbol, nInputs);
+            return inputs[input].d[axis];
+        }
+        auto const joined = [&](DimensionOperation operation, IDimensionExpr const* a, IDimensionExpr const* b) {
+            IDimensionExpr const* const result = a && b ? builder.operation(operation, *a, *b) : nullptr;
+            if (result == nullptr) {
+                throw std::runtime_error("TensorRT can't express the size of the metadata");
             }
-        }
-        throw std::runtime_error(std::string("no input has the dimension ") + symbol);
-    }
-
-    // The key of plugins/specs.py: floats are the bits of the float32 in hexadecimal.
-    std::string key(std::vector<Dims> const& shapes, DataType type) const {
-        std::string result;
-        auto const add = [&](char const* name, std::string const& value) { result += ";" + (name + ("=" + value)); };
-        auto const size = [&](char const* name, int64_t value) { add(name, std::to_string(value)); };
-        bool const select = &contract_ == &selectContract();
-        if (select) {
-            result = "select";
-            size("experts", shapes[0].d[1]);
-            size("experts_per_token", shapes[2].d[1]);
-        } else {
-            bool const transposed = values_[2].number != 0;
-            result = "experts";
-            size("experts", shapes[4].d[0]);
-            size("experts_per_token", shapes[1].d[1]);
-            size("hidden", shapes[0].d[1]);
-            size("inner", shapes[4].d[transposed ? 1 : 2]);
-            add("dtype", typeName(type));
-            size("bias", shapes.size() > 5 ? 1 : 0);
-            size("dispatch_given", 0);
-        }
-        for (std::size_t i = 0; i < values_.size(); ++i) {
-            Field const& field = contract_.fields[i];
-            if (field.type == PluginFieldType::kFLOAT32) {
-                auto const number = static_cast<float>(values_[i].number);
-                uint32_t bits = 0;
-                std::memcpy(&bits, &number, sizeof bits);
-                std::array<char, 9> digits{};
-                std::snprintf(digits.data(), digits.size(), "%08x", static_cast<unsigned>(bits));
-                add(field.name, digits.data());
-            } else {
-                add(field.name, shown(field, values_[i]));
-            }
-        }
-        return select ? result + ";dispatch_taken=0" : result;
+            return result;
+        };
+        auto const each = [&](char name) { return dimension(name, inputs, nInputs, builder); };
+        auto const pairs = joined(DimensionOperation::kPROD, each('T'), each('K'));
+        auto const experts = joined(DimensionOperation::kPROD, builder.constant(2), each('E'));
+        return joined(DimensionOperation::kSUM, joined(DimensionOperation::kSUM, pairs, experts), builder.constant(2));
     }
 
     // Resolves the plan for the shapes' T: functions, grids, and where each argument comes from.
@@ -339,12 +322,13 @@ private:
             shapes.push_back(inputs[i].dims);
         }
         tokens_ = -1;  // if this fails, nothing is prepared
+        checkSizes(contract_, shapes);
         launches_.clear();
         pointers_.clear();
         int64_t const tokens = shapes.at(0).d[0];
         Device const device = currentDevice();
         Kernels const& kernels = published(kernelsId_);
-        Plan const& plan = kernels.plan(key(shapes, inputs[0].type), device.sm, tokens);
+        Plan const& plan = kernels.plan(keyOf(contract_, values_, shapes, inputs[0].type), device.sm, tokens);
         auto const offsets = plan.offsets(tokens);
         for (Step const& step : plan.steps) {
             int64_t const programs = step.grid.programs(tokens, device.multiprocessors);
@@ -384,7 +368,7 @@ private:
             }
         }
         for (int32_t i = 0; i < nInputs_; ++i) {
-            if (name == contract_.inputs[i].name) {
+            if (name == contract_.input(i, nInputs_).name) {
                 return {launches_.size(), word, Source::kInput, i};
             }
         }
@@ -404,7 +388,7 @@ private:
         return value;
     }
 
-    Contract const& contract_;
+    Contract contract_;
     std::vector<Value> values_;
     std::string node_;
     std::string kernelsId_;
@@ -451,7 +435,8 @@ public:
             if (blob != nullptr) {
                 publish(kernelsId, blob);
             }
-            return new Plugin(contract_, parseFields(contract_, *fields), name, kernelsId, blob);
+            std::vector<Value> values = parseFields(contract_, *fields);
+            return new Plugin(contract_.ofNode(values), values, name, kernelsId, blob);
         });
     }
 

@@ -1,6 +1,6 @@
 // Does with the plugin library what TensorRT would, and prints what it answers. Commands come on standard input:
 //   op NAME | field NAME char|int32|float32 VALUE | kernels ID FILE | noblob ID | create
-//   input TYPE SIZE...  (a size may be T) | outputs | formats | workspace T | run T
+//   input TYPE SIZE...  (a size may be T, or D for 2 T + 18) | outputs | formats | workspace T | run T
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -36,6 +36,34 @@ std::string nameOf(DataType type) {
     }
     return "?";
 }
+
+// Expressions of dimensions that are no more than text: sums of products, as a+b*c.
+struct Expressions final : apiv::VExprBuilder {
+    std::deque<std::string> texts;
+
+    IDimensionExpr const* keep(std::string const& text) {
+        texts.push_back(text);
+        return reinterpret_cast<IDimensionExpr const*>(&texts.back());
+    }
+    static std::string const& text(IDimensionExpr const& each) { return reinterpret_cast<std::string const&>(each); }
+
+    IDimensionExpr const* constant(int64_t value) override { return keep(std::to_string(value)); }
+    IDimensionExpr const* operation(
+        DimensionOperation op, IDimensionExpr const& first, IDimensionExpr const& second) override {
+        if (op != DimensionOperation::kSUM && op != DimensionOperation::kPROD) return nullptr;
+        return keep(text(first) + (op == DimensionOperation::kSUM ? "+" : "*") + text(second));
+    }
+    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override {
+        return nullptr;
+    }
+};
+
+// TensorRT hands out objects of a class that nobody else can make: a table of virtual functions, then its pointer.
+struct Builder {
+    void* table{};
+    apiv::VExprBuilder* implementation{};
+};
+static_assert(sizeof(Builder) == sizeof(IExprBuilder));
 
 struct Input {
     DataType type;
@@ -81,7 +109,8 @@ struct Probe {
             desc.format = TensorFormat::kLINEAR;
             desc.dims.nbDims = int32_t(input.sizes.size());
             for (std::size_t i = 0; i < input.sizes.size(); ++i) {
-                desc.dims.d[i] = input.sizes[i] == "T" ? tokens : std::stoll(input.sizes[i]);
+                std::string const& size = input.sizes[i];
+                desc.dims.d[i] = size == "T" ? tokens : size == "D" ? 2 * tokens + 18 : std::stoll(size);
             }
             result.push_back(desc);
         }
@@ -120,17 +149,18 @@ struct Probe {
         int32_t const count = build->getNbOutputs();
         std::vector<DataType> types(count), given;
         std::vector<DimsExprs> shapes(inputs.size()), results(count);
+        Expressions expressions;
         for (std::size_t i = 0; i < inputs.size(); ++i) {
             given.push_back(inputs[i].type);
             shapes[i].nbDims = int32_t(inputs[i].sizes.size());
-            for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {  // no expression, but a name for one
-                shapes[i].d[axis] = reinterpret_cast<IDimensionExpr const*>(16 * (10 * (i + 1) + axis));
+            for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {
+                shapes[i].d[axis] = expressions.keep(std::to_string(i) + "." + std::to_string(axis));
             }
         }
-        alignas(IExprBuilder) char unused[sizeof(IExprBuilder)] = {};
+        Builder builder{nullptr, &expressions};
         int const types_status = build->getOutputDataTypes(types.data(), count, given.data(), int32_t(given.size()));
         int const shapes_status = build->getOutputShapes(shapes.data(), int32_t(shapes.size()), nullptr, 0,
-            results.data(), count, reinterpret_cast<IExprBuilder&>(unused));
+            results.data(), count, reinterpret_cast<IExprBuilder&>(builder));
         if (types_status != 0 || shapes_status != 0) {
             std::cout << "refused\n";
             return;
@@ -138,8 +168,7 @@ struct Probe {
         for (int32_t i = 0; i < count; ++i) {
             std::cout << "output " << nameOf(types[i]);
             for (int32_t axis = 0; axis < results[i].nbDims; ++axis) {
-                auto const name = reinterpret_cast<std::uintptr_t>(results[i].d[axis]) / 16;
-                std::cout << " " << name / 10 - 1 << "." << name % 10;
+                std::cout << " " << Expressions::text(*results[i].d[axis]);
             }
             std::cout << "\n";
         }
