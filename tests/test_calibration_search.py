@@ -162,7 +162,7 @@ def test_floors_are_near_the_best_there_is(name: str, total: int) -> None:
 @pytest.mark.parametrize("top", [0.6, 0.03, 2e-5], ids=["few experts", "some", "very many"])
 def test_floors_are_looked_for_where_they_matter(top: float) -> None:
     """From what leaves nothing but the guaranteed to what leaves nearly all, whatever votes a model has."""
-    model = MadeUp([1.0] * 3, [2.0] * 3, top=top)
+    model = MadeUp([1.0] * 3, [8.0] * 3, top=top)
     dial = dial_of(model, "floors")
     assert isinstance(dial, Floors)
     assert model.above(dial.values[0]) == FEWEST
@@ -173,6 +173,16 @@ def test_floors_are_looked_for_where_they_matter(top: float) -> None:
     np.testing.assert_allclose(ratios, 2**0.25, rtol=2e-3)
     assert len(dial.rungs) <= 10
     assert len(model.asked) <= 17
+
+
+def test_floors_end_where_nothing_is_lost() -> None:
+    """Experts that hardly count keep the search from no rung: at 10 of 16 experts a thousandth of the KL is left."""
+    model = MadeUp([1.0] * 3, [1.0] * 3)
+    dial = dial_of(model, "floors")
+    assert isinstance(dial, Floors)
+    lowest, little = dial.values[-1], 1e-3 * model.kl([FEWEST] * 3)
+    assert model.kl([model.above(lowest)] * 3) <= little < model.kl([model.above(4.01 * lowest)] * 3)
+    assert model.above(lowest) < 0.9 * NATURAL
 
 
 def test_levels_mean_what_they_say() -> None:

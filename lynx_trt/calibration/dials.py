@@ -28,8 +28,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 RUNGS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Levels whose active experts are within this share of the fewest that there can be do nothing but that.
 SATURATED = 0.01
-# Floors are looked for from 1 down, by this factor, until so large a share of the experts is in use; at most so many.
-SWEEP, WHOLE, SWEEPS = 4.0, 0.97, 16
+# Floors are looked for from 1 down, by this factor, until so large a share of the experts is in use, or so small a
+# share of the KL is left; at most so many.
+SWEEP, WHOLE, NEGLIGIBLE, SWEEPS = 4.0, 0.97, 1e-3, 16
 # Levels of a factor of 2 in the floor, and at how many floors, at most, each layer is tried.
 OCTAVE, MOST_RUNGS = 4, 10
 
@@ -154,14 +155,16 @@ def budget_dial(selection: Selection, experts: Sequence[int], natural: Array, ex
 def floor_dial(trials: Trials, selection: Selection, experts: Sequence[int], natural: Array) -> Floors:
     """The dial of floors: from the highest at which a layer still keeps more than it must to the lowest that matters.
 
-    Both are measured, with one floor for all layers, at falling floors until nearly all experts are in use.
+    Both are measured, with one floor for all layers, at falling floors until next to nothing is lost.
     """
     found: list[Array] = []
+    highest = 0.0
     for number in range(SWEEPS + 1):
         one = Floors(selection, tuple(experts), (_sweep(number),))
         (item,) = trials.measure([one.setting((0,) * len(experts))])
         found.append(np.array(item.active_by_layer))
-        if found[-1].sum() >= WHOLE * natural.sum():
+        highest = max(highest, item.kl.mean)
+        if found[-1].sum() >= WHOLE * natural.sum() or item.kl.mean <= NEGLIGIBLE * highest:
             break
     few = [bool((active <= (1 + SATURATED) * found[0]).all()) for active in found]
     top = few.index(False) - 1 if False in few else 0
