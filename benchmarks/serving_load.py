@@ -306,7 +306,7 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     record = json.loads(options.output.read_text(encoding="utf-8"))
     plot(record, options.plot)
-    insert(record, options.page)
+    insert(tables(record), options.page, "serving_load")
     print(tables(record))
 
 

@@ -1,4 +1,6 @@
-"""Markdown tables and a plot of what benchmarks/serving_load.py has recorded, and their place in docs/serving.md."""
+"""Markdown tables and a plot of what benchmarks/serving_load.py and serving_steps.py have recorded, and their place in
+docs/serving.md.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-BEGIN, END = "<!-- begin: benchmarks/serving_load.py -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
-def insert(record: Record, page: Path) -> None:
-    """Put the tables between the two marks of a page, in the place of what is there."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{tables(record)}\n\n{END}{after}", encoding="utf-8")
+def insert(text: str, page: Path, script: str) -> None:
+    """Put a script's tables between its two marks of a page, in the place of what is there."""
+    begin = f"<!-- begin: benchmarks/{script}.py -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(END, 1)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def tables(record: Record) -> str:
@@ -22,10 +24,37 @@ def tables(record: Record) -> str:
     return "\n\n".join([_place(record), _judged(record), _load(record)])
 
 
-def _place(record: Record) -> str:
+def steps_tables(record: Record) -> str:
+    """What serving_steps.py has recorded."""
+    place = _busy(record) + (
+        f"{record['model']}, computed in float32, on {record['cores']} cores of {record['cpu']}; ONNX Runtime "
+        f"{record['onnxruntime']}, load average {record['load_before']} before, commit {record['commit']}, "
+        f"{record['time'][:10]}; `{record['command']}`."
+    )
+    head = ("a decode step, ms", "batch 1", "batch 16", "tokens/s of 16 over 1")
+    ways = [
+        (row["way"], f"{row['one_ms']:.2f}", f"{row['many_ms']:.2f}", f"{row['ratio']:.2f}") for row in record["steps"]
+    ]
+    columns = record["nodes"]
+    names = [f"batch {one['batch']}{'' if one['quality'] == 'max' else ', ' + one['quality']}" for one in columns]
+    kinds = sorted(columns[-1]["us"], key=lambda kind: (kind == "others", -columns[-2]["us"][kind]))
+    rows = [
+        (kind, *(f"{one['us'].get(kind, 0):.0f} ({one['nodes'].get(kind, 0)})" for one in columns)) for kind in kinds
+    ]
+    step = ("the step without the profiler", *(f"{one['step_us']:.0f}" for one in columns))
+    active = ("active experts a layer", *(f"{one['active_experts']:.1f}" for one in columns))
+    return "\n\n".join(
+        [place, _markdown([head, *ways]), _markdown([("one core, us (nodes)", *names), *rows, step, active])]
+    )
+
+
+def _busy(record: Record) -> str:
     busy = record["load_before"] > 0.75 * record["cores"]
-    warning = "**The machine was busy with other work meanwhile, so these figures say little.** " if busy else ""
-    return warning + (
+    return "**The machine was busy with other work meanwhile, so these figures say little.** " if busy else ""
+
+
+def _place(record: Record) -> str:
+    return _busy(record) + (
         f"{record['model']} ({record['precision']}, computed in float32) on {record['cores']} cores of "
         f"{record['cpu']}, the clients on the same machine; ONNX Runtime {record['onnxruntime']}, "
         f"{record['threads'] or 'default'} threads, load average {record['load_before']} before, "
