@@ -23,11 +23,11 @@ TOKENS_FLOAT16 = (16, 1024)
 def wanted(models: tuple[str, ...], *, dry: bool) -> list[Op]:
     """The ops of all parts."""
     if dry:
-        return ops_for([specs_of(models[0], "bfloat16", dry=True)], (1,), handed=False)
+        return ops_for([specs_of(models[0], "bfloat16", dry=True)], (1,))
     return [
         op
         for dtype, tokens in (("bfloat16", TOKENS), ("float16", TOKENS_FLOAT16))
-        for op in ops_for([specs_of(name, dtype, dry=False) for name in models], tokens, handed=True)
+        for op in ops_for([specs_of(name, dtype, dry=False) for name in models], tokens)
     ]
 
 

@@ -3,9 +3,9 @@
 Batches of 1 to 128 tokens on the layers of known models, at the natural number of active experts of an even routing
 and at 75, 50 and 25 % of it. Contenders, in turn on the same inputs:
 
-    lynx         LynxExperts as in an engine, from the routing given: metadata, gate-up, down, combine
-    lynx_layer   LynxSelect and LynxExperts, from the router's scores
-    lynx_handed  the same with the metadata handed over from one to the other, which two plugins of an engine can't
+    lynx         LynxExperts alone, from the routing given, as its peers: metadata, gate-up, down, combine
+    lynx_layer   LynxSelect and LynxExperts as in an engine, from the router's scores: one hands the other the metadata
+    lynx_apart   the same without the hand-over, as where an engine can't have it
     grouped_mm   transformers' experts on PyTorch's grouped matmul
     dense        every expert on every token
     vllm         vLLM's Triton-language kernel, where it can be had
@@ -31,7 +31,7 @@ def main() -> None:
     with benchmark(__doc__, "experts_decode", 240, MODELS) as (chosen, report, clock):
         tokens = (3,) if chosen.dry else TOKENS
         layers = [make_layer(name, chosen) for name in chosen.models]
-        ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=True)
+        ops = ops_for([(each.experts, each.select) for each in layers], tokens)
         bench = Bench.start(layers, ops, chosen, report, clock)
         for count in tokens:
             for layer in layers:
@@ -69,7 +69,7 @@ def measure_point(layer: Layer, batches: list[Batch], bench: Bench) -> list[dict
     bench.report.absent |= absent
     runs["lynx"] = ours(bench.kernels, layer, batches, whole=False)
     runs["lynx_layer"] = ours(bench.kernels, layer, batches, whole=True)
-    runs["lynx_handed"] = ours(bench.kernels, layer, batches, whole=True, handed=True)
+    runs["lynx_apart"] = ours(bench.kernels, layer, batches, whole=True, handed=False)
     return bench.measure_layer(layer, batches, runs, seconds=0.5)
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     with benchmark(__doc__, "experts_prefill", 180, MODELS) as (chosen, report, clock):
         tokens = (5,) if chosen.dry else TOKENS
         layers = [make_layer(name, chosen) for name in chosen.models]
-        ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=False)
+        ops = ops_for([(each.experts, each.select) for each in layers], tokens)
         bench = Bench.start(layers, ops, chosen, report, clock)
         for count in tokens:
             for layer in layers:

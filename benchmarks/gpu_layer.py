@@ -85,7 +85,7 @@ class Batch:
 
 
 def specs_of(name: str, dtype: str, *, dry: bool) -> tuple[ExpertsSpec, SelectSpec]:
-    """The ops of a model's layer as an engine has them: each makes its own metadata. Dry: the form, in tiny.
+    """The ops of a model's layer, each making its own metadata (`ours` hands it over). Dry: the form, in tiny.
 
     The selection guarantees nothing, so that it keeps as many experts as its budget says.
     """
@@ -186,11 +186,12 @@ def supported_sm() -> int:
     return sm
 
 
-def ours(kernels: Kernels, layer: Layer, batches: Sequence[Batch], *, whole: bool, handed: bool = False) -> Run:
+def ours(kernels: Kernels, layer: Layer, batches: Sequence[Batch], *, whole: bool, handed: bool = True) -> Run:
     """Our layer on some batches in turn: LynxExperts, before it (`whole`) LynxSelect.
 
-    `handed`: the selection hands its metadata over, which two plugins of an engine can't.
+    A selection hands its metadata over, as in an engine, unless `handed` is false; LynxExperts alone makes its own.
     """
+    handed = whole and handed
     select = replace(layer.select, dispatch_taken=handed)
     experts = replace(layer.experts, dispatch_given=handed)
     launches: list[Callable[[], None]] = []
@@ -236,14 +237,11 @@ def selection_tensors(batch: Batch, spec: SelectSpec) -> dict[str, Tensor]:
     return tensors
 
 
-def ops_for(layers: Sequence[tuple[ExpertsSpec, SelectSpec]], tokens: Sequence[int], *, handed: bool) -> list[Op]:
-    """What has to be compiled for some layers and numbers of tokens."""
+def ops_for(layers: Sequence[tuple[ExpertsSpec, SelectSpec]], tokens: Sequence[int]) -> list[Op]:
+    """What has to be compiled for some layers and numbers of tokens: each op with and without the hand-over."""
     ranges = tuple((each, each) for each in tokens)
-    ops = [Op(spec, ranges) for pair in layers for spec in pair]
-    if handed:
-        ops += [Op(replace(experts, dispatch_given=True), ranges) for experts, _ in layers]
-        ops += [Op(replace(select, dispatch_taken=True), ranges) for _, select in layers]
-    return ops
+    ops = [Op(replace(experts, dispatch_given=given), ranges) for experts, _ in layers for given in (False, True)]
+    return ops + [Op(replace(select, dispatch_taken=taken), ranges) for _, select in layers for taken in (False, True)]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Batches of 1 to 512 tokens on the routers of known models, at half of the natural number of active experts, once by a
 budget and once by a floor of votes, and with the selection off (a budget of all experts). Contenders:
 
-    lynx           LynxSelect as in an engine
-    lynx_metadata  LynxSelect with the complete metadata: the list of active experts, the tokens of each
+    lynx           LynxSelect that hands nothing over
+    lynx_metadata  LynxSelect as in an engine, with complete metadata: the list of active experts, the tokens of each
     sort           PyTorch's sort, histogram and running sum, as transformers' experts use them: metadata, no selection
 
 The inputs are in L2, as a router has just left them there.
@@ -51,7 +51,7 @@ def main() -> None:
     with benchmark(__doc__, "select", 60, MODELS) as (chosen, report, clock):
         tokens = (3,) if chosen.dry else TOKENS
         layers = [Layer(name, *specs_of(name, chosen.dtype, dry=chosen.dry), {}) for name in chosen.models]
-        ops = ops_for([(each.experts, each.select) for each in layers], tokens, handed=True)
+        ops = ops_for([(each.experts, each.select) for each in layers], tokens)
         bench = Bench.start(layers, [op for op in ops if isinstance(op.spec, SelectSpec)], chosen, report, clock)
         for count in tokens:
             for layer in layers:

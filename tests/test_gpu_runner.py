@@ -375,7 +375,7 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
         assert 0 < floored["active"] < off["active"] == off["natural"]
         assert all(each["right"] is True for each in rows if each["contender"] != "sort")
         return
-    assert {"lynx", "lynx_layer", "grouped_mm", "dense"} <= contenders
+    assert {"lynx", "lynx_layer", "lynx_apart", "grouped_mm", "dense"} <= contenders
     assert next(iter(record["absent"].values())).startswith("vLLM")
     assert record["extra"]["kernels"] == "interpreted"
     for each in rows:
