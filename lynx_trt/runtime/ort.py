@@ -117,8 +117,7 @@ class OrtBackend:
             )
         self.slots, self.sizes = slots, StepSizes()
         self._device = device
-        cores = pieces or threads or len(os.sched_getaffinity(0))
-        self._pieces = 1 if profile or device != "cpu" else cores
+        self._pieces = 1 if profile or device != "cpu" else pieces or threads or _cores()
         self._graphs = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
         self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
         self.notes = [] if device == "cpu" else _left_to_cpu(self._sessions(), device)
@@ -249,6 +248,11 @@ class OrtBackend:
     def _sessions(self) -> list[Any]:
         graphs = [graph for graph in (self._graphs.whole, self._graphs.free, self._graphs.apart) if graph]
         return list(dict.fromkeys(graph.session for graph in graphs))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cuts(first: int, batch: int, pieces: int) -> list[slice]:
