@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 from test_architectures import PROMISED, Batch, eager_logits, exported_logits
+from trt_graphs import handed_over
 
 from lynx_trt.artifact import Artifact
 
@@ -23,6 +24,7 @@ def test_fp16(name: str, artifact: Callable[..., Artifact]) -> None:
     assert built.manifest.engine
     moe = len(built.manifest.model.moe_layers)
     assert built.manifest.engine.plugin_layers == {"LynxSelect": moe, "LynxExperts": moe}
+    assert handed_over((built.folder / "engine.plan").read_bytes()) == [1] * (4 * moe)  # two ops, two profiles
     batch = Batch.random()
     reference = eager_logits(tiny_models.random_model(name).double(), batch)
     eager = eager_logits(tiny_models.random_model(name).half(), batch) - reference
