@@ -173,10 +173,10 @@ def count_active(pieces: Sequence[Array], layers: int, k: int) -> Array:
     """
     if len(pieces) == 1 and len(pieces[0]) == layers:
         return np.full(layers, k, np.int32)
-    marks = np.zeros((layers, pieces[0].shape[1]), bool)
-    for logits in pieces:
-        chosen = np.argpartition(logits, -k, axis=1)[:, -k:]
-        marks[np.repeat(np.arange(layers), len(logits) // layers * k), chosen.reshape(-1)] = True
+    logits = np.concatenate([piece.reshape(layers, -1, piece.shape[1]) for piece in pieces], axis=1)
+    chosen = np.argpartition(logits, -k, axis=2)[:, :, -k:].reshape(layers, -1)
+    marks = np.zeros((layers, logits.shape[2]), bool)
+    marks[np.arange(layers)[:, None], chosen] = True
     return np.asarray(marks.sum(1), np.int32)
 
 
