@@ -265,6 +265,7 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
     [
         (select_case(vote="majority"), "", "vote is 'majority', which is not allowed"),
         (experts_case(gated=2), "", "gated is '2', which is not allowed"),
+        (select_case(dispatch=2), "", "dispatch is '2', which is not allowed"),
         (select_case(), "", "it holds no GPU kernels, so this engine can't run"),
         (select_case(), "noblob lost", "the GPU kernels lost are in none of the engines loaded here"),
         (select_case(), "kernels id FILE", "can't be read"),

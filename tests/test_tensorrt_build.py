@@ -347,6 +347,16 @@ def test_engines_with_and_without_the_hand_over(tmp_path, monkeypatch, change, p
     assert not [tensor.name for tensor in report.io if "dispatch" in tensor.name]
 
 
+def test_hand_over_of_many_tokens(tmp_path):
+    """A step of 65,536 tokens: the tensor between the two has 131,090 entries, on one axis."""
+    path = make_graph(tmp_path / "model.onnx", layers=1)
+    options = {"decode_batch": Range(1, 8, 16384), "prefill_batch": Range(1, 64, 1024)}
+    profiles = decode_and_prefill(input_dims(read(path)), **options, prefill_length=Range(1, 16, CACHE))
+    report = build_engine(path, path.with_suffix(".plan"), profiles, flavor="rtx")
+    assert report.messages == ()
+    assert handed_over(path.with_suffix(".plan").read_bytes()) == [1] * 4
+
+
 def test_hand_over_with_external_weights(tmp_path):
     """Weights that are inputs of the engine come before the metadata, which no one binds."""
     path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True)
