@@ -58,7 +58,7 @@ def main(
         means = choose_meter.natural(batch).mean((1, 2))
         found["floors"][batch] = find(choose, floor_dial(choose, LYNX, experts, means))
         found["budgets"][batch] = find(choose, budget_dial(LYNX, experts, means, width))
-        uncapped = tuple(count - 1 for count in experts)
+        uncapped = tuple(experts)
         found["floors without caps"][batch] = Restriction(uncapped, found["floors"][batch].floors)
     rows: list[dict[str, Any]] = []
     for name, by_batch in found.items():

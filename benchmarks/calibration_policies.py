@@ -80,12 +80,12 @@ def uniform_policies(check: Measured, floors: Floors, mean: float, *, variants: 
 
 def defaults(experts: Sequence[int], width: int) -> dict[str, Setting]:
     """What an artifact could begin with, without a calibration."""
-    whole = tuple(count - 1 for count in experts)
+    whole = tuple(experts)
     floors = {
         f"floor {share:g} / (K E)": Setting(LYNX, whole, tuple(share / (width * count) for count in experts))
         for share in DEFAULT_SHARES
     }
-    return {"default budgets": Setting(LYNX, default_restriction(experts, width).budgets), **floors}
+    return {"default budgets": Setting(LYNX, default_restriction(PRESETS["xshare"], experts, width).budgets), **floors}
 
 
 def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, variants: bool) -> dict[str, Any]:

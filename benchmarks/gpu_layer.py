@@ -148,7 +148,7 @@ def restrict(layer: Layer, batch: Batch, budget: int, floor: float = 0.0) -> Bat
 def floored(layer: Layer, batch: Batch, wanted: float) -> Batch:
     """The same with no cap, under the highest floor of powers of two that leaves as many experts as are wanted."""
     floors = (2.0**-n for n in range(31))
-    tried = (restrict(layer, batch, layer.experts.experts - 1, floor) for floor in floors)
+    tried = (restrict(layer, batch, layer.experts.experts, floor) for floor in floors)
     return next(each for each in tried if each.active >= wanted)
 
 

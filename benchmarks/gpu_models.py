@@ -24,7 +24,7 @@ def restrictions(layers: Sequence[Any]) -> dict[str, Restriction]:
     return {
         "all": Restriction(every),
         "half": Restriction(tuple(max(2 * layer.experts_per_token, layer.experts // 4) for layer in layers)),
-        "floor": Restriction(tuple(experts - 1 for experts in every), (FLOOR,) * len(every)),
+        "floor": Restriction(tuple(every), (FLOOR,) * len(every)),
     }
 
 

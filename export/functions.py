@@ -151,8 +151,10 @@ _SELECT_ROWS = """
     row = Unsqueeze (counts, last)
     experts = Shape<start = 1, end = 2> (choice)
     budget64 = Cast<to = 7> (budget)
-    room = Reshape (budget64, flat)
-    unlimited = GreaterOrEqual (room, experts)
+    room = Min (budget64, experts)
+    no_limit = Equal (room, experts)
+    no_floor = LessOrEqual (floor, zero)
+    unlimited = And (no_limit, no_floor)
 """
 
 # Steps 2 and 3 come as votes of infinity. Experts are ranked by the sum as float32; one that has too few votes is -1.

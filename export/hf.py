@@ -116,7 +116,7 @@ class _StepModule(nn.Module):
         moe_step = moe.MoeStep(
             selection=self.selection,
             budgets=torch.where(is_decode, budgets, all_experts),
-            floors=floors,
+            floors=torch.where(is_decode, floors, torch.zeros_like(floors)),
             token_mask=(offsets < lengths[:, None]).reshape(-1),
             active={},
         )

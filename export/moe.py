@@ -50,7 +50,7 @@ class MoeStep:
 
     selection: Selection
     budgets: torch.Tensor  # [layers] i32; already E where the step is a prefill
-    floors: torch.Tensor  # [layers] f32; they mean nothing where the budget is E
+    floors: torch.Tensor  # [layers] f32; already 0 where the step is a prefill
     token_mask: torch.Tensor  # [T] bool
     active: dict[int, torch.Tensor]  # layer position -> [] i32
 

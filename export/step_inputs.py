@@ -1,14 +1,15 @@
 """What the selection has to know of a step, derived from the inputs that a foreign graph already has.
 
-Phase: a step is a decode step where its token ids (or embeddings) [B,S,..] have S <= 1; the budgets apply there alone.
-A graph without such an input doesn't say, so its budgets apply to every step, and the caller passes E for a prefill.
+Phase: a step is a decode step where its token ids (or embeddings) [B,S,..] have S <= 1; budgets and floors apply there
+alone. A graph without such an input doesn't say, so they apply to every step, and the caller passes E and 0 for a
+prefill.
 
 Padding: a row of the batch whose attention mask [B,..] is 0 throughout is padding. (Not its last column alone: exports
 with a cache of fixed length have masks of that length, whose last columns are 0 for real tokens as well.) A graph
 without such a mask gets an input `token_mask` of the shape of its tokens.
 
-While the selection is off (a prefill, or a budget of E) nothing is masked: the model then gives what the original
-gave, for padding too.
+While the selection is off (a prefill, or a budget of E and no floor) nothing is masked: the model then gives what the
+original gave, for padding too.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ class Step:
         position = op.Constant(value_int=number)
         budget, floor = op.Gather(self.budgets, position, axis=0), op.Gather(self.floors, position, axis=0)
         everything = op.Constant(value=ir.tensor(np.array(experts, np.int32)))
+        none = op.Constant(value_float=0.0)
         if self._decode is not None:
-            budget = op.Where(self._decode, budget, everything)
-        off = op.GreaterOrEqual(budget, everything)
+            budget, floor = op.Where(self._decode, budget, everything), op.Where(self._decode, floor, none)
+        off = op.And(op.GreaterOrEqual(budget, everything), op.LessOrEqual(floor, none))
         return budget, floor, op.Or(self._rows, off)
 
     def finish(self, experts: list[int]) -> None:
@@ -91,13 +93,13 @@ class Step:
                 str(self.budgets.name),
                 "int32",
                 (len(experts),),
-                f"experts that each MoE block may load in {applies}; the number of experts turns the selection off",
+                f"experts that each MoE block may load in {applies}; the number of experts is no limit",
             ),
             AddedInput(
                 str(self.floors.name),
                 "float32",
                 (len(experts),),
-                "votes for each voting token that an expert needs while the selection is on; 0: any vote will do",
+                f"votes for each voting token that an expert needs in {applies}; 0: any vote will do",
             ),
         ]
         one_each = [self._node("Unsqueeze", value, self._constant([0])) for value in self.active]
@@ -111,7 +113,7 @@ class Step:
         if tokens is None:
             self.notes.append(
                 "no input says how many tokens a sequence has in a step, so prefill can't be told from decode: the "
-                "budgets apply to every step; pass the number of experts for a prefill"
+                "budgets and floors apply to every step; pass the number of experts and 0 for a prefill"
             )
             return None
         length = self._node("Shape", tokens, start=1, end=2)

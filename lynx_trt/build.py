@@ -226,11 +226,11 @@ def _selection(options: BuildOptions, source: Source) -> tuple[Selection, Restri
     if options.budget is not None:
         chosen = dial.parse_budget(options.budget, experts)
     elif options.floor is not None:  # as many as have the votes
-        chosen = dial.Restriction(tuple(count - 1 for count in experts))
+        chosen = dial.Restriction(tuple(experts))
     elif options.preset == "oea":
         chosen = dial.Restriction((0,) * len(experts))
     else:
-        chosen = dial.default_restriction(experts, k)
+        chosen = dial.default_restriction(selection, experts, k)
     chosen = dial.with_floor(chosen, options.floor)
     dial.check_leaves_experts(chosen, selection, k)
     return selection, chosen
@@ -467,14 +467,15 @@ def main(
         str | None,
         typer.Option(
             help="Experts a MoE layer may load in a decode step: a number, a fraction (0.5), or a JSON file with one "
-            "number a layer [default: a quarter of the experts, at least 2 tokens' worth]."
+            "number a layer [default: no limit beside the floor of the preset lynx, else a quarter of the experts]."
         ),
     ] = None,
     floor: Annotated[
         float | None,
         typer.Option(
             help="Votes for each voting token that an expert needs to be loaded (0.01), beside its place within "
-            "the budget; without --budget as many are loaded as have them [default: 0, any vote will do]."
+            "the budget; without --budget as many are loaded as have them [default: a quarter of an even share for the "
+            "preset lynx without --budget, else 0: any vote will do]."
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of weights, activations and cache.")] = "fp16",

@@ -157,10 +157,10 @@ def select(
         combine: [T,E], the weight an expert would get before renormalisation.
         topk_index: int [T,K], the model's own routing: K distinct experts a token.
         topk_weight: [T,K], its weights.
-        budget: the number of experts to keep; E and above change nothing.
+        budget: the number of experts to keep; E and above are no limit.
         floor: votes that an expert needs for each voting token, beside its place among the first `budget`: it is kept
             if its votes are above floor * (number of voting tokens). Guaranteed experts and those of sensitive tokens
-            need none. 0: any vote will do.
+            need none. 0: any vote will do. No limit and a floor of 0 change nothing.
         token_mask: bool [T], False for padding. Such a row, and one with a value that is not finite, never votes
             and loads nothing.
         renormalize: the model divides the weights of the chosen experts by their sum.
@@ -246,7 +246,7 @@ def _batch(
 def _kept_set(selection: Selection, batch: _Batch, budget: int, floor: np.float32) -> Bools:
     """Steps 1 to 5 of the selection, bool [E]."""
     experts = batch.choice.shape[1]
-    if budget >= experts:
+    if budget >= experts and floor == 0:
         return np.ones(experts, np.bool_)
     own_forced = batch.counts[:, None] & (_guaranteed(selection, batch) | _sensitive(selection, batch)[:, None])
     forced = np.zeros(experts, np.bool_)

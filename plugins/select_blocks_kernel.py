@@ -28,7 +28,7 @@ def select_voting_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
-    floor,  # [] float32, not read
+    floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
     voting,  # [ceil(T / TOKENS)] int32, out: how many of a block's tokens vote
     T,
@@ -39,7 +39,7 @@ def select_voting_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid: (ceil(T / TOKENS),)."""
-    if tl.load(budget) >= E:
+    if (tl.load(budget) >= E) & (tl.load(floor) <= 0):
         return
     block = tl.program_id(0)
     voters = tl.zeros([BLOCK_T], tl.int32)
@@ -59,7 +59,7 @@ def select_votes_kernel(
     topk_index,  # [T,K] int64
     topk_weight,  # [T,K] float32
     budget,  # [] int32
-    floor,  # [] float32, not read
+    floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
     voting,  # [ceil(T / TOKENS)] int32: read for `affinity`, otherwise out
     votes,  # [ceil(T / TOKENS), E] float64, out
@@ -78,7 +78,7 @@ def select_votes_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid: (ceil(T / TOKENS),). What a block's tokens say of each expert; nothing where the budget keeps all."""
-    if tl.load(budget) >= E:
+    if (tl.load(budget) >= E) & (tl.load(floor) <= 0):
         return
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
@@ -152,11 +152,11 @@ def select_keep_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid: (1,). The kept set from all blocks' votes."""
-    limit = tl.load(budget)
-    if limit >= E:
+    limit, least = tl.load(budget), tl.load(floor)
+    if (limit >= E) & (least <= 0):
         return
     expert = tl.arange(0, BLOCK_E)
-    result = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, tl.load(floor), E, BLOCK_E)
+    result = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E)
     tl.store(kept + expert, result, mask=expert < E)
 
 
@@ -191,11 +191,12 @@ def select_choice_kernel(
     """Grid: (ceil(T / TOKENS),). Each token's choice and weights, and a histogram a block for the dispatch."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
-    limit = tl.load(budget)
+    limit, least = tl.load(budget), tl.load(floor)
+    restricted = (limit < E) | (least > 0)
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
-    if limit < E:
+    if restricted:
         if KEEP_HERE:
-            kept_here = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, tl.load(floor), E, BLOCK_E)
+            kept_here = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E)
         else:
             kept_here = tl.load(kept + expert, mask=expert < E, other=0)
     number = tl.zeros([BLOCK_E], tl.int32)
@@ -217,7 +218,7 @@ def select_choice_kernel(
             token,
             token < T,
             kept_here,
-            limit < E,
+            restricted,
             E,
             K,
             REMAP,

@@ -300,14 +300,15 @@ def select_kernel(
     ONE_TILE: T is at most BLOCK_T, and the tokens' rows stay in registers from step to step.
     """
     rows = tl.arange(0, BLOCK_T)
-    limit = tl.load(budget)
+    limit, least = tl.load(budget), tl.load(floor)
+    restricted = (limit < E) | (least > 0)
     kept = tl.full([BLOCK_E], 1, tl.int32)
     voting = 0
     if ONE_TILE:
         scores, weighing, own_weight, own_slot, counts = load_tile(
             choice, combine, topk_index, topk_weight, token_mask, rows, rows < T, E, K, BLOCK_E
         )
-        if limit < E:
+        if restricted:
             voting = tl.sum(counts.to(tl.int32), axis=0)
             votes, forced = tile_votes(
                 scores,
@@ -325,7 +326,7 @@ def select_kernel(
                 BETA,
                 BLOCK_E,
             )
-            kept = kept_set(votes, forced, limit, tl.load(floor), voting, BLOCK_E)
+            kept = kept_set(votes, forced, limit, least, voting, BLOCK_E)
         placed = tile_choice(
             scores,
             weighing,
@@ -339,7 +340,7 @@ def select_kernel(
             rows,
             rows < T,
             kept,
-            limit < E,
+            restricted,
             E,
             K,
             REMAP,
@@ -353,7 +354,7 @@ def select_kernel(
         at = 2 * E + 2 + begins[None, :] + tl.cumsum(used, axis=0) - used
         tl.store(dispatch + at, rows[:, None] * K + placed, mask=used > 0)
     else:
-        if limit < E:
+        if restricted:
             voters = tl.zeros([BLOCK_T], tl.int32)
             if VOTE == "affinity":
                 for start in range(0, T, BLOCK_T):
@@ -390,7 +391,7 @@ def select_kernel(
                 forced = tl.maximum(forced, some_forced)
                 if VOTE != "affinity":
                     voters += counts.to(tl.int32)
-            kept = kept_set(votes, forced, limit, tl.load(floor), tl.sum(voters, axis=0), BLOCK_E)
+            kept = kept_set(votes, forced, limit, least, tl.sum(voters, axis=0), BLOCK_E)
         for start in range(0, T, BLOCK_T):
             token = start + rows
             scores, weighing, own_weight, own_slot, counts = load_tile(
@@ -409,7 +410,7 @@ def select_kernel(
                 token,
                 token < T,
                 kept,
-                limit < E,
+                restricted,
                 E,
                 K,
                 REMAP,

@@ -70,7 +70,7 @@ def _kept_set(
 ) -> Tensor:
     """Steps 1 to 5 of the selection, bool [E]."""
     experts = choice.shape[1]
-    if budget >= experts:
+    if budget >= experts and floor <= 0:
         return torch.ones(experts, dtype=torch.bool, device=choice.device)
     votes = _votes(spec, combine, index, weight, counts).float()
     forced = (own & _forced(spec, choice, index, weight)).any(dim=0)

@@ -51,7 +51,7 @@ def assert_equal(selection: Selection, inputs: dict[str, torch.Tensor], mask: to
 def test_equals_the_reference(name: str, coarse: bool) -> None:
     inputs = routing(3, groups=12, batch=9, experts=16, width=4, coarse=coarse)
     for budget in (0, 1, 5, 9, 15, 16, 99):
-        for floor in (0.0, 0.02, 1 / 9, 1.0):
+        for floor in (0.0, 1e-46, 0.02, 1 / 9, 1.0):  # 1e-46 is 0 as a float32
             assert_equal(VARIANTS[name], inputs, None, budget=budget, floor=floor)
 
 
@@ -62,7 +62,7 @@ def test_equals_the_reference(name: str, coarse: bool) -> None:
     batch=st.integers(1, 8),
     sizes=st.sampled_from([(1, 1), (4, 1), (6, 6), (8, 3), (33, 5)]),  # K=1, K=E, odd E
     budget=st.integers(0, 12),
-    floor=st.sampled_from([0.0, 1e-45, 1e-6, 0.003, 0.05, 0.125, 0.25, 1.0, 1e38]),
+    floor=st.sampled_from([0.0, 1e-46, 1e-45, 1e-6, 0.003, 0.05, 0.125, 0.25, 1.0, 1e38]),
     coarse=st.booleans(),
     renormalize=st.booleans(),
     scale=st.sampled_from([1.0, 2.5]),
@@ -143,7 +143,8 @@ def test_a_floor_keeps_what_enough_tokens_want() -> None:
         (0.3, 3, [0]),
         (0.02, 1, [0]),  # the budget holds as well
         (9.0, 3, []),
-        (9.0, 4, [0, 1, 2, 3]),  # a budget of E is off, whatever the floor
+        (0.02, 4, [0, 1]),  # a budget of E is no limit: the floor alone decides
+        (0.0, 4, [0, 1, 2, 3]),
     ):
         got = select_groups(voted, **inputs, budget=budget, floor=floor)
         assert got.kept[0].nonzero().flatten().tolist() == kept

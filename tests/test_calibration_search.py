@@ -48,7 +48,7 @@ class MadeUp:
     def active(self, setting: Setting) -> list[float]:
         """Experts of each layer."""
         pairs = zip(setting.budgets, setting.floors, strict=True)
-        return [NATURAL if budget >= EXPERTS else min(budget, self.above(floor)) for budget, floor in pairs]
+        return [min(budget, self.above(floor)) for budget, floor in pairs]
 
     def above(self, floor: float) -> float:
         """Experts with more votes than a floor."""
@@ -186,20 +186,20 @@ def test_floors_end_where_nothing_is_lost() -> None:
 
 
 def test_levels_mean_what_they_say() -> None:
-    """The last level restricts nothing; another has a floor, and a budget that doesn't switch it off."""
+    """The last level restricts nothing; another has a floor, without a cap."""
     floors = Floors(LYNX, (8, 24), (0.5, 0.25))
     assert floors.last == (2, 2)
-    assert floors.setting((0, 2)) == Setting(LYNX, (7, 24), (0.5, 0.0))
+    assert floors.setting((0, 2)) == Setting(LYNX, (8, 24), (0.5, 0.0))
     budgets = Budgets(LYNX, (8, 24), [1, 4])
     assert budgets.setting((3, 24)) == Setting(LYNX, (3, 24), (0.0, 0.0))
     assert budgets.last == (8, 24)
 
 
 def test_caps_are_what_was_used() -> None:
-    """The most of any step; E - 1 at most beside a floor, and E only where nothing is restricted."""
-    item = made_up_measurement(Setting(LYNX, (23, 23, 24, 24), (0.1, 0.1, 0.0, 0.0)), 0.1, [9.5, 23.0, 24.0, 7.0])
-    item.active_max_by_layer[:] = [12, 24, 24, 9]
-    assert with_caps(item) == Setting(LYNX, (12, 23, 24, 9), (0.1, 0.1, 0.0, 0.0))
+    """The most of any step, never above a budget that is there."""
+    item = made_up_measurement(Setting(LYNX, (24, 24, 24, 6), (0.1, 0.1, 0.0, 0.1)), 0.1, [9.5, 23.0, 7.0, 6.0])
+    item.active_max_by_layer[:] = [12, 24, 9, 8]
+    assert with_caps(item) == Setting(LYNX, (12, 24, 9, 6), (0.1, 0.1, 0.0, 0.1))
 
 
 @pytest.mark.parametrize("dial", ["budgets", "floors"])

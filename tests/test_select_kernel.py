@@ -258,8 +258,10 @@ def test_floors_between_on_and_above_votes(vote: str, way: str) -> None:
     ]:
         assert int(batch.kept_set(selection, 3, float(floor)).sum()) == kept == int((votes > floor).sum()), floor
         _check(batch, selection, 3, WAYS[way], float(floor))
-    # Off is off, and what is guaranteed needs no votes.
-    _check(batch, selection, 4, WAYS[way], 0.25)
+    # Without a limit the floor alone decides, and what is guaranteed needs no votes.
+    for budget in (4, 1000):
+        assert batch.kept_set(selection, budget, 0.25).sum() == 1
+        _check(batch, selection, budget, WAYS[way], 0.25)
     _check(batch, replace(selection, guarantee=1), 3, WAYS[way], 0.25)
 
 

@@ -330,10 +330,12 @@ def test_a_floor_is_votes_for_each_voting_token() -> None:
     # Padding doesn't vote: the same as without its rows.
     padded = replace(WORKED, token_mask=np.array([True, True, False]))
     assert np.flatnonzero(padded.kept_set(PLAIN, 3, 0.49)).tolist() == [0, 1, 2]
-    # The budget is the cap, the guaranteed need no votes, and all experts are all experts.
+    # The budget is the cap, the guaranteed need no votes, and a budget of E is no cap: the floor alone decides.
     assert np.flatnonzero(WORKED.kept_set(PLAIN, 1, 0.33)).tolist() == [0]
     assert np.flatnonzero(WORKED.kept_set(replace(PLAIN, guarantee=1), 3, 2.0)).tolist() == [0, 3]
-    assert WORKED.kept_set(PLAIN, 4, 2.0).all()
+    assert np.flatnonzero(WORKED.kept_set(PLAIN, 4, 0.34)).tolist() == [0, 2]
+    assert np.flatnonzero(WORKED.kept_set(PLAIN, 99, 0.34)).tolist() == [0, 2]
+    assert WORKED.kept_set(PLAIN, 4).all()
 
 
 def test_a_floor_is_compared_as_float32() -> None:
@@ -412,7 +414,7 @@ def _literal(
 
     index, weights = np.full((tokens, width), -1), np.zeros((tokens, width), f32)
     for t in rows:
-        if budget >= experts or kept >= set(own[t]):
+        if (budget >= experts and floor == 0) or kept >= set(own[t]):
             index[t], weights[t] = own[t], batch.topk_weight[t]
             continue
         usable = kept if s.remap else kept & set(own[t])
@@ -558,8 +560,7 @@ def test_raising_the_floor_never_adds_an_expert(selection: Selection, batch: Bat
     kept = [batch.kept_set(selection, budget, floor) for floor in (0.0, 0.01, 0.1, 0.3, 0.6, 3e38)]
     for lower, higher in itertools.pairwise(kept):
         assert (lower | ~higher).all()
-    if budget < batch.choice.shape[1]:  # what is left is the guaranteed and the sensitive
-        np.testing.assert_array_equal(kept[-1], batch.kept_set(selection, 0))
+    np.testing.assert_array_equal(kept[-1], batch.kept_set(selection, 0))  # the guaranteed and the sensitive
 
 
 @property_test

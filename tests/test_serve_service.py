@@ -416,10 +416,10 @@ def test_dial_of_an_artifact(text_artifact: Artifact) -> None:
 def test_floors_go_with_the_artifacts_own_budgets(text_artifact: Artifact) -> None:
     """All experts and a fraction of them are asked for by name: no floor takes some away."""
     manifest = text_artifact.manifest
-    chosen = manifest.selection.model_copy(update={"budgets": [6, 4], "floors": [0.01, 0.25]})
+    chosen = manifest.selection.model_copy(update={"budgets": [6, 4], "floors": [0.25, 0.0]})
     dial = Dial.of(manifest.model_copy(update={"selection": chosen}))
-    assert dial.restriction("balanced") == Restriction((6, 4), (0.01, 0.25))
-    assert dial.restriction("fast") == Restriction((3, 2), (0.01, 0.25))
+    assert dial.restriction("balanced") == Restriction((6, 4), (0.25, 0.0))
+    assert dial.restriction("fast") == Restriction((6, 2), (1.0, 0.0))
     assert dial.restriction("max") == Restriction((8, 8), (0.0, 0.0))
     assert dial.restriction("0.5") == Restriction((4, 4), (0.0, 0.0))
 

@@ -123,13 +123,8 @@ class Floors:
         object.__setattr__(self, "rungs", sorted({round(level) for level in spread}))
 
     def setting(self, levels: Sequence[int]) -> Setting:
-        """From levels [N] to what is tried: without a cap, which is a budget of E - 1."""
-        floors = tuple(self.value(level) for level in levels)
-        budgets = tuple(
-            count if level >= last else count - 1
-            for level, last, count in zip(levels, self.last, self.experts, strict=True)
-        )
-        return Setting(self.selection, budgets, floors)
+        """From levels [N] to what is tried, without a cap."""
+        return Setting(self.selection, tuple(self.experts), tuple(self.value(level) for level in levels))
 
     def value(self, level: int) -> float:
         """The floor; 0 at the last level."""

@@ -91,15 +91,15 @@ def _kept_sets(
 ) -> torch.Tensor:
     """Steps 1 to 5 of the selection, bool [G,E]."""
     groups, _, experts = choice.shape
-    if budget >= experts:
+    floor = _float32(floor)
+    if budget >= experts and floor == 0:
         return torch.ones(groups, experts, dtype=torch.bool, device=choice.device)
     own_forced = _guaranteed(selection, choice, index) | _sensitive(selection, weight)[..., None]
     own_forced &= counts[..., None]
     forced = torch.zeros(groups, experts, dtype=torch.uint8, device=choice.device)
     forced.scatter_reduce_(1, index.flatten(1), own_forced.to(torch.uint8).flatten(1), "amax")
     votes = _votes(selection, combine, index, weight, counts).float()
-    floor32 = torch.tensor(floor, dtype=torch.float32, device=choice.device)
-    enough = votes > floor32 * counts.sum(1, keepdim=True).float()
+    enough = votes > counts.sum(1, keepdim=True).float() * floor
     # The forced come first, those without enough votes last; the sort is stable, so a tie goes to the lower expert.
     rank = votes.where(enough, -torch.inf).where(forced == 0, torch.inf)
     order = rank.sort(dim=1, descending=True, stable=True).indices[:, :budget]

@@ -39,7 +39,7 @@ NAME = "lynx_measure"
 class Setting:
     """What is tried: the parameters of the selection, and a budget and a vote floor for each MoE layer [N].
 
-    A budget of E restricts nothing, whatever the floor; floors that are left out are 0.
+    A budget of E with a floor of 0 restricts nothing; floors that are left out are 0.
     """
 
     selection: Selection
@@ -52,7 +52,7 @@ class Setting:
 
     def restricts(self, layer: int, experts: int) -> bool:
         """Whether a MoE layer of `experts` experts can come out differently."""
-        return self.budgets[layer] < experts
+        return self.budgets[layer] < experts or self.floors[layer] > 0
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,8 @@ def given_restriction(options: CalibrateOptions, experts: Sequence[int]) -> Rest
 
     if not only_measures(options):
         return None
-    if options.budget is not None:
-        chosen = parse_budget(options.budget, experts)
-    else:  # as many as have the votes
-        chosen = Restriction(tuple(count - 1 for count in experts))
+    # Without a budget as many as have the votes.
+    chosen = Restriction(tuple(experts)) if options.budget is None else parse_budget(options.budget, experts)
     return with_floor(chosen, options.floor)
 
 

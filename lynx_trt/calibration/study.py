@@ -199,11 +199,7 @@ class _Bar:
 
 
 def with_caps(item: Measurement) -> Setting:
-    """The setting of `item` with its budgets lowered to the most experts that any step used: the bound on a step.
-
-    E stays for a layer that all are used in and nothing restricts; another one has E - 1 at most, as E would switch
-    its floor off.
-    """
+    """The setting of `item` with its budgets lowered to the most experts that any step used: the bound on a step."""
     budgets = tuple(min(pair) for pair in zip(item.budgets, item.active_max_by_layer, strict=True))
     return replace(item.setting, budgets=budgets)
 

@@ -93,7 +93,7 @@ class Unrestricted:
             return True
         own = np.minimum(self._experts, len(lengths) * width * self._k) if self._votes_for_own else self._experts
         budgets, floors = restriction.arrays
-        return bool(((budgets >= own) & ((floors == 0) | (budgets >= self._experts))).all())
+        return bool(((budgets >= own) & (floors == 0)).all())
 
 
 class NoFitError(Exception):

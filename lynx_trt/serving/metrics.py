@@ -48,6 +48,8 @@ SPECS = (
     Spec("lynx_waiting", "gauge", "Requests that wait for a slot"),
     Spec("lynx_quality_in_force", "gauge", "Budgets of the last decode steps as a fraction of all experts"),
     Spec("lynx_quality_default", "gauge", "Budgets of requests that ask for none, as a fraction of all experts"),
+    Spec("lynx_floor_in_force", "gauge", "Votes for each voting token that an expert needed in the last decode steps"),
+    Spec("lynx_floor_default", "gauge", "The same, of requests that ask for no quality"),
     Spec("lynx_queue_seconds", "histogram", "Time a request waited for a slot"),
     Spec("lynx_first_token_seconds", "histogram", "Time from a request's arrival to its first token"),
     Spec("lynx_token_seconds", "histogram", "Mean time of each further token of a request"),
@@ -142,9 +144,11 @@ class Metrics:
             "lynx_running": running,
             "lynx_waiting": waiting,
             "lynx_quality_default": self._dial.share(default),
+            "lynx_floor_default": default.mean_floor,
         }
         if restriction:
             gauges["lynx_quality_in_force"] = self._dial.share(restriction)
+            gauges["lynx_floor_in_force"] = restriction.mean_floor
         for name, value in gauges.items():
             self._set(name, None, value)
 
