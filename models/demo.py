@@ -80,7 +80,9 @@ def _table(artifact: Artifact, off: Statistics, on: Statistics) -> None:
     table = Table(title=f"\n{model.name} ({model.architecture}, {model.precision})", title_justify="left")
     table.add_column("")
     table.add_column("selection off", justify="right")
-    table.add_column(f"{manifest.selection.preset}, budget {max(manifest.selection.budgets)}", justify="right")
+    chosen = manifest.selection
+    dial = f"floor {max(chosen.floors):.2g}" if any(chosen.floors) else f"budget {max(chosen.budgets)}"
+    table.add_column(f"{chosen.preset}, {dial}", justify="right")
     table.add_row("layers (MoE)", f"{model.layers} ({len(model.moe_layers)})", "same")
     table.add_row("experts a layer, a token", f"{experts.experts}, {experts.experts_per_token}", "same")
     if engine:
