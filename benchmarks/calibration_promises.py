@@ -5,8 +5,9 @@ for one target is at hand for the next, so that nine searches cost little more t
 
     python benchmarks/calibration_promises.py
     python benchmarks/calibration_promises.py --seeds 3,4,5 --name calibration_promises_witness
+    python benchmarks/calibration_promises.py --dial budgets --name calibration_promises_budgets
 
-The second are seeds that nothing was made or mended with.
+The second are seeds that nothing was made or mended with, the third what the other dial needs for the same promises.
 """
 
 from __future__ import annotations

@@ -221,6 +221,7 @@ def main() -> None:
     for name, tabulate in (
         ("calibration_promises", promises),
         ("calibration_promises_witness", promises),
+        ("calibration_promises_budgets", promises),
         ("calibration_batches", batches),
     ):
         found = read(name)
