@@ -208,6 +208,21 @@ def batches(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield from table((f"{dial} found at", *heads), cells)
 
 
+def costs(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What calibrating takes."""
+    cells = [
+        (
+            " ".join(row["options"]),
+            str(row["settings"]),
+            f"{row['seconds']:.0f}",
+            f"{row['milliseconds_a_setting_and_sequence']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        )
+        for row in rows
+    ]
+    yield from table(("options", "settings", "seconds", "ms a setting and sequence", "peak memory"), cells)
+
+
 def main() -> None:
     """Print every table that there are results for."""
     for batch in (4, 16, 64):
@@ -223,6 +238,7 @@ def main() -> None:
         ("calibration_promises_witness", promises),
         ("calibration_promises_budgets", promises),
         ("calibration_batches", batches),
+        ("calibration_cost", costs),
     ):
         found = read(name)
         for line in tabulate(found) if found else ():
