@@ -176,11 +176,10 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
     if result["promise"]:
         typer.echo(f"Promise: {result['promise']['text']}; kept on held-out text")
     below = f" (batch of {result['batch']} and below)" if "batch" in result else ""
+    caps = " (caps: the most experts that any measured step used)" if below else ""
     if any(result["floors"]):
         typer.echo(f"Floors: {result['floors']}{below}")
-        typer.echo(f"Caps: {result['budgets']} (budgets: the most experts that any measured step used)")
-    else:
-        typer.echo(f"Budgets: {result['budgets']}{below}")
+    typer.echo(f"Budgets: {result['budgets']}{caps if any(result['floors']) else below}")
     if result.get("artifact_updated"):
         typer.echo("The artifact decodes with them from now on.")
     typer.echo(f"Report: {folder / PAGE} in {result['seconds']:.1f} s; memory at its peak {size(result['peak_bytes'])}")

@@ -426,7 +426,8 @@ def test_command_line(options: CalibrateOptions) -> None:
     outcome = CliRunner().invoke(app, [*arguments, "--max-kl", "0.2"], catch_exceptions=False)
     assert "Promise: KL at most 0.2; kept on held-out text" in outcome.stdout
     assert "experts active in a layer" in outcome.stdout
-    assert f"Floors: {printed['floors']}" in outcome.stdout
+    assert f"Floors: {printed['floors']} (batch of 4 and below)" in outcome.stdout
+    assert f"Budgets: {printed['budgets']} (caps: the most experts" in outcome.stdout
     assert "floors by layer" not in outcome.stdout  # nothing is compared
     for changes, code in ((["--max-kl", "1e-7"], 1), (["--max-kl", "0"], 2)):
         command = [sys.executable, "-m", "lynx_trt.calibrate", *arguments, *changes]

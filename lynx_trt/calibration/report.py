@@ -46,7 +46,7 @@ def _shown(study: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     shown = [("all experts", study["unrestricted"])]
     chosen, shared = study["held_out"], study.get("shared")
     if chosen:
-        shown.append((f"chosen {dial_of(chosen)}", chosen))
+        shown.append((f"{'chosen' if 'search' in study else 'given'} {dial_of(chosen)}", chosen))
     if shared and any(shared[name] != chosen[name] for name in ("budgets", "floors")):
         shown.append(("shared by all batch sizes", shared))
     return shown
