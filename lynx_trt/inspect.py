@@ -64,7 +64,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("sequence", _sequence(manifest)),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
-        ("budgets", _by_layer(chosen.budgets)),
+        ("budgets", "no limit" if chosen.budgets == [layer.experts for layer in moe] else _by_layer(chosen.budgets)),
         ("floors", _by_layer(chosen.floors) if any(chosen.floors) else "none"),
     ]
     if engine is None:

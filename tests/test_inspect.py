@@ -41,7 +41,8 @@ def test_table_says_what_was_built(with_engine: Artifact) -> None:
     assert table["experts"] == "8 a layer, 2 a token, 24.6 kB each"  # 3 * 64 * 32 numbers of 4 bytes
     assert table["profile decode"] == "batch 1:8:64, length 1:1:1"
     assert table["profile prefill"] == "batch 1:1:8, length 1:16:32"
-    assert table["budgets"] == "4 in every MoE layer"
+    assert table["budgets"] == "no limit"
+    assert table["floors"] == "0.01562 in every MoE layer"  # a quarter of 1 / (K E)
     assert "expert weights inside" in table["engine"]
 
 
