@@ -62,6 +62,13 @@ class Restriction:
         )
 
 
+def in_words(values: Sequence[float]) -> str:
+    """Budgets or floors [N] of the layers for a person."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.4g} in every MoE layer"
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
 def default_restriction(selection: Selection, experts: Sequence[int], experts_per_token: int) -> Restriction:
     """A restriction to begin with: rules of thumb and no promise about quality.
 

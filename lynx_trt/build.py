@@ -546,13 +546,18 @@ def _kernels_line(engine: EngineRecord) -> str:
 
 
 def _tell(artifact: Artifact) -> None:
+    from lynx_trt.budgets import in_words
+
     manifest, engine = artifact.manifest, artifact.manifest.engine
     layers = len(manifest.model.moe_layers)
     typer.echo(
         f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}"
     )
-    floors = f", floors {manifest.selection.floors}" if any(manifest.selection.floors) else ""
-    typer.echo(f"Selection: {manifest.selection.preset}, budgets {manifest.selection.budgets}{floors}")
+    chosen = manifest.selection
+    limits = [] if chosen.budgets == [layer.experts for layer in manifest.model.moe_layers] else ["budgets"]
+    limits += ["floors"] if any(chosen.floors) else []
+    words = "".join(f"; {name} {in_words(getattr(chosen, name))}" for name in limits)
+    typer.echo(f"Selection: {chosen.preset}{words}")
     if engine:
         product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
         typer.echo(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +49,8 @@ def main(
 
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
     """The table's rows: a label and a value each."""
+    from lynx_trt.budgets import in_words
+
     model, engine, chosen = manifest.model, manifest.engine, manifest.selection
     moe = model.moe_layers
     first = moe[0]
@@ -64,8 +65,8 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("sequence", _sequence(manifest)),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
-        ("budgets", "no limit" if chosen.budgets == [layer.experts for layer in moe] else _by_layer(chosen.budgets)),
-        ("floors", _by_layer(chosen.floors) if any(chosen.floors) else "none"),
+        ("budgets", "no limit" if chosen.budgets == [layer.experts for layer in moe] else in_words(chosen.budgets)),
+        ("floors", in_words(chosen.floors) if any(chosen.floors) else "none"),
     ]
     if engine is None:
         table.append(("engine", f"none ({manifest.engine_absent})"))
@@ -91,10 +92,6 @@ def _sequence(manifest: Manifest) -> str:
     longest = f"{manifest.model.max_length} tokens at most"
     # A graph that others exported keeps its cache in its own way.
     return f"{longest}; cache {size(cache_bytes(manifest))} a sequence" if manifest.model.caches else longest
-
-
-def _by_layer(values: Sequence[int | float]) -> str:
-    return f"{values[0]:.4g} in every MoE layer" if len(set(values)) == 1 else ", ".join(f"{v:.4g}" for v in values)
 
 
 def _profile(profile: dict[str, Any]) -> str:
