@@ -15,7 +15,7 @@ Sums run in a fixed order, so that the same batch gives the same bits.
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.select_kernel import kept_set, load_tile, tile_choice, tile_votes
+from lynx_trt.plugins.select_kernel import is_restricted, kept_set, load_tile, tile_choice, tile_votes
 
 # Rows of a table of votes that are added at a time.
 ROWS = tl.constexpr(8)
@@ -39,7 +39,7 @@ def select_voting_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid: (ceil(T / TOKENS),)."""
-    if (tl.load(budget) >= E) & (tl.load(floor) <= 0):
+    if not is_restricted(tl.load(budget), tl.load(floor), E):
         return
     block = tl.program_id(0)
     voters = tl.zeros([BLOCK_T], tl.int32)
@@ -77,8 +77,8 @@ def select_votes_kernel(
     BLOCK_E: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid: (ceil(T / TOKENS),). What a block's tokens say of each expert; nothing where the budget keeps all."""
-    if (tl.load(budget) >= E) & (tl.load(floor) <= 0):
+    """Grid: (ceil(T / TOKENS),). What a block's tokens say of each expert; nothing where all are kept."""
+    if not is_restricted(tl.load(budget), tl.load(floor), E):
         return
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
@@ -153,7 +153,7 @@ def select_keep_kernel(
 ):
     """Grid: (1,). The kept set from all blocks' votes."""
     limit, least = tl.load(budget), tl.load(floor)
-    if (limit >= E) & (least <= 0):
+    if not is_restricted(limit, least, E):
         return
     expert = tl.arange(0, BLOCK_E)
     result = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E)
@@ -192,7 +192,7 @@ def select_choice_kernel(
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     limit, least = tl.load(budget), tl.load(floor)
-    restricted = (limit < E) | (least > 0)
+    restricted = is_restricted(limit, least, E)
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
     if restricted:
         if KEEP_HERE:

@@ -174,6 +174,12 @@ def tile_votes(
 
 
 @triton.jit
+def is_restricted(budget, floor, E: tl.constexpr):
+    """Whether anything can be lost under this budget and this floor."""
+    return (budget < E) | (floor > 0)
+
+
+@triton.jit
 def kept_set(votes, forced, budget, floor, voting, BLOCK_E: tl.constexpr):
     """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long
     as the vote is above `floor` (float32) for each of the `voting` tokens.
@@ -301,7 +307,7 @@ def select_kernel(
     """
     rows = tl.arange(0, BLOCK_T)
     limit, least = tl.load(budget), tl.load(floor)
-    restricted = (limit < E) | (least > 0)
+    restricted = is_restricted(limit, least, E)
     kept = tl.full([BLOCK_E], 1, tl.int32)
     voting = 0
     if ONE_TILE:
