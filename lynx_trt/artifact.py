@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lynx_trt import __version__
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, UsageError
+from lynx_trt.selection import Selection
 
 SCHEMA: Literal[2] = 2
 MANIFEST = "lynx.json"
@@ -81,6 +82,16 @@ class SelectionRecord(_Record):
     parameters: dict[str, str | int | float | bool]
     budgets: list[int] = Field(description="experts to load in a decode step")
     floors: list[float] = Field(description="votes for each voting token that an expert needs; 0: any")
+
+    @classmethod
+    def of(cls, preset: str, selection: Selection, restriction: Restriction) -> SelectionRecord:
+        """The record of a selection and a restriction."""
+        return cls(
+            preset=preset,
+            parameters=asdict(selection),
+            budgets=list(restriction.budgets),
+            floors=list(restriction.floors),
+        )
 
     @property
     def restriction(self) -> Restriction:

@@ -62,11 +62,17 @@ class Restriction:
         )
 
 
-def in_words(values: Sequence[float]) -> str:
-    """Budgets or floors [N] of the layers for a person."""
-    if len(set(values)) == 1:
-        return f"{values[0]:.4g} in every MoE layer"
-    return ", ".join(f"{value:.4g}" for value in values)
+def in_words(restriction: Restriction, experts: Sequence[int]) -> dict[str, str]:
+    """`budgets` and `floors` for a person, those that restrict any of the layers of `experts` [N] experts."""
+    restricting: dict[str, Sequence[float]] = {}
+    if restriction.budgets != tuple(experts):
+        restricting["budgets"] = restriction.budgets
+    if any(restriction.floors):
+        restricting["floors"] = restriction.floors
+    return {
+        name: f"{values[0]:.4g} in every MoE layer" if len(set(values)) == 1 else ", ".join(f"{v:.4g}" for v in values)
+        for name, values in restricting.items()
+    }
 
 
 def default_restriction(selection: Selection, experts: Sequence[int], experts_per_token: int) -> Restriction:

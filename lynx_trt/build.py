@@ -115,12 +115,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, checkpoint, exported, max_length, weight_bytes),
-            selection=artifacts.SelectionRecord(
-                preset=options.preset,
-                parameters=asdict(selection),
-                budgets=list(restriction.budgets),
-                floors=list(restriction.floors),
-            ),
+            selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
             engine=engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
@@ -554,10 +549,8 @@ def _tell(artifact: Artifact) -> None:
         f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}"
     )
     chosen = manifest.selection
-    limits = [] if chosen.budgets == [layer.experts for layer in manifest.model.moe_layers] else ["budgets"]
-    limits += ["floors"] if any(chosen.floors) else []
-    words = "".join(f"; {name} {in_words(getattr(chosen, name))}" for name in limits)
-    typer.echo(f"Selection: {chosen.preset}{words}")
+    limits = in_words(chosen.restriction, [layer.experts for layer in manifest.model.moe_layers])
+    typer.echo("; ".join([f"Selection: {chosen.preset}", *(f"{name} {words}" for name, words in limits.items())]))
     if engine:
         product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
         typer.echo(

@@ -54,6 +54,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     model, engine, chosen = manifest.model, manifest.engine, manifest.selection
     moe = model.moe_layers
     first = moe[0]
+    limits = in_words(chosen.restriction, [layer.experts for layer in moe])
     rules = sorted({layer.rule or "unknown: tokens can lose experts, not be sent to others" for layer in moe})
     table = [
         ("model", f"{model.name} ({model.architecture}, {model.precision})"),
@@ -65,8 +66,8 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("sequence", _sequence(manifest)),
         ("preset", chosen.preset),
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
-        ("budgets", "no limit" if chosen.budgets == [layer.experts for layer in moe] else in_words(chosen.budgets)),
-        ("floors", in_words(chosen.floors) if any(chosen.floors) else "none"),
+        ("budgets", limits.get("budgets", "no limit")),
+        ("floors", limits.get("floors", "none")),
     ]
     if engine is None:
         table.append(("engine", f"none ({manifest.engine_absent})"))

@@ -84,12 +84,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, foreign, max_length, nbytes),
-            selection=artifacts.SelectionRecord(
-                preset=options.preset,
-                parameters=asdict(selection),
-                budgets=list(restriction.budgets),
-                floors=list(restriction.floors),
-            ),
+            selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
             engine=command.engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},

@@ -340,6 +340,18 @@ layers (float[T,E] c, int64[T,K] i, float[T,K] w, int32 b, float f, bool[T] m, f
 """
 
 
+def _routing_feeds(batch: Batch) -> dict[str, Array]:
+    """The inputs of a LynxSelect in the graphs here: a budget of 2, and `combine` is `choice`."""
+    return {
+        "c": batch.choice,
+        "i": batch.topk_index,
+        "w": batch.topk_weight,
+        "b": np.array(2, np.int32),
+        "f": np.zeros((), np.float32),
+        "m": np.arange(TOKENS) % 5 != 3,
+    }
+
+
 def _layers_attributes(first: Selection, second: Selection) -> list[Attributes]:
     one = select_attributes(first, experts_per_token=WIDTH, renormalize=True, scale=1.0)
     other = select_attributes(second, experts_per_token=WIDTH, renormalize=False, scale=1.0)
@@ -361,14 +373,8 @@ def test_each_variant_has_an_overload_that_onnx_runtime_calls() -> None:
     batch = replace(batch, combine=batch.choice)
     inputs = _experts_inputs(form, np.float32, bias=True)
     inputs["hidden"] = np.nan_to_num(inputs["hidden"])
-    feeds = {
-        "c": batch.choice,
-        "i": batch.topk_index,
-        "w": batch.topk_weight,
-        "b": np.array(2, np.int32),
-        "f": np.zeros((), np.float32),
-    }
-    feeds |= {"m": np.arange(TOKENS) % 5 != 3, "x": inputs["hidden"], "gu": inputs["gate_up"], "d": inputs["down"]}
+    feeds = _routing_feeds(batch)
+    feeds |= {"x": inputs["hidden"], "gu": inputs["gate_up"], "d": inputs["down"]}
     feeds |= {"gub": inputs["gate_up_bias"], "db": inputs["down_bias"]}
     i1, w1, y1, i2, w2, y2, i3 = _session(model).run(None, feeds)
     one, other = batch.select(first, 2), batch.select(second, 2, renormalize=False)
@@ -418,15 +424,7 @@ def test_nodes_in_subgraphs_have_their_functions_too() -> None:
     assert add_functions(model) == 1
     batch = _random_batch(TOKENS, EXPERTS, WIDTH)
     batch = replace(batch, combine=batch.choice)
-    feeds = {
-        "c": batch.choice,
-        "i": batch.topk_index,
-        "w": batch.topk_weight,
-        "b": np.array(2, np.int32),
-        "f": np.zeros((), np.float32),
-    }
-    feeds |= {"m": np.arange(TOKENS) % 5 != 3, "go": np.array(True)}
-    (got,) = _session(model).run(None, feeds)
+    (got,) = _session(model).run(None, _routing_feeds(batch) | {"go": np.array(True)})
     np.testing.assert_array_equal(got, batch.select(PRESETS["lynx"], 2).index)
 
 

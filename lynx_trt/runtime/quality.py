@@ -22,8 +22,8 @@ class Dial:
 
     `max` is all experts; `balanced` the artifact's own budgets and floors, calibrated ones where there are; `fast`
     four times these floors (an expert then needs twice the weight), and in layers without one half of the budget; a
-    fraction from 0 to 1 is that share of each layer's experts, without
-    floors. An artifact built with the preset `off` has no dial: everything is `max`.
+    fraction from 0 to 1 is that share of each layer's experts, without floors. An artifact built with the preset `off`
+    has no dial: everything is `max`.
     """
 
     experts: tuple[int, ...]
