@@ -10,6 +10,7 @@ without any, since a small batch's caps hold a large one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,8 +40,7 @@ def find(choose: Measured, dial: Dial) -> Restriction:
     goal = Goal(lambda item: item.kl.mean / MAX_KL, lambda item: item.expert_bytes_a_token.mean, saving=True)
     best = Search(choose, dial, model, goal).run().best
     assert best is not None
-    setting = with_caps(best) if dial.name == "floors" else best.setting
-    return Restriction(setting.budgets, setting.floors)
+    return (with_caps(best) if dial.name == "floors" else best.setting).restriction
 
 
 def main(
@@ -58,8 +58,7 @@ def main(
         means = choose_meter.natural(batch).mean((1, 2))
         found["floors"][batch] = find(choose, floor_dial(choose, LYNX, experts, means))
         found["budgets"][batch] = find(choose, budget_dial(LYNX, experts, means, width))
-        uncapped = tuple(experts)
-        found["floors without caps"][batch] = Restriction(uncapped, found["floors"][batch].floors)
+        found["floors without caps"][batch] = replace(found["floors"][batch], budgets=experts)
     rows: list[dict[str, Any]] = []
     for name, by_batch in found.items():
         by_batch[ALL] = Restriction.mildest(list(by_batch.values()))
@@ -67,7 +66,7 @@ def main(
             check = Measured(check_meter, at, "check", log)
             natural = float(check_meter.natural(at).mean())
             for source, chosen in by_batch.items():
-                (item,) = check.measure([Setting(LYNX, chosen.budgets, chosen.floors)])
+                (item,) = check.measure([Setting(LYNX, chosen)])
                 rows.append({"dial": name, "found_at": source, "used_at": at, "natural": natural, **brief(item)})
                 typer.echo(
                     f"{name} of {source} at {at}: {item.active.mean:.2f} of {natural:.2f}, KL {item.kl.mean:.4f}"

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 from calibration_common import LENGTH, PROMPT, brief, parts, record, shipped
 
-from lynx_trt.budgets import default_restriction
+from lynx_trt.budgets import Restriction, default_restriction
 from lynx_trt.calibration.dials import Dial, Floors, budget_dial, floor_dial
 from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.model import Setting
@@ -74,7 +74,7 @@ def uniform_policies(check: Measured, floors: Floors, mean: float, *, variants: 
         for name, selection in VARIANTS.items():
             tried[name] = [replace(setting, selection=selection) for setting in tried["lynx"]]
     # Down to what is guaranteed alone, so that there is a number for every point that another policy reaches.
-    tried["lynx"] = [*tried["lynx"], Setting(LYNX, (0,) * len(experts))]
+    tried["lynx"] = [*tried["lynx"], Setting(LYNX, Restriction((0,) * len(experts)))]
     return {name: check.measure(settings) for name, settings in tried.items()}
 
 
@@ -82,10 +82,12 @@ def defaults(experts: Sequence[int], width: int) -> dict[str, Setting]:
     """What an artifact could begin with, without a calibration."""
     whole = tuple(experts)
     floors = {
-        f"floor {share:g} / (K E)": Setting(LYNX, whole, tuple(share / (width * count) for count in experts))
+        f"floor {share:g} / (K E)": Setting(
+            LYNX, Restriction(whole, tuple(share / (width * count) for count in experts))
+        )
         for share in DEFAULT_SHARES
     }
-    return {"default budgets": Setting(LYNX, default_restriction(PRESETS["xshare"], experts, width).budgets), **floors}
+    return {"default budgets": Setting(LYNX, default_restriction(PRESETS["xshare"], experts, width)), **floors}
 
 
 def one_batch(choose: Measured, check: Measured, shares: Sequence[float], *, variants: bool) -> dict[str, Any]:

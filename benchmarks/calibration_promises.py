@@ -43,8 +43,7 @@ def one(measured: Parts, promise: Promise, dial: str) -> dict[str, Any]:
     (chosen,) = promise.checks(study.chosen, measured.check.meter.sequences, study.company)
     return {
         "kept": study.kept,
-        "budgets": study.held_out.budgets,
-        "floors": study.held_out.floors,
+        **study.held_out.setting.restriction.to_dict(),
         "natural": sum(study.natural) / len(study.natural),
         "active": study.held_out.active.mean,
         "active_p99": study.held_out.active_p99,

@@ -18,6 +18,7 @@ import torch
 import typer
 from calibration_common import record
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.cost import cost_model
 from lynx_trt.calibration.measure import Meter
 from lynx_trt.calibration.model import Probed, Setting
@@ -79,7 +80,7 @@ def main(
     for batch in (4, 16, 64):
         natural = float(meter.natural(batch).mean())
         started = time.perf_counter()
-        (item,) = meter.measure([Setting(PRESETS["lynx"], (round(natural / 2),) * layers)], batch)
+        (item,) = meter.measure([Setting(PRESETS["lynx"], Restriction((round(natural / 2),) * layers))], batch)
         rows.append(
             {
                 "what": "one setting, uniform budget of half",
@@ -97,7 +98,8 @@ def main(
         )
     started = time.perf_counter()
     alone = [
-        Setting(PRESETS["lynx"], tuple(32 if n == layer else 128 for n in range(layers))) for layer in range(layers)
+        Setting(PRESETS["lynx"], Restriction(tuple(32 if n == layer else 128 for n in range(layers))))
+        for layer in range(layers)
     ]
     meter.measure(alone, 16)
     rows.append({"what": "each layer alone, one budget", "settings": layers, "seconds": time.perf_counter() - started})

@@ -45,6 +45,10 @@ class Restriction:
         """Budgets i32 [N] and floors f32 [N], the graph's inputs."""
         return np.array(self.budgets, np.int32), np.array(self.floors, np.float32)
 
+    def to_dict(self) -> dict[str, Any]:
+        """`budgets` and `floors` as lists, for JSON."""
+        return {"budgets": list(self.budgets), "floors": list(self.floors)}
+
     @property
     def mean_floor(self) -> float:
         """Mean of the floors over the layers."""

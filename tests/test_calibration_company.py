@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.company import FREEDOM, factor, from_more, grouping
 from lynx_trt.calibration.cost import cost_model
 from lynx_trt.calibration.intervals import bound_for_new_text
@@ -106,7 +107,7 @@ def test_regrouped_is_the_same_text_in_another_order() -> None:
     def meter(order: Array) -> Meter:
         return Meter(probed, Sequences(ids[order], sizes[order]), prompt=7, cost=cost, threads=1)
 
-    setting = Setting(PRESETS["lynx"], (3, 3))
+    setting = Setting(PRESETS["lynx"], Restriction((3, 3)))
     order = np.random.default_rng([2, 12]).permutation(12)
     measured = Measured(meter(np.arange(12)), 4, "choose")
     (got,) = measured.regrouped(2, 4).measure([setting])

@@ -29,7 +29,7 @@ def random_ids(rows: int, length: int = LENGTH, seed: int = 0) -> np.ndarray[Any
 def decoded(artifact: Any, ids: np.ndarray[Any, Any], setting: Setting) -> tuple[Any, Any]:
     """Logits [D,B,V] and active experts [D,N] of real decode steps after a prefill of PROMPT tokens."""
     backend = OrtBackend(artifact, slots=len(ids))
-    dial, rows = Restriction(setting.budgets, setting.floors), np.ones(len(ids), np.int64)
+    dial, rows = setting.restriction, np.ones(len(ids), np.int64)
     backend.step(ids[:, :PROMPT], 0 * rows, PROMPT * rows, dial)
     steps = [backend.step(ids[:, t : t + 1], t * rows, rows, dial) for t in range(PROMPT, ids.shape[1])]
     return np.stack([step.logits.copy() for step in steps]), np.stack([step.active.copy() for step in steps])
@@ -59,11 +59,11 @@ def test_equals_step_by_step_decoding(name: str, preset: str, artifact: Any) -> 
     built = artifact(name, preset=preset)
     layers = built.manifest.model.moe_layers
     # Odd layers have a tight budget, even ones a floor that leaves some experts out, and the widest cap.
-    setting = Setting(
-        PRESETS[preset],
+    restriction = Restriction(
         tuple(3 if n % 2 else layer.experts - 1 for n, layer in enumerate(layers)),
         tuple(0.0 if n % 2 else FLOORS[preset] for n in range(len(layers))),
     )
+    setting = Setting(PRESETS[preset], restriction)
     ids = random_ids(BATCH)
     want, want_active = decoded(built, ids, setting)
     got, got_active = forced(tiny_models.random_model(name), ids, setting)
@@ -75,7 +75,8 @@ def test_equals_step_by_step_decoding(name: str, preset: str, artifact: Any) -> 
     tiny = np.finfo(np.float32).eps * np.abs(exact).max()
     assert np.abs(want - exact).max() <= 2 * own_error + tiny
     # And the restriction did something, or equality says nothing.
-    free, _ = forced(tiny_models.random_model(name), ids, Setting(PRESETS["off"], tuple(e.experts for e in layers)))
+    everything = Setting(PRESETS["off"], Restriction(tuple(layer.experts for layer in layers)))
+    free, _ = forced(tiny_models.random_model(name), ids, everything)
     assert np.abs(free - got).max() > 100 * own_error
     assert (got_active < 8).any(axis=0).all()  # every layer, so the floors did
 
@@ -91,7 +92,7 @@ def meter(name: str = "qwen3_moe", rows: int = 12, **options: Any) -> Meter:
 def test_metrics_equal_a_plain_computation() -> None:
     """Every number of the summary, worked out the long way from full logits."""
     measured = meter(threads=2)
-    setting = Setting(PRESETS["lynx"], (4, 7), (0.0, 0.05))
+    setting = Setting(PRESETS["lynx"], Restriction((4, 7), (0.0, 0.05)))
     (result,) = measured.measure([setting], BATCH)
     ids = random_ids(12, seed=5)
     logits = {}
@@ -134,7 +135,7 @@ def test_unrestricted_costs_nothing() -> None:
 def test_resuming_in_the_middle_changes_nothing(name: str) -> None:
     """A layer's own setting runs from that layer on; the numbers are those of the whole forward."""
     measured = meter(name, threads=1)
-    alone = Setting(PRESETS["lynx"], (8, 3))
+    alone = Setting(PRESETS["lynx"], Restriction((8, 3)))
     resumed, _ = measured.tokens([alone, alone], BATCH)
     assert measured.probed.first_restricted(alone) >= 1
     measured.probed.first_restricted = lambda _: 0  # type: ignore[method-assign]
@@ -145,7 +146,7 @@ def test_resuming_in_the_middle_changes_nothing(name: str) -> None:
 
 def test_threads_and_company_change_nothing() -> None:
     """The same numbers with one thread or three, alone or among other settings."""
-    settings = [Setting(PRESETS["lynx"], (budget, 8)) for budget in (2, 3, 4)]
+    settings = [Setting(PRESETS["lynx"], Restriction((budget, 8))) for budget in (2, 3, 4)]
     alone = meter(threads=1).measure(settings[1:2], 4)[0]
     together = meter(threads=3).measure(settings, 4)[1]
     assert alone == together
@@ -153,7 +154,7 @@ def test_threads_and_company_change_nothing() -> None:
 
 def test_batches_do_not_see_each_other() -> None:
     """The first batch's numbers don't depend on what is in the second."""
-    setting = Setting(PRESETS["lynx"], (3, 3))
+    setting = Setting(PRESETS["lynx"], Restriction((3, 3)))
     one, two = (meter(rows=rows).tokens([setting], BATCH)[0] for rows in (BATCH, 2 * BATCH))
     np.testing.assert_allclose(one.kl, two.kl[:BATCH], rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(one.active, two.active[:, :1])
@@ -165,7 +166,7 @@ def test_a_measurement_survives_json() -> None:
     from lynx_trt.calibration.measure import Measurement
 
     measured = meter()
-    tried = Setting(PRESETS["xshare"], (3, 5), (0.0, 0.1))
+    tried = Setting(PRESETS["xshare"], Restriction((3, 5), (0.0, 0.1)))
     (result,) = measured.measure([tried], 4)
     assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert result.setting == tried
@@ -181,7 +182,7 @@ def test_memory_is_for_a_fixed_number_of_settings(monkeypatch: pytest.MonkeyPatc
         return tokens(settings, batch, **rest)
 
     monkeypatch.setattr(measured, "tokens", counting)
-    settings = [Setting(PRESETS["lynx"], (a, b)) for a in range(1, 8) for b in range(1, 8)]
+    settings = [Setting(PRESETS["lynx"], Restriction((a, b))) for a in range(1, 8) for b in range(1, 8)]
     results = measured.measure(settings, 4)
-    assert [tuple(item.budgets) for item in results] == [setting.budgets for setting in settings]
+    assert [item.setting for item in results] == settings
     assert alive == [32, 17]

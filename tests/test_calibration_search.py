@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.company import ALONE
 from lynx_trt.calibration.cost import BANDWIDTH, EFFICIENCY, cost_model
 from lynx_trt.calibration.dials import Budgets, Dial, Floors, budget_dial, floor_dial
@@ -47,7 +47,7 @@ class MadeUp:
 
     def active(self, setting: Setting) -> list[float]:
         """Experts of each layer."""
-        pairs = zip(setting.budgets, setting.floors, strict=True)
+        pairs = zip(setting.restriction.budgets, setting.restriction.floors, strict=True)
         return [min(budget, self.above(floor)) for budget, floor in pairs]
 
     def above(self, floor: float) -> float:
@@ -68,7 +68,7 @@ class MadeUp:
     def _measure(self, setting: Setting) -> Measurement:
         self.asked.add(setting)
         active = self.active(setting)
-        generator = np.random.default_rng(abs(hash((setting.budgets, setting.floors))) % 2**32)
+        generator = np.random.default_rng(abs(hash(setting.restriction)) % 2**32)
         factor = 1.0 if sum(count < NATURAL for count in active) > 1 else 1 / (1 + self.together)  # alone hurts less
         kl = self.kl(active) * factor * (1 + self.noise * generator.standard_normal())
         return made_up_measurement(setting, max(kl, 0.0), [min(count, NATURAL) for count in active])
@@ -80,9 +80,7 @@ def made_up_measurement(setting: Setting, kl: float, active: list[float]) -> Mea
     single = Interval(0.0, 0.0, 0.0)
     return Measurement(
         batch=8,
-        selection=asdict(setting.selection),
-        budgets=list(setting.budgets),
-        floors=list(setting.floors),
+        setting=setting,
         kl=Interval(kl, 0.9 * kl, 1.1 * kl),
         kl_p99=single,
         agreement=Interval(1 - kl, 1 - kl, 1 - kl),
@@ -138,8 +136,8 @@ def test_search_is_near_the_best_there_is(name: str, total: int) -> None:
     )
     grids = np.meshgrid(*single, indexing="ij")
     least = sum(grids)[sum(np.meshgrid(*[np.arange(17)] * 4, indexing="ij")) <= total].min()
-    assert model.kl(best.budgets) <= 1.1 * least + 1e-6
-    assert model.kl(best.budgets) <= model.kl([total // 4] * 4) * (1 + 4 * model.noise)
+    assert model.kl(best.setting.restriction.budgets) <= 1.1 * least + 1e-6
+    assert model.kl(best.setting.restriction.budgets) <= model.kl([total // 4] * 4) * (1 + 4 * model.noise)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,17 +187,18 @@ def test_levels_mean_what_they_say() -> None:
     """The last level restricts nothing; another has a floor, without a cap."""
     floors = Floors(LYNX, (8, 24), (0.5, 0.25))
     assert floors.last == (2, 2)
-    assert floors.setting((0, 2)) == Setting(LYNX, (8, 24), (0.5, 0.0))
+    assert floors.setting((0, 2)) == Setting(LYNX, Restriction((8, 24), (0.5, 0.0)))
     budgets = Budgets(LYNX, (8, 24), [1, 4])
-    assert budgets.setting((3, 24)) == Setting(LYNX, (3, 24), (0.0, 0.0))
+    assert budgets.setting((3, 24)) == Setting(LYNX, Restriction((3, 24), (0.0, 0.0)))
     assert budgets.last == (8, 24)
 
 
 def test_caps_are_what_was_used() -> None:
     """The most of any step, never above a budget that is there."""
-    item = made_up_measurement(Setting(LYNX, (24, 24, 24, 6), (0.1, 0.1, 0.0, 0.1)), 0.1, [9.5, 23.0, 7.0, 6.0])
+    floors = (0.1, 0.1, 0.0, 0.1)
+    item = made_up_measurement(Setting(LYNX, Restriction((24, 24, 24, 6), floors)), 0.1, [9.5, 23.0, 7.0, 6.0])
     item.active_max_by_layer[:] = [12, 24, 9, 8]
-    assert with_caps(item) == Setting(LYNX, (12, 24, 9, 6), (0.1, 0.1, 0.0, 0.1))
+    assert with_caps(item) == Setting(LYNX, Restriction((12, 24, 9, 6), floors))
 
 
 @pytest.mark.parametrize("dial", ["budgets", "floors"])
@@ -227,10 +226,10 @@ def test_search_asks_little(dial: str) -> None:
 
 def test_a_promise_has_several_parts() -> None:
     promise = Promise(max_kl=0.02, max_perplexity_increase=0.01, min_agreement=0.97)
-    good = made_up_measurement(Setting(LYNX, (1,)), 0.005, [1.0])
+    good = made_up_measurement(Setting(LYNX, Restriction((1,))), 0.005, [1.0])
     assert promise.is_kept(good)
     assert promise.will_be_kept(good, 16)
-    by_one = made_up_measurement(Setting(LYNX, (1,)), 0.012, [1.0])  # perplexity rises by 1.2%
+    by_one = made_up_measurement(Setting(LYNX, Restriction((1,))), 0.012, [1.0])  # perplexity rises by 1.2%
     assert not promise.is_kept(by_one)
     assert promise.strain(by_one, 16) > 1
     assert str(promise) == "KL at most 0.02, perplexity at most 0.01 above, agreement at least 0.97"
@@ -238,7 +237,7 @@ def test_a_promise_has_several_parts() -> None:
 
 def test_room_is_left_for_chance() -> None:
     """A mean just below the limit is not enough: the next text may be worse."""
-    near = made_up_measurement(Setting(LYNX, (1,)), 0.0199, [1.0])
+    near = made_up_measurement(Setting(LYNX, Restriction((1,))), 0.0199, [1.0])
     promise = Promise(max_kl=0.02)
     assert promise.is_kept(near)
     assert not promise.will_be_kept(near, 16)
@@ -295,7 +294,7 @@ def test_upper_quantile_is_the_plain_one() -> None:
 
 def test_kl_between_measured_points() -> None:
     """Halfway between two, the geometric mean; outside nothing is claimed."""
-    points = [made_up_measurement(Setting(LYNX, (b,)), kl, [float(b)]) for b, kl in ((4, 0.4), (8, 0.1))]
+    points = [made_up_measurement(Setting(LYNX, Restriction((b,))), kl, [float(b)]) for b, kl in ((4, 0.4), (8, 0.1))]
     between = kl_at(points, 6.0)
     assert between is not None
     assert between.mean == pytest.approx(0.2, rel=1e-6)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting
 from lynx_trt.selection import Selection
@@ -89,7 +90,7 @@ class Budgets:
 
     def setting(self, levels: Sequence[int]) -> Setting:
         """From levels [N] to what is tried."""
-        return Setting(self.selection, tuple(levels))
+        return Setting(self.selection, Restriction(tuple(levels)))
 
     def value(self, level: int) -> float:
         """The budget."""
@@ -124,7 +125,7 @@ class Floors:
 
     def setting(self, levels: Sequence[int]) -> Setting:
         """From levels [N] to what is tried, without a cap."""
-        return Setting(self.selection, tuple(self.experts), tuple(self.value(level) for level in levels))
+        return Setting(self.selection, Restriction(self.experts, tuple(self.value(level) for level in levels)))
 
     def value(self, level: int) -> float:
         """The floor; 0 at the last level."""

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ import numpy as np
 
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.options import JOURNAL
-from lynx_trt.errors import UsageError
+from lynx_trt.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
     from lynx_trt.calibration.model import Setting
 
+# Counts up whenever lines or keys change their meaning: what was measured under another is not gone on with.
+FORMAT = 2
 # Measured between two writes: a few seconds' work on a small model, a few minutes' on a big one.
 SETTINGS_A_WRITE = 16
 
@@ -34,44 +35,64 @@ class Journal:
 
         Raises:
             UsageError: there is one and `resume` is false, or it is of another run; the message names the difference.
+            CalibrationError: it can't be read or written.
         """
         self._path = folder / JOURNAL
         self._known: dict[str, Measurement] = {}
-        if self._path.is_file():
-            if not resume:
-                raise UsageError(
-                    f"{folder} holds an interrupted run; pass --resume to go on with it, or --overwrite to begin again"
-                )
-            self._read(identity)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._stream = self._path.open("a", encoding="utf-8")
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        try:
+            if self._path.is_file():
+                if not resume:
+                    raise UsageError(
+                        f"{folder} holds an interrupted run; pass --resume to go on with it, or --overwrite to begin "
+                        "again"
+                    )
+                self._read(identity)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Without a buffer: what the disk had no room for must not come again when the file is closed.
+            self._stream = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise CalibrationError(
+                f"{self._path} can't be opened: {error.strerror or error}; choose another --output"
+            ) from None
         if self._stream.tell() == 0:
             self._write(identity)
 
     def _read(self, identity: dict[str, Any]) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        if lines and lines[0].endswith(b"\n"):
+            self._check_identity(lines[0], identity)
+        good = 0
+        for number, line in enumerate(lines):
+            if not line.endswith(b"\n"):
+                break  # what the interruption cut off
+            if number:
+                try:
+                    entry = json.loads(line)
+                    self._known[entry["key"]] = Measurement.from_dict(entry["measurement"])
+                except (ValueError, KeyError, TypeError, UsageError):
+                    break
+            good += len(line)
+        os.truncate(self._path, good)
+
+    def _check_identity(self, line: bytes, identity: dict[str, Any]) -> None:
         try:
-            before = json.loads(lines[0]) if lines else identity
+            before = json.loads(line)
         except ValueError:
             before = None
-        if before != identity:
-            names = sorted(n for n in identity if not isinstance(before, dict) or before.get(n) != identity[n])
+        if not isinstance(before, dict):
+            raise UsageError(f"{self._path} is no journal of a calibration; pass --overwrite to begin again")
+        names = sorted(name for name in before.keys() | identity.keys() if before.get(name) != identity.get(name))
+        if "format" in names:
+            raise UsageError(
+                f"{self._path} was written by another version of lynx-trt, which keeps its measurements in another "
+                "form; pass --overwrite to begin again"
+            )
+        if names:
             raise UsageError(
                 f"{self._path} is of another run ({', '.join(names)} differ); "
                 "give the same options to --resume it, or pass --overwrite to begin again"
             )
-        good = 0
-        for number, line in enumerate(lines):
-            try:
-                entry = json.loads(line)
-                if not line.endswith("\n"):
-                    break  # what the interruption cut off
-                if number:
-                    self._known[entry["key"]] = Measurement.from_dict(entry["measurement"])
-            except (ValueError, KeyError, TypeError):
-                break
-            good += len(line.encode())
-        os.truncate(self._path, good)
 
     def __len__(self) -> int:
         """Measurements at hand."""
@@ -87,8 +108,15 @@ class Journal:
         self._write({"key": key, "measurement": measurement.to_dict()})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
+        data = (json.dumps(entry) + "\n").encode()
+        try:
+            while data:
+                data = data[self._stream.write(data) :]
+        except OSError as error:
+            raise CalibrationError(
+                f"{self._path} can't be written: {error.strerror or error}; what was measured before is kept: "
+                "make room, and give the same command with --resume to go on"
+            ) from None
 
     @staticmethod
     def remove(folder: Path) -> None:
@@ -151,5 +179,5 @@ class Measured:
             self._journal.put(key, measurement)
 
     def _key(self, setting: Setting) -> str:
-        text = json.dumps([self._part, self.batch, asdict(setting.selection), setting.budgets, setting.floors])
+        text = json.dumps([self._part, self.batch, setting.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.cost import CostModel
 from lynx_trt.calibration.intervals import Array, Bootstrap, Interval
 from lynx_trt.calibration.model import Outcome, Probed, Setting, Shape
 from lynx_trt.calibration.text import Sequences
-from lynx_trt.selection import Selection
+from lynx_trt.selection import PRESETS
 
 # Tokens of one forward, at least one batch; 8192 x 4 experts x 160 numbers still fit a server's cache.
 CHUNK_TOKENS = 8192
@@ -43,9 +44,7 @@ class Measurement:
     """
 
     batch: int
-    selection: dict[str, Any]
-    budgets: list[int]
-    floors: list[float]
+    setting: Setting
     kl: Interval
     kl_p99: Interval
     agreement: Interval
@@ -64,20 +63,19 @@ class Measurement:
     nats_added_by_sequence: list[float]
     agreement_by_sequence: list[float]
 
-    @property
-    def setting(self) -> Setting:
-        """What was measured."""
-        return Setting(Selection(**self.selection), tuple(self.budgets), tuple(self.floors))
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurement:
-        """From what `dataclasses.asdict` and JSON made of one."""
+        """From what `to_dict` and JSON made of one."""
+        setting = Setting.from_dict(values)
+        rest = {name: values[name] for name in values.keys() - setting.to_dict().keys()}
         intervals = {name: Interval(*values[name]) for name, kind in cls.__annotations__.items() if kind == "Interval"}
-        return cls(**{**values, **intervals})
+        return cls(**{**rest, **intervals, "setting": setting})
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON: the numbers, and `selection`, `budgets` and `floors` beside them."""
+        values = {**self.setting.to_dict(), **asdict(self)}
+        del values["setting"]
+        return values
 
 
 @dataclass
@@ -227,9 +225,7 @@ class Meter:
 
     def unrestricted(self) -> Setting:
         """The setting that changes nothing."""
-        from lynx_trt.selection import PRESETS
-
-        return Setting(PRESETS["off"], self.probed.experts)
+        return Setting(PRESETS["off"], Restriction(self.probed.experts))
 
     def _run_reference(self) -> _Reference:
         n, probed = self.sequences, self.probed
@@ -337,9 +333,7 @@ class Meter:
         seconds = np.array([self.cost.step_seconds(column) for column in active.T])
         return Measurement(
             batch=batch,
-            selection=asdict(setting.selection),
-            budgets=list(setting.budgets),
-            floors=list(setting.floors),
+            setting=setting,
             kl=draws.mean(kl),
             kl_p99=draws.upper_quantile(tokens.kl, 0.99),
             agreement=draws.mean(agrees),

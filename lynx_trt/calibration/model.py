@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.groups import select_groups
 from lynx_trt.export.moe import MoeLayer, _router_recorder, _tensor, find_layers
 from lynx_trt.export.routing import Rule
@@ -37,22 +38,24 @@ NAME = "lynx_measure"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: the parameters of the selection, and a budget and a vote floor for each MoE layer [N].
-
-    A budget of E with a floor of 0 restricts nothing; floors that are left out are 0.
-    """
+    """What is tried: the parameters of the selection, and what each of N MoE layers may load."""
 
     selection: Selection
-    budgets: tuple[int, ...]
-    floors: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.floors:
-            object.__setattr__(self, "floors", (0.0,) * len(self.budgets))
+    restriction: Restriction
 
     def restricts(self, layer: int, experts: int) -> bool:
         """Whether a MoE layer of `experts` experts can come out differently."""
-        return self.budgets[layer] < experts or self.floors[layer] > 0
+        return self.restriction.budgets[layer] < experts or self.restriction.floors[layer] > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """`selection`, `budgets` and `floors`, for JSON."""
+        return {"selection": asdict(self.selection), **self.restriction.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Setting:
+        """From a dictionary that holds what `to_dict` gives, and maybe more."""
+        restriction = Restriction(tuple(values["budgets"]), tuple(values["floors"]))
+        return cls(Selection(**values["selection"]), restriction)
 
 
 @dataclass(frozen=True)
@@ -273,8 +276,8 @@ def _restrict(
         combine,
         own_index,
         own_weight,
-        budget=setting.budgets[layer.position],
-        floor=setting.floors[layer.position],
+        budget=setting.restriction.budgets[layer.position],
+        floor=setting.restriction.floors[layer.position],
         renormalize=rule.renormalize,
         scale=rule.scale,
     )

@@ -155,7 +155,7 @@ def _journal(options: CalibrateOptions, inputs: _Inputs, folder: Path) -> Journa
         "length": inputs.length,
         "prompt_length": options.prompt_length,
         "seed": options.seed,
-        "cost_model": json.loads(json.dumps(asdict(inputs.cost))),
+        "cost_model": asdict(inputs.cost),
         "device": inputs.probed.device.type,
     }
     if options.overwrite:
@@ -211,8 +211,7 @@ def _study(options: CalibrateOptions, inputs: _Inputs, journal: Journal, progres
         "reason": reason,
         "dial": inputs.dial,
         "batch": studies[0].batch,
-        "budgets": list(shared.budgets) if shared else None,
-        "floors": list(shared.floors) if shared else None,
+        **(shared.to_dict() if shared else {"budgets": None, "floors": None}),
         "selection": asdict(selection),
         "batches": [study.to_dict() for study in studies[::-1]],
     }
@@ -223,12 +222,12 @@ def _shared(studies: Sequence[Study], checked: Sequence[Measured]) -> Restrictio
 
     It keeps at least what each keeps for itself; None where something was found for some sizes only.
     """
-    chosen = [study.chosen.setting for study in studies if study.chosen is not None]
+    chosen = [study.chosen.setting.restriction for study in studies if study.chosen is not None]
     if len(chosen) < len(studies):
         return None
-    shared = Restriction.mildest(Restriction(setting.budgets, setting.floors) for setting in chosen)
+    shared = Restriction.mildest(chosen)
     for study, measured in zip(studies, checked, strict=True):
-        (study.shared,) = measured.measure([Setting(study.selection, shared.budgets, shared.floors)])
+        (study.shared,) = measured.measure([Setting(study.selection, shared)])
     return shared
 
 
@@ -267,8 +266,7 @@ def _only_measure(
     for batch in inputs.batches:
         update = progress.phase(f"What was given, batch {batch}")
         measured = Measured(meter, batch, "all", journal)
-        setting = Setting(inputs.selection, given.budgets, given.floors)
-        free, item = measured.measure([meter.unrestricted(), setting])
+        free, item = measured.measure([meter.unrestricted(), Setting(inputs.selection, given)])
         checks = inputs.promise.checks(item, 1) if inputs.promise else []
         kept = kept and all(check.value <= check.limit for check in checks)
         found.append(
@@ -286,9 +284,7 @@ def _only_measure(
         **_about(options, inputs),
         "kept": kept,
         "reason": reason,
-        "budgets": list(given.budgets),
-        "floors": list(given.floors),
-        "selection": asdict(inputs.selection),
+        **Setting(inputs.selection, given).to_dict(),
         "batches": found,
     }
 

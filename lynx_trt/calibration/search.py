@@ -202,8 +202,7 @@ class Search:
                     {
                         "what": what,
                         "levels": list(levels),
-                        "budgets": item.budgets,
-                        "floors": item.floors,
+                        **item.setting.restriction.to_dict(),
                         "kl": item.kl.mean,
                         "active": item.active.mean,
                         "strain": self._goal.strain(item),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.company import ALONE, Company, grouping, measure_company
 from lynx_trt.calibration.dials import Array, Dial, budget_dial, floor_dial
 from lynx_trt.calibration.intervals import Bootstrap, Interval
@@ -200,8 +201,9 @@ class _Bar:
 
 def with_caps(item: Measurement) -> Setting:
     """The setting of `item` with its budgets lowered to the most experts that any step used: the bound on a step."""
-    budgets = tuple(min(pair) for pair in zip(item.budgets, item.active_max_by_layer, strict=True))
-    return replace(item.setting, budgets=budgets)
+    own = item.setting.restriction
+    caps = tuple(min(pair) for pair in zip(own.budgets, item.active_max_by_layer, strict=True))
+    return replace(item.setting, restriction=replace(own, budgets=caps))
 
 
 def _company(parts: Parts, dial: Dial, goal: Goal, model: Curves, phase: Phase, label: str) -> Company:
@@ -249,9 +251,10 @@ def uniform_settings(preset: str, experts: Sequence[int], width: int, natural: f
     """`preset` with the same budget in every layer, from many experts to few; OEA's dial is its guarantee."""
     selection = PRESETS[preset]
     if preset == "oea":
-        return [Setting(replace(selection, guarantee=float(k0)), (0,) * len(experts)) for k0 in range(width - 1, 0, -1)]
+        nothing = Restriction((0,) * len(experts))
+        return [Setting(replace(selection, guarantee=float(k0)), nothing) for k0 in range(width - 1, 0, -1)]
     budgets = sorted({max(1, round(share * natural)) for share in COMPARED}, reverse=True)
-    return [Setting(selection, tuple(min(budget, count) for count in experts)) for budget in budgets]
+    return [Setting(selection, Restriction(tuple(min(budget, count) for count in experts))) for budget in budgets]
 
 
 def _uniform(measured: Measured, floors: Dial, means: Array, phase: Phase, label: str) -> dict[str, list[Measurement]]:
@@ -358,8 +361,7 @@ def comparison(points: Sequence[Measurement], uniform: dict[str, list[Measuremen
                     {
                         "active": point.active.mean,
                         "active_p99": _p99_at(items, point.active.mean),
-                        "budgets": point.budgets,
-                        "floors": point.floors,
+                        **point.setting.restriction.to_dict(),
                         "preset": name,
                         "kl": _as_interval(theirs),
                         "by_layer_kl": point.kl,
