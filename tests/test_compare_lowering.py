@@ -13,8 +13,9 @@ import pytest
 from lynx_trt.artifact import Artifact, check_files
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError
-from lynx_trt.runtime.lowering import Form, Unrestricted, lower
+from lynx_trt.runtime.lowering import Form, lower
 from lynx_trt.runtime.ort import OrtBackend
+from lynx_trt.runtime.routing import Unrestricted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,7 +53,7 @@ def steps(artifact: Artifact, form: Form | None) -> list[tuple[Array, Array]]:
 def test_equals_the_function_bodies(name: str, artifact: Callable[..., Artifact]) -> None:
     built = artifact(name, preset="lynx")
     reference = steps(built, None)
-    forms: tuple[Form, ...] = ("grouped", "fused", "auto")
+    forms: tuple[Form, ...] = ("grouped", "fused", "auto")  # auto: masked, but for the last two
     for form in forms:
         for (expected, active), (got, got_active) in zip(reference, steps(built, form), strict=True):
             assert got_active.tolist() == active.tolist()
@@ -138,7 +139,7 @@ def test_a_piece_that_fails_fails_the_step(failing: int, artifact: Callable[...,
     assert ended == [1 - failing]
 
 
-@pytest.mark.parametrize("form", ["baseline", "unrestricted"])
+@pytest.mark.parametrize("form", ["baseline", "unrestricted", "masked"])
 def test_a_rule_that_is_no_softmax_has_no_baseline(form: Form, artifact: Callable[..., Artifact]) -> None:
     with pytest.raises(ArtifactError, match="softmax and top-k only"):
         lower(artifact("deepseek_v3", preset="lynx"), form=form)
@@ -147,7 +148,7 @@ def test_a_rule_that_is_no_softmax_has_no_baseline(form: Form, artifact: Callabl
 def test_a_row_of_values_that_are_no_numbers_stays_its_own(artifact: Callable[..., Artifact]) -> None:
     """One sequence's cache is poisoned; the other rows' logits are those of a batch without it."""
     built = artifact("qwen3_moe", preset="lynx")
-    for form in ("grouped", "fused"):
+    for form in ("grouped", "fused", "masked"):
         rows = []
         for poison in (0.0, np.nan):
             backend = OrtBackend(built, 2, threads=1, form=form)  # type: ignore[arg-type]
@@ -162,8 +163,11 @@ def test_a_row_of_values_that_are_no_numbers_stays_its_own(artifact: Callable[..
 
 def test_small_and_large_experts_choose_their_form(artifact: Callable[..., Artifact], monkeypatch: Any) -> None:
     built = artifact("qwen3_moe", preset="lynx")
-    assert set(lower(built).forms) == {"fused"}
-    monkeypatch.setattr("lynx_trt.runtime.lowering.SMALL_EXPERT", 0)
+    assert set(lower(built).forms) == {"masked"}
+    # no softmax; no rule at all, so that the chosen experts' weights are all that is known
+    for name in ("deepseek_v3", "phimoe"):
+        assert set(lower(artifact(name, preset="lynx")).forms) == {"fused"}
+    monkeypatch.setattr("lynx_trt.runtime.moe_layer.SMALL_EXPERT", 0)
     assert set(lower(built).forms) == {"grouped"}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lynx_trt.runtime.backend import Array
+
+Built = TypeVar("Built")
 
 
 class GraphEdit:
@@ -32,7 +34,7 @@ class GraphEdit:
         self._removed: set[int] = set()
         self._inserted: dict[int, list[onnx.NodeProto]] = {}
         self._place, self._scope = len(model.graph.node), "rest"
-        self._known: dict[Any, str] = {}
+        self._known: dict[Hashable, Any] = {}
         self._counter = 0
 
     def is_constant(self, name: str) -> bool:
@@ -42,6 +44,10 @@ class GraphEdit:
     def shape(self, name: str) -> list[int]:
         """Dimensions of an initializer."""
         return list(self._constants[name].dims)
+
+    def value(self, name: str) -> Array:
+        """An initializer that is not in a file."""
+        return numpy_helper.to_array(self._constants[name])
 
     def known_shape(self, name: str) -> list[int]:
         """Dimensions of a value of the original graph, 0 where one varies; empty where the graph doesn't say."""
@@ -92,19 +98,17 @@ class GraphEdit:
         """A node that was made elsewhere, at the current place."""
         self._inserted.setdefault(self._place, []).append(node)
 
-    def once(self, key: str, build: Callable[[], str]) -> str:
-        """A value that several layers share: made where it is first asked for."""
+    def once(self, key: Hashable, build: Callable[[], Built]) -> Built:
+        """What several layers share, a value or more: made where it is first asked for."""
         if key not in self._known:
             self._known[key] = build()
-        return self._known[key]
+        known: Built = self._known[key]
+        return known
 
     def constant(self, value: Array) -> str:
         """An initializer of this value; equal ones are shared."""
         key = (value.dtype.str, value.shape, value.tobytes())
-        if key not in self._known:
-            name = self._known[key] = self.name("constant")
-            self._add_initializer(numpy_helper.from_array(value, name))
-        return self._known[key]
+        return self.once(key, lambda: self._add_initializer(numpy_helper.from_array(value, self.name("constant"))))
 
     def integers(self, value: int | Sequence[int]) -> str:
         """An int64 constant."""
@@ -116,11 +120,8 @@ class GraphEdit:
 
     def part(self, name: str, index: int) -> str:
         """Slice `index` of an initializer along its first dimension; external data is pointed into, not read."""
-        key = (name, index)
-        if key not in self._known:
-            self._known[key] = f"{name}/{index}"
-            self._add_initializer(_slice(self._constants[name], index, f"{name}/{index}"))
-        return self._known[key]
+        part = f"{name}/{index}"
+        return self.once((name, index), lambda: self._add_initializer(_slice(self._constants[name], index, part)))
 
     def finish(self) -> None:
         """Apply the changes."""
@@ -141,9 +142,10 @@ class GraphEdit:
         if "com.microsoft" not in domains and any(node.domain == "com.microsoft" for node in copies):
             self._model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
-    def _add_initializer(self, tensor: onnx.TensorProto) -> None:
+    def _add_initializer(self, tensor: onnx.TensorProto) -> str:
         self._model.graph.initializer.append(tensor)
         self._constants[tensor.name] = tensor
+        return tensor.name
 
     def name(self, what: str) -> str:
         """A new name."""

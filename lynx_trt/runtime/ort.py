@@ -47,11 +47,13 @@ class _Graph:
 
     Attributes:
         session: the session.
-        routers: whether it gives the routers' logits in place of the active experts, and takes no restriction.
+        routers: whether it gives what tokens choose experts by, in place of the active experts.
+        restricts: whether it takes a restriction.
     """
 
     session: Any
     routers: bool = False
+    restricts: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class OrtBackend:
             ArtifactError: onnxruntime is missing, can't load the graph or use the device, or the graph's own precision
                 is none it has on the CPU.
         """
-        from lynx_trt.runtime.lowering import Unrestricted, count_active
+        from lynx_trt.runtime.routing import Unrestricted, count_active
 
         model = artifact.manifest.model
         if form in (None, "body") and model.precision not in ELEMENT:
@@ -224,7 +226,7 @@ class OrtBackend:
 
     def _bind_inputs(self, binding: Any, graph: _Graph, rows: slice, inputs: dict[str, Array]) -> None:
         for name, value in inputs.items():
-            if not (graph.routers and name in (BUDGETS, FLOORS)):
+            if graph.restricts or name not in (BUDGETS, FLOORS):
                 _bind(binding.bind_input, name, value)
         for name, cache in self._caches.items():
             _bind_rows(binding.bind_input, f"past_{name}", cache, rows)
@@ -343,14 +345,14 @@ def _graphs(
     attention = device == "cpu"
     lowered = lower(artifact, form=form, attention=attention)
     source = lowered.model.SerializeToString()
-    whole = free = _Graph(_session(artifact, source, threads, profile, device))
-    if form == "auto" and set(lowered.forms) == {"fused"}:
+    whole = free = _Graph(_session(artifact, source, threads, profile, device), routers=lowered.routers)
+    if form == "auto" and set(lowered.forms) in ({"masked"}, {"fused"}):
         try:
             source = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
         except ArtifactError:  # another routing rule: the selection stays in every step
             return _Graphs(whole, whole)
         second = profile and profile.with_name(f"{profile.name}-free")
-        free = _Graph(_session(artifact, source, threads, second, device), routers=True)
+        free = _Graph(_session(artifact, source, threads, second, device), routers=True, restricts=False)
     elif form != "baseline" or not lowered.small:
         return _Graphs(whole, whole)
     if not cut:
