@@ -24,7 +24,7 @@ from lynx_trt.calibration.company import MORE
 from lynx_trt.calibration.cost import CostModel, cost_model
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.model import Probed
-from lynx_trt.calibration.text import Sequences, Text, cut
+from lynx_trt.calibration.text import Text, split
 from lynx_trt.export.checkpoint import open_checkpoint
 from lynx_trt.models.train import corpus
 
@@ -44,20 +44,19 @@ def costs(probed: Probed, hardware: str = "h100") -> CostModel:
     return cost_model(hardware, sizes, other)
 
 
-def sequences(count: int, seed: int, more: int = 0, length: int = LENGTH) -> Sequences:
-    """Sequences of the text that the shipped model was not trained on."""
+def own_text() -> Text:
+    """The text that the shipped model was not trained on."""
+    return Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
+
+
+def parts(
+    probed: Probed, count: int, seed: int, length: int = LENGTH, validation: Text | None = None
+) -> tuple[Meter, Meter, Meter]:
+    """Meters for the part that choices are made on, for the part held out (of `validation`), and for more text."""
     tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
-    text = Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
-    return cut(text, tokenizer, separator=0, count=count, length=length, seed=seed, more=more)
-
-
-def parts(probed: Probed, count: int, seed: int, length: int = LENGTH) -> tuple[Meter, Meter, Meter]:
-    """Meters for the part that choices are made on, for the held-out part, and for the text of neither."""
-    half = count // 2
-    drawn = sequences(count, seed, MORE * half, length)
+    drawn = split(own_text(), validation, tokenizer, separator=0, half=count // 2, length=length, seed=seed, more=MORE)
     first, second, rest = (
-        Meter(probed, drawn[rows], prompt=PROMPT, cost=costs(probed), seed=seed)
-        for rows in (slice(0, half), slice(half, count), slice(count, len(drawn)))
+        Meter(probed, drawn[part], prompt=PROMPT, cost=costs(probed), seed=seed) for part in ("choose", "check", "more")
     )
     return first, second, rest
 

@@ -101,7 +101,7 @@ def parse_budget(text: str, experts: Sequence[int]) -> Restriction:
     Raises:
         UsageError: the text is none of the three forms, or a value lies outside of what the model has.
     """
-    if Path(text).is_file():
+    if _is_file(text):
         return _from_file(Path(text), experts)
     return Restriction(tuple(_same_everywhere(text, experts)))
 
@@ -138,7 +138,7 @@ def selection_in(text: str) -> Selection | None:
     Raises:
         UsageError: the file can't be read, or its parameters are none of the selection's.
     """
-    if not Path(text).is_file():
+    if not _is_file(text):
         return None
     value = _read(Path(text))
     parameters = value.get("selection") if isinstance(value, dict) else None
@@ -202,6 +202,13 @@ def check_leaves_experts(restriction: Restriction, selection: Selection, experts
         )
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than any name: a list where a file was meant
+        return False
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -213,6 +220,8 @@ def _from_file(path: Path, experts: Sequence[int]) -> Restriction:
     value: Any = _read(path)
     floors: Any = None
     if isinstance(value, dict):
+        if value.get("kept") is False and value.get("budgets") is None:
+            raise UsageError(f"the budget file {path} is of a calibration that found none; give another")
         value, floors = value.get("budgets"), value.get("floors")
     if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         raise UsageError(f"the budget file {path} holds no list of whole numbers (or an object with one as 'budgets')")

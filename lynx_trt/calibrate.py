@@ -10,6 +10,7 @@ import typer
 
 from lynx_trt.calibration.options import PAGE, RESULT, CalibrateOptions, Device, DialName, Hardware, output_folder
 from lynx_trt.console import Progress, fail, new_app, print_json, run, size
+from lynx_trt.errors import CalibrationError
 
 app = new_app()
 
@@ -20,6 +21,13 @@ def main(
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text of the kind that is served; repeatable [default for lynx-tiny: its own]."),
+    ] = None,
+    validation_text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Check the promise on this text, of another source or day; repeatable [default: the other half of "
+            "--text's sequences]."
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint that the artifact was built from [default: the shipped lynx-tiny].")
@@ -84,6 +92,7 @@ def main(
         artifact=artifact,
         checkpoint=checkpoint,
         text=tuple(text or ()),
+        validation_text=tuple(validation_text or ()),
         output=output,
         batch=batch,
         sequences=sequences,
@@ -122,6 +131,8 @@ def main(
         print_json(summary(result, folder))
     else:
         _tell(result, folder)
+    if not result["kept"]:
+        raise CalibrationError(f"{result['reason']}; what was measured is in {folder}")
 
 
 def _check_early(options: CalibrateOptions) -> None:
@@ -134,39 +145,37 @@ def _check_early(options: CalibrateOptions) -> None:
 
 def summary(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a calibration came to, for --json; everything else is in the folder."""
+    from lynx_trt.calibration.report import measured_on
+
+    same = ("kept", "reason", "promise", "budgets", "floors", "selection", "seconds", "peak_bytes")
     return {
         "report": str(folder / PAGE),
         "calibration": str(folder / RESULT),
-        "kept": result["kept"],
-        "promise": result["promise"],
+        "measured_on": measured_on(result),
         "batch": result.get("batch"),
         "dial": result.get("dial"),
-        "budgets": result["budgets"],
-        "floors": result["floors"],
-        "selection": result["selection"],
         "artifact_updated": result.get("artifact_updated", False),
-        "batches": [
-            {
-                "batch": study["batch"],
-                "budgets": study["held_out"]["budgets"],
-                "floors": study["held_out"]["floors"],
-                "checks": study["checks"],
-                **{
-                    name: {"all_experts": study["unrestricted"][name], "chosen": study["held_out"][name]}
-                    for name in ("kl", "agreement", "perplexity", "bits_a_byte", "active", "active_p99", "step_seconds")
-                },
-            }
-            for study in result["batches"]
-        ],
-        "seconds": result["seconds"],
-        "peak_bytes": result["peak_bytes"],
+        **{name: result[name] for name in same},
+        "batches": [_batch_summary(study) for study in result["batches"]],
+    }
+
+
+def _batch_summary(study: dict[str, Any]) -> dict[str, Any]:
+    chosen = study["held_out"] or {}
+    metrics = ("kl", "agreement", "perplexity", "bits_a_byte", "active", "active_p99", "step_seconds")
+    return {
+        "batch": study["batch"],
+        "budgets": chosen.get("budgets"),
+        "floors": chosen.get("floors"),
+        "checks": study["checks"],
+        **{name: {"all_experts": study["unrestricted"][name], "chosen": chosen.get(name)} for name in metrics},
     }
 
 
 def _tell(result: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
-    from lynx_trt.calibration.report import terminal_tables
+    from lynx_trt.calibration.report import caveat, measured_on, terminal_tables
 
     # A pipe has no width of its own, and rich's default of 80 would break the rows.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -174,15 +183,23 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
         console.print(table)
         console.print()
     if result["promise"]:
-        typer.echo(f"Promise: {result['promise']['text']}; kept on held-out text")
+        kept = f"kept on {measured_on(result)}" if result["kept"] else "NOT kept"
+        typer.echo(f"Promise: {result['promise']['text']}; {kept}")
+        if caveat(result):
+            typer.echo(caveat(result))
+    if result["budgets"] is not None:
+        _tell_restriction(result)
+    if result.get("artifact_updated"):
+        typer.echo("The artifact decodes with them from now on.")
+    typer.echo(f"Report: {folder / PAGE} in {result['seconds']:.1f} s; memory at its peak {size(result['peak_bytes'])}")
+
+
+def _tell_restriction(result: dict[str, Any]) -> None:
     below = f" (batch of {result['batch']} and below)" if "batch" in result else ""
     caps = " (caps: the most experts that any measured step used)" if below else ""
     if any(result["floors"]):
         typer.echo(f"Floors: {result['floors']}{below}")
     typer.echo(f"Budgets: {result['budgets']}{caps if any(result['floors']) else below}")
-    if result.get("artifact_updated"):
-        typer.echo("The artifact decodes with them from now on.")
-    typer.echo(f"Report: {folder / PAGE} in {result['seconds']:.1f} s; memory at its peak {size(result['peak_bytes'])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command: what it leaves behind, how it goes on after an interruption, and what it says to wrong input."""
+"""The calibrate command: what it finds, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,87 +7,27 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from calibration_runs import numbers, run_quietly, small_run
 from typer.testing import CliRunner
 
 from lynx_trt import artifact as artifacts
+from lynx_trt.artifact import Artifact
 from lynx_trt.calibrate import app
 from lynx_trt.calibration import report
 from lynx_trt.calibration import text as texts
-from lynx_trt.calibration.measure import Meter
 from lynx_trt.calibration.options import CalibrateOptions
-from lynx_trt.calibration.run import calibrate
-from lynx_trt.console import Progress
-from lynx_trt.errors import CalibrationError, CheckpointError, LynxError, UsageError
-
-WORDS = ("expert", "token", "batch", "the", "of", "a", "budget", "keeps", "votes", "layer", "and", "others", "wait")
-
-
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    """One token a byte, 256 of them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def words(count: int, seed: int = 0) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, size=count))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("source") / "tiny"
-    tiny_models.save(tiny_models.random_model("qwen3_moe"), folder)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(source: Path, tmp_path_factory: pytest.TempPathFactory, build_quietly: Callable[..., Any]) -> Path:
-    """Its artifact; tests that change it take a copy."""
-    return build_quietly(source, tmp_path_factory.mktemp("built") / "tiny").folder
+from lynx_trt.errors import UsageError
 
 
 @pytest.fixture
-def options(source: Path, built: Path, tmp_path: Path) -> CalibrateOptions:
-    """Options of a small run that succeeds, on a copy of the artifact."""
-    shutil.copytree(built, tmp_path / "artifact")
-    (tmp_path / "text.txt").write_text(words(900), encoding="utf-8")
-    return CalibrateOptions(
-        artifact=tmp_path / "artifact",
-        checkpoint=source,
-        text=(tmp_path / "text.txt",),
-        output=tmp_path / "report",
-        batch="4",
-        sequences=16,
-        length=48,
-        prompt_length=16,
-        max_kl=0.2,
-        compare=False,
-        threads=2,
-    )
-
-
-def run_quietly(options: CalibrateOptions) -> dict[str, Any]:
-    with Progress(quiet=True) as progress:
-        return calibrate(options, progress)
-
-
-def numbers(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without what differs from run to run."""
-    return {name: value for name, value in result.items() if name not in ("created", "seconds", "peak_bytes")}
+def options(byte_model: Path, text_artifact: Artifact, tmp_path: Path) -> CalibrateOptions:
+    return small_run(byte_model, text_artifact.folder, tmp_path)
 
 
 @pytest.mark.parametrize("dial", ["floors", "budgets"])
@@ -165,43 +105,8 @@ def test_same_seed_same_numbers(options: CalibrateOptions, tmp_path: Path) -> No
     assert other["batches"][0]["held_out"] != first["batches"][0]["held_out"]
 
 
-def test_resume_goes_on_where_it_stopped(
-    options: CalibrateOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Interrupted in the search; what was measured is not measured again, and the outcome is the same."""
-    whole = run_quietly(replace(options, output=tmp_path / "whole", write=False))
-    measure, seen = Meter.measure, {"settings": 0, "stop": 12}
-
-    def counting(self: Meter, settings: Any, batch: int, **rest: Any) -> Any:
-        seen["settings"] += len(settings)
-        if seen["settings"] > seen["stop"]:
-            raise KeyboardInterrupt
-        return measure(self, settings, batch, **rest)
-
-    monkeypatch.setattr(Meter, "measure", counting)
-    with pytest.raises(KeyboardInterrupt):
-        run_quietly(options)
-    with pytest.raises(UsageError, match="interrupted run; pass --resume"):
-        run_quietly(options)
-    journal = options.output / "calibration.partial.jsonl"  # type: ignore[operator]
-    done = len(journal.read_text().splitlines()) - 1
-    assert 0 < done <= 12
-    with journal.open("a") as stream:
-        stream.write('{"key": "half a li')  # as an interruption leaves it
-    with pytest.raises(UsageError, match=r"of another run \(seed differ\)"):
-        run_quietly(replace(options, resume=True, seed=3))
-    seen.update(settings=0, stop=10**6)
-    resumed = run_quietly(replace(options, resume=True))
-    assert numbers(resumed) == numbers(whole) | {"artifact_updated": True}
-    assert not journal.exists()
-    total = seen["settings"] + done
-    seen["settings"] = 0
-    run_quietly(replace(options, overwrite=True))
-    assert seen["settings"] == total
-
-
 def test_parameters_are_searched_and_can_be_built_with(
-    options: CalibrateOptions, source: Path, build_quietly: Any, tmp_path: Path
+    options: CalibrateOptions, byte_model: Path, build_quietly: Any, tmp_path: Path
 ) -> None:
     """Other parameters than the graph's never reach the artifact; a build from the file has them."""
     result = run_quietly(replace(options, search_parameters=True, output=tmp_path / "found"))
@@ -212,7 +117,7 @@ def test_parameters_are_searched_and_can_be_built_with(
     assert result["selection"]["sensitivity"] == best["sensitivity"]
     same = result["selection"] == artifacts.read(options.artifact).manifest.selection.parameters
     assert result["artifact_updated"] == same
-    again = build_quietly(source, tmp_path / "again", budget=str(tmp_path / "found" / "calibration.json"))
+    again = build_quietly(byte_model, tmp_path / "again", budget=str(tmp_path / "found" / "calibration.json"))
     assert again.manifest.selection.budgets == result["budgets"]
     assert again.manifest.selection.floors == result["floors"]
     assert again.manifest.selection.parameters == result["selection"]
@@ -224,8 +129,9 @@ def test_budgets_are_only_measured(options: CalibrateOptions, capsys: pytest.Cap
     assert result["budgets"] == [4, 4]
     assert result["batches"][0]["held_out"]["active"][0] <= 4.5
     assert artifacts.read(options.artifact).manifest == before
-    with pytest.raises(CalibrationError, match=r"the budgets \[1, 1\] don't keep the promise \(KL at most 0.0001\)"):
-        run_quietly(replace(options, budget="1", max_kl=0.0001, overwrite=True))
+    broken = run_quietly(replace(options, budget="1", max_kl=0.0001, overwrite=True))
+    assert broken["reason"] == "the budgets 1 in every MoE layer don't keep the promise (KL at most 0.0001)"
+    assert not broken["kept"]
 
 
 def test_budgets_and_floors_of_a_file_are_measured(options: CalibrateOptions, tmp_path: Path) -> None:
@@ -242,8 +148,8 @@ def test_budgets_and_floors_of_a_file_are_measured(options: CalibrateOptions, tm
     one = run_quietly(replace(options, floor=0.05, max_kl=None, overwrite=True))
     assert one["budgets"] == [8, 8]
     assert one["floors"] == [0.05, 0.05]
-    with pytest.raises(CalibrationError, match=r"budgets \[8, 8\] with the floors \[0.3, 0.3\] don't keep"):
-        run_quietly(replace(options, floor=0.3, max_kl=0.0001, overwrite=True))
+    broken = run_quietly(replace(options, floor=0.3, max_kl=0.0001, overwrite=True))
+    assert broken["reason"].startswith("the floors 0.3 in every MoE layer don't keep")
 
 
 def test_several_batch_sizes_share_the_mildest(options: CalibrateOptions) -> None:
@@ -264,29 +170,35 @@ def test_several_batch_sizes_share_the_mildest(options: CalibrateOptions) -> Non
 
 
 def test_a_preset_that_guarantees_nothing_has_budgets(
-    source: Path, options: CalibrateOptions, build_quietly: Any
+    byte_model: Path, options: CalibrateOptions, build_quietly: Any
 ) -> None:
     """A floor could leave its tokens without any expert."""
     shutil.rmtree(options.artifact)
-    build_quietly(source, options.artifact, preset="lynx-latency")
+    build_quietly(byte_model, options.artifact, preset="lynx-latency")
     with pytest.raises(UsageError, match="--dial floors can leave a token without any expert"):
         run_quietly(replace(options, dial="floors"))
+    with pytest.raises(UsageError, match="a budget of 0 keeps no expert"):
+        run_quietly(replace(options, budget="0"))
+    with pytest.raises(UsageError, match=r"a floor of 0\.1 can keep no expert"):
+        run_quietly(replace(options, floor=0.1))
     result = run_quietly(replace(options, max_kl=1.0))
     assert result["dial"] == "budgets"
     assert not any(result["floors"])
 
 
 def test_a_target_that_nothing_meets(options: CalibrateOptions) -> None:
-    """Exit 1, the artifact untouched, and what was measured is there."""
+    """It is said, the artifact is untouched, what was measured is there, and its file is no budget."""
     before = artifacts.read(options.artifact).manifest
-    with pytest.raises(CalibrationError, match="nothing that saves 1% of the experts keeps the promise") as caught:
-        run_quietly(replace(options, max_kl=1e-7))
-    assert caught.value.exit_code == 1
+    result = run_quietly(replace(options, max_kl=1e-7))
+    assert result["reason"].startswith("nothing that saves 1% of the experts keeps the promise")
     assert artifacts.read(options.artifact).manifest == before
     stored = json.loads((options.output / "calibration.json").read_text())  # type: ignore[operator]
     assert not stored["kept"]
     assert stored["budgets"] is None
-    assert "NOT kept" in (options.output / "report.html").read_text()  # type: ignore[operator]
+    page = (options.output / "report.html").read_text()  # type: ignore[operator]
+    assert "is NOT kept: nothing that saves 1% of the experts" in page
+    with pytest.raises(UsageError, match="is of a calibration that found none"):
+        run_quietly(replace(options, budget=str(options.output / "calibration.json"), overwrite=True))  # type: ignore[operator]
 
 
 def test_a_promise_that_held_out_text_breaks(options: CalibrateOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,121 +207,9 @@ def test_a_promise_that_held_out_text_breaks(options: CalibrateOptions, monkeypa
 
     monkeypatch.setattr(promise.Promise, "strain", lambda self, item, *_: item.kl.mean / (20 * self.max_kl))
     before = artifacts.read(options.artifact).manifest
-    with pytest.raises(CalibrationError, match=r"but on held-out text the KL is .* above 0\.01"):
-        run_quietly(replace(options, max_kl=0.01))
+    result = run_quietly(replace(options, max_kl=0.01))
+    assert re.search(r"but on held-out text the KL is .* above 0\.01; give more text", result["reason"])
     assert artifacts.read(options.artifact).manifest == before
-
-
-def _wrong(**changes: Any) -> Callable[[CalibrateOptions], CalibrateOptions]:
-    return lambda options: replace(options, **changes)
-
-
-def _with_text(content: bytes) -> Callable[[CalibrateOptions], CalibrateOptions]:
-    def change(options: CalibrateOptions) -> CalibrateOptions:
-        options.text[0].write_bytes(content)
-        return options
-
-    return change
-
-
-def _with_budget_file(content: str) -> Callable[[CalibrateOptions], CalibrateOptions]:
-    def change(options: CalibrateOptions) -> CalibrateOptions:
-        path = options.text[0].with_name("budgets.json")
-        path.write_text(content)
-        return replace(options, budget=str(path))
-
-    return change
-
-
-WRONG: dict[str, tuple[Callable[[CalibrateOptions], CalibrateOptions], str]] = {
-    "text too short": (
-        _with_text(b"a few words"),
-        r"the text is too short: it has 12 tokens, which make 0 sequences of 48, and 16 are needed",
-    ),
-    "empty file": (_with_text(b""), r"text.txt is empty; give text of the kind"),
-    "blank file": (_with_text(b" \n\n"), r"text.txt is empty"),
-    "not UTF-8": (_with_text(b"caf\xe9 " * 500), r"text.txt is not UTF-8: byte 3 is 0xe9; convert it first"),
-    "no such text": (_wrong(text=(Path("/nowhere/x.txt"),)), r"no such text file: /nowhere/x.txt"),
-    "no text": (_wrong(text=()), r"no text: give UTF-8 files"),
-    "no checkpoint": (_wrong(checkpoint=None), r"was built from 'tiny': give the folder of that checkpoint"),
-    "batch larger than the text": (_wrong(batch="4,64"), r"--batch 64 needs 128 sequences, .* --sequences is 16"),
-    "batch that is no list": (_wrong(batch="4;8"), r"--batch is '4;8'; write sizes with commas"),
-    "batch of nothing": (_wrong(batch="0"), r"--batch has 0; a batch has 1 sequence or more"),
-    "too few sequences": (_wrong(sequences=6, batch="1"), r"--sequences is 6; it must be 8 or more"),
-    "too long": (_wrong(length=4096), r"--length is 4096, but the artifact takes 64 tokens at most"),
-    "nothing to decode": (_wrong(prompt_length=48), r"--length 48 leaves nothing to decode after --prompt-length 48"),
-    "no prompt": (_wrong(prompt_length=0), r"--prompt-length is 0"),
-    "a limit out of range": (_wrong(max_kl=-1.0), r"--max-kl is -1; it must be above 0"),
-    "no such artifact": (_wrong(artifact=Path("/nowhere/a")), r"no such artifact: /nowhere/a"),
-    "budgets for another model": (_with_budget_file("[4, 4, 4]"), r"3 budgets for 2 MoE layers"),
-    "budgets above the model's": (_with_budget_file('{"budgets": [64, 64]}'), r"but the model has 8 experts a layer"),
-    "both": (_wrong(resume=True, overwrite=True), r"--resume goes on .* and --overwrite replaces"),
-    "floors for another model": (
-        _with_budget_file('{"budgets": [4, 4], "floors": [0.1]}'),
-        r"1 floors for 2 MoE layers",
-    ),
-    "a floor below 0": (_wrong(floor=-0.5), r"the floor is -0.5: .* is no number of votes"),
-    "no GPU": (_wrong(device="cuda"), r"--device cuda, but torch sees no GPU here"),
-    "a folder of something else": (_wrong(output=Path(__file__).parent), r"exists and is no calibration"),
-    "a file in the way": (_wrong(output=Path(__file__)), r"exists and is not a folder"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_said(name: str, options: CalibrateOptions) -> None:
-    change, says = WRONG[name]
-    before = artifacts.read(options.artifact).manifest
-    with pytest.raises(LynxError, match=says):
-        run_quietly(change(options))
-    assert artifacts.read(options.artifact).manifest == before
-    assert options.output is not None
-    assert not options.output.exists()  # a mistake leaves nothing behind
-
-
-def test_another_checkpoint_is_refused(options: CalibrateOptions, tmp_path: Path) -> None:
-    """Another architecture, other dimensions, and the same dimensions with other weights."""
-    for name, model, says in (
-        ("mixtral", tiny_models.random_model("mixtral"), "its architecture is MixtralForCausalLM"),
-        ("wide", tiny_models.random_model("qwen3_moe", num_hidden_layers=3), "its number of layers is 3"),
-        ("other", tiny_models.random_model("qwen3_moe", seed=9), "both have the same dimensions, but model.layers"),
-    ):
-        tiny_models.save(model, tmp_path / name)
-        with pytest.raises(CheckpointError, match=says):
-            run_quietly(replace(options, checkpoint=tmp_path / name))
-
-
-def test_an_artifact_without_a_tokenizer(options: CalibrateOptions) -> None:
-    manifest = artifacts.read(options.artifact).manifest
-    (options.artifact / "tokenizer.json").unlink()
-    files = {name: record for name, record in manifest.files.items() if name != "tokenizer.json"}
-    artifacts.replace_manifest(artifacts.read(options.artifact), manifest.model_copy(update={"files": files}))
-    with pytest.raises(LynxError, match="has no tokenizer; build it with --tokenizer"):
-        run_quietly(options)
-
-
-def test_a_finished_report_is_not_replaced(options: CalibrateOptions) -> None:
-    run_quietly(replace(options, budget="4", max_kl=None))
-    with pytest.raises(UsageError, match="holds a calibration; choose another --output, or pass --overwrite"):
-        run_quietly(options)
-    with pytest.raises(UsageError, match="holds a calibration"):
-        run_quietly(replace(options, resume=True))
-
-
-def test_bytes_of_tokens_add_up_to_the_text() -> None:
-    """Also where a character is several tokens."""
-    text = texts.Text(("naïve 日本語 😀 text", "second"), "x")
-    cut = texts.cut(text, byte_tokenizer(), separator=0, count=1, length=text.nbytes + 2, seed=0)
-    assert cut.nbytes.sum() == text.nbytes == sum(len(part.encode()) for part in text.texts)
-    assert (cut.ids[0] == 0).sum() >= 2  # before each text
-
-
-def test_no_sequence_is_drawn_twice() -> None:
-    text = texts.Text((words(400),), "x")
-    cut = texts.cut(text, byte_tokenizer(), separator=None, count=20, length=64, seed=4)
-    assert len({row.tobytes() for row in cut.ids}) == 20
-    again = texts.cut(text, byte_tokenizer(), separator=None, count=20, length=64, seed=4)
-    np.testing.assert_array_equal(cut.ids, again.ids)
-    np.testing.assert_array_equal(cut.nbytes, np.ones_like(cut.ids))
 
 
 def test_command_line(options: CalibrateOptions) -> None:

@@ -232,7 +232,7 @@ def test_a_promise_has_several_parts() -> None:
     by_one = made_up_measurement(Setting(LYNX, Restriction((1,))), 0.012, [1.0])  # perplexity rises by 1.2%
     assert not promise.is_kept(by_one)
     assert promise.strain(by_one, 16) > 1
-    assert str(promise) == "KL at most 0.02, perplexity at most 0.01 above, agreement at least 0.97"
+    assert str(promise) == "KL at most 0.02, perplexity at most 1% above, agreement at least 0.97"
 
 
 def test_room_is_left_for_chance() -> None:

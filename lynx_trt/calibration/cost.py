@@ -53,8 +53,11 @@ def cost_model(
     Raises:
         UsageError: no such hardware, or a bandwidth or cost that is no number above 0.
     """
-    if not layer_seconds >= 0:
-        raise UsageError(f"the fixed cost of a MoE layer is {layer_seconds * 1e6:g} us; it must be 0 or more")
+    if not 0 <= layer_seconds < 1:
+        raise UsageError(
+            f"the fixed cost of a MoE layer is {layer_seconds * 1e6:g} us; give 0 or more with --layer-overhead, and "
+            "less than a second"
+        )
     if bandwidth is not None:
         if not 0 < bandwidth < 1000:
             raise UsageError(f"--bandwidth is {bandwidth:g} TB/s; it must be above 0 (an H100 has 3.35)")

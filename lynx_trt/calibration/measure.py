@@ -24,6 +24,7 @@ from lynx_trt.calibration.cost import CostModel
 from lynx_trt.calibration.intervals import Array, Bootstrap, Interval
 from lynx_trt.calibration.model import Outcome, Probed, Setting, Shape
 from lynx_trt.calibration.text import Sequences
+from lynx_trt.errors import CheckpointError
 from lynx_trt.selection import PRESETS
 
 # Tokens of one forward, at least one batch; 8192 x 4 experts x 160 numbers still fit a server's cache.
@@ -187,7 +188,11 @@ class Meter:
         return results
 
     def reference(self) -> _Reference:
-        """The unrestricted model's run, made at the first call."""
+        """The unrestricted model's run, made at the first call.
+
+        Raises:
+            CheckpointError: what the model gives is not finite.
+        """
         if self._reference is None:
             self._reference = self._run_reference()
         return self._reference
@@ -240,6 +245,11 @@ class Meter:
             outcomes[rows.start] = outcome
 
         self._in_parallel(work, chunks, None)
+        if not np.isfinite(nats).all():
+            raise CheckpointError(
+                f"the model gives {int((~np.isfinite(nats)).sum())} of {nats.size} tokens no finite probability, with "
+                "all experts; its weights are damaged, or too large for the artifact's precision (build it with bf16)"
+            )
         ordered = [outcomes[rows.start] for rows in chunks]
         hidden = torch.cat([outcome.hidden for outcome in ordered])
         index = [torch.cat([outcome.index[layer].cpu() for outcome in ordered]) for layer in range(len(probed.layers))]

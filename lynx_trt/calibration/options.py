@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lynx_trt.console import note
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lynx_trt.budgets import Restriction
     from lynx_trt.calibration.promise import Promise
     from lynx_trt.calibration.text import Text
+    from lynx_trt.selection import Selection
 
 Hardware = Literal["h100", "h200", "a100", "l40s", "b200"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,6 +37,7 @@ class CalibrateOptions:
     artifact: Path
     checkpoint: Path | None = None
     text: tuple[Path, ...] = ()
+    validation_text: tuple[Path, ...] = ()  # to check the promise on; none: the half of `text` that is held out
     output: Path | None = None
     batch: str = "16"
     sequences: int = 64
@@ -66,7 +69,10 @@ def output_folder(options: CalibrateOptions, *, finished: bool = False) -> Path:
     Raises:
         UsageError: it holds something that must not be replaced.
     """
-    folder = options.output or options.artifact.with_name(f"{options.artifact.resolve().name}-calibration")
+    artifact = options.artifact
+    if artifact.name in ("", ".."):  # the folder that one is in, or the one above
+        artifact = artifact.resolve()
+    folder = options.output or artifact.with_name(f"{artifact.name}-calibration")
     if finished:
         return folder
     if options.resume and options.overwrite:
@@ -141,6 +147,18 @@ def given_restriction(options: CalibrateOptions, experts: Sequence[int]) -> Rest
     return with_floor(chosen, options.floor)
 
 
+def note_other_parameters(options: CalibrateOptions, selection: Selection) -> None:
+    """Say so where the file of --budget was found with other parameters than `selection`, the artifact's."""
+    from lynx_trt.budgets import selection_in
+
+    brought = selection_in(options.budget) if options.budget is not None else None
+    if brought not in (None, selection):
+        note(
+            f"{options.budget} was found with other parameters of the selection than the artifact has, and these are "
+            "what is measured; build the artifact with it to have those"
+        )
+
+
 def promised(options: CalibrateOptions) -> Promise | None:
     """What is promised; None where budgets and floors are only measured.
 
@@ -168,9 +186,10 @@ def sequence_length(options: CalibrateOptions, artifact: Artifact) -> int:
     if options.prompt_length < 1:
         raise UsageError(f"--prompt-length is {options.prompt_length}; it must be 1 or more")
     if length < options.prompt_length + 2:
+        longer = f", or --length {options.prompt_length + 2} or more" if options.prompt_length + 2 <= longest else ""
         raise UsageError(
-            f"--length {length} leaves nothing to decode after --prompt-length {options.prompt_length}; "
-            f"it must be {options.prompt_length + 2} or more"
+            f"sequences of {length} tokens leave nothing to decode after --prompt-length {options.prompt_length}; "
+            f"give {length - 2} or less{longer}"
         )
     return length
 
@@ -209,3 +228,29 @@ def text_of(options: CalibrateOptions, artifact: Artifact) -> Text:
     from lynx_trt.models.train import corpus
 
     return Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
+
+
+def validation_of(options: CalibrateOptions, text: Text) -> Text | None:
+    """The text to check the promise on; None: the half of `text` that is held out.
+
+    Raises:
+        UsageError: it is no other text than `text`, can't be used, or there is nothing to check.
+    """
+    from lynx_trt.calibration.text import read_text
+
+    if not options.validation_text:
+        return None
+    if only_measures(options):
+        raise UsageError(
+            "--validation-text checks what a search chose, and with --budget or --floor nothing is searched for; "
+            "give the text to measure on with --text"
+        )
+    validation = read_text(options.validation_text, "--validation-text")
+    shared = set(validation.texts) & set(text.texts)
+    if shared:
+        path = options.validation_text[validation.texts.index(shared.pop())]
+        raise UsageError(
+            f"{path} is part of the text to choose on, so it can't show whether the promise holds on other text; "
+            "give other text with --validation-text"
+        )
+    return validation

@@ -28,6 +28,11 @@ class Check(NamedTuple):
     bound: float
     limit: float
 
+    @property
+    def kept(self) -> bool:
+        """Whether the measured value is within the limit."""
+        return self.value <= self.limit
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -61,7 +66,7 @@ class Promise:
         """The promise in words."""
         parts = [f"KL at most {self.max_kl:g}"] if self.max_kl is not None else []
         if self.max_perplexity_increase is not None:
-            parts.append(f"perplexity at most {self.max_perplexity_increase:.3g} above")
+            parts.append(f"perplexity at most {100 * self.max_perplexity_increase:.3g}% above")
         if self.min_agreement is not None:
             parts.append(f"agreement at least {self.min_agreement:g}")
         return ", ".join(parts)
@@ -101,7 +106,7 @@ class Promise:
 
     def is_kept(self, measurement: Measurement) -> bool:
         """Whether the measured means are within every limit."""
-        return all(check.value <= check.limit for check in self._checks(measurement, 1, ALONE))
+        return all(check.kept for check in self._checks(measurement, 1, ALONE))
 
     def will_be_kept(self, measurement: Measurement, new_sequences: int, company: Company = ALONE) -> bool:
         """Whether `new_sequences` of the same kind of text will keep it, as surely as `CONFIDENCE`."""

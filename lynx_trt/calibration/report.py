@@ -29,8 +29,25 @@ def _with_interval(interval: Sequence[float], form: str = "") -> str:
     return f"{show(interval[0])} [{show(interval[1])}, {show(interval[2])}]"
 
 
+def measured_on(result: dict[str, Any]) -> str:
+    """In few words, the text that the numbers of a calibration are from."""
+    if "dial" not in result:  # nothing was chosen, so there is nothing to hold out
+        return "all of the text"
+    return "validation text" if result["text"]["validation"] else "held-out text"
+
+
+def caveat(result: dict[str, Any]) -> str:
+    """One sentence: what held-out text can't show, and the way out; empty where a user chose what to measure on."""
+    if measured_on(result) != "held-out text":
+        return ""
+    return (
+        f"Held-out text is other parts of the same text ({result['text']['name']}); text of another kind may cost "
+        "more: check the promise on yours with --validation-text."
+    )
+
+
 def promise_rows(study: dict[str, Any]) -> Rows:
-    """Each part of the promise: what was promised, what held-out text shows, whether it is kept."""
+    """Each part of the promise: what was promised, what the text shows, whether it is kept."""
     return [
         (
             check["name"],
@@ -58,12 +75,12 @@ def dial_of(item: dict[str, Any]) -> str:
 
 
 def metric_columns(study: dict[str, Any]) -> list[str]:
-    """What was measured on held-out text, for the heads of `metric_rows`."""
+    """What was measured, for the heads of `metric_rows`."""
     return ["", *(name for name, _ in _shown(study))]
 
 
-def metric_rows(study: dict[str, Any]) -> Rows:
-    """Metrics on held-out text, in the columns of `metric_columns`."""
+def metric_rows(study: dict[str, Any], hardware: str) -> Rows:
+    """Metrics in the columns of `metric_columns`; times are predicted for `hardware`."""
     shown = [item for _, item in _shown(study)]
 
     def row(label: str, name: str, form: str = "", factor: float = 1.0) -> tuple[str, ...]:
@@ -73,7 +90,7 @@ def metric_rows(study: dict[str, Any]) -> Rows:
         row("experts active in a layer", "active", ".2f"),
         ("  99th percentile", *(f"{item['active_p99']:.0f}" for item in shown)),
         ("expert bytes a token", *(size(item["expert_bytes_a_token"][0]) for item in shown)),
-        row("predicted step, ms", "step_seconds", ".4f", 1e3),
+        row(f"predicted step, {hardware}, ms", "step_seconds", ".4f", 1e3),
         row("bits a byte", "bits_a_byte", ".4f"),
         row("perplexity", "perplexity", ".3f"),
         row("perplexity increase, %", "perplexity_increase", ".2f", 100),
@@ -172,14 +189,15 @@ def between_batches(study: dict[str, Any]) -> str:
 
 def terminal_tables(result: dict[str, Any]) -> Iterator[Table]:
     """The tables of every batch size."""
+    text, hardware = measured_on(result), result["cost_model"]["name"]
     for study in result["batches"]:
         batch = study["batch"]
-        yield _terminal_table(f"Batch of {batch}, held-out text", metric_columns(study), metric_rows(study))
+        yield _terminal_table(f"Batch of {batch}, {text}", metric_columns(study), metric_rows(study, hardware))
         if study["held_out"]:
             yield _terminal_table(f"Batch of {batch}, by layer", CHOSEN_COLUMNS, chosen_rows(study["held_out"]))
         if study["checks"]:
             title = f"Batch of {batch}, the promise"
-            yield _terminal_table(title, ["", "limit", "held-out text", "kept"], promise_rows(study))
+            yield _terminal_table(title, ["", "limit", text, "kept"], promise_rows(study))
         if comparison_rows(study):
             yield _terminal_table(f"Batch of {batch}, compared", comparison_columns(study), comparison_rows(study))
 
@@ -211,12 +229,12 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
         f"<h1>Calibration of {escape(model['name'])}</h1>",
         f"<p>{escape(model['architecture'])}: {model['moe_layers']} MoE layers of {model['experts']} experts, "
         f"{model['experts_per_token']} a token. Text: {escape(text['name'])} ({size(text['bytes'])}), "
-        f"{text['sequences']} sequences of {text['length']} tokens, {text['prompt']} of them prefill with all experts; "
-        f"half to choose on, half held out. Times are predictions for {escape(result['cost_model']['name'])}.</p>",
+        f"{text['sequences']} sequences of {text['length']} tokens, {text['prompt']} of them prefill with all experts"
+        f"{escape(_use_of_text(result))}. Times are predictions for {escape(result['cost_model']['name'])}.</p>",
         _verdict(result),
     ]
     for study in result["batches"]:
-        parts += _batch(study, plots)
+        parts += _batch(result, study, plots)
     parts.append(
         f"<p>Made {escape(result['created'])} with seed {result['seed']}; "
         f"{escape(', '.join(f'{name} {version}' for name, version in result['versions'].items()))}. "
@@ -239,17 +257,29 @@ def _verdict(result: dict[str, Any]) -> str:
     if result["promise"] is None:
         return f"<p>Nothing was promised.{found}</p>"
     kept = result["kept"]
-    words = "is kept on held-out text" if kept else "is NOT kept"
-    return f'<p class="{"kept" if kept else "broken"}"><b>{escape(result["promise"]["text"])}: {words}.</b>{found}</p>'
+    words = f"is kept on {measured_on(result)}." if kept else f"is NOT kept: {result['reason']}."
+    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b> {escape(caveat(result))}{found}"
+    return f'<p class="{"kept" if kept else "broken"}">{said}</p>'
 
 
-def _batch(study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
+def _use_of_text(result: dict[str, Any]) -> str:
+    validation = result["text"]["validation"]
+    if validation:
+        return (
+            f"; half to choose on, half to check on, which are of other text: {validation['name']} "
+            f"({size(validation['bytes'])})"
+        )
+    return "; half to choose on, half held out" if "dial" in result else ""
+
+
+def _batch(result: dict[str, Any], study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
     batch = study["batch"]
     parts = [f"<h2>Batch of {batch}</h2>"]
     if study["held_out"]:
         parts.append(_table(CHOSEN_COLUMNS, chosen_rows(study["held_out"])))
-        parts.append(_table(["promise", "limit", "held-out text", "kept"], promise_rows(study)))
-    parts.append(_table(metric_columns(study), metric_rows(study)))
+    if study["checks"]:
+        parts.append(_table(["promise", "limit", measured_on(result), "kept"], promise_rows(study)))
+    parts.append(_table(metric_columns(study), metric_rows(study, result["cost_model"]["name"])))
     if between_batches(study):
         parts.append(f"<p>{escape(between_batches(study))}</p>")
     captions = {

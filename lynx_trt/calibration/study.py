@@ -74,7 +74,7 @@ class Study:
     @property
     def kept(self) -> bool:
         """Whether held-out text keeps the promise."""
-        return self.held_out is not None and all(check.value <= check.limit for check in self.checks)
+        return self.held_out is not None and all(check.kept for check in self.checks)
 
     def nearest(self, promise: Promise) -> str:
         """In words, how near to the promise the mildest levels come that were tried."""

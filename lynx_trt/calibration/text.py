@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# Files that a text is named after; of more, only how many.
+NAMED = 4
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -55,17 +58,23 @@ class Text:
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return digest.hexdigest()
 
+    def to_dict(self) -> dict[str, Any]:
+        """What to recognise it by, for JSON."""
+        return {"name": self.name, "bytes": self.nbytes, "sha256": self.sha256}
 
-def read_text(paths: Sequence[Path]) -> Text:
-    """Read UTF-8 files.
+
+def read_text(paths: Sequence[Path], option: str = "--text") -> Text:
+    """Read UTF-8 files, given with `option`.
 
     Raises:
-        UsageError: a file is missing, empty or not UTF-8; the message names it.
+        UsageError: a file is missing, empty, not UTF-8, or the same as another; the message names it.
     """
-    texts = []
+    texts: dict[str, Path] = {}
     for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give each of its text files with {option}")
         if not path.is_file():
-            raise UsageError(f"no such text file: {path}; give plain text in UTF-8 with --text")
+            raise UsageError(f"no such text file: {path}; give plain text in UTF-8 with {option}")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -77,8 +86,15 @@ def read_text(paths: Sequence[Path]) -> Text:
             raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
         if not text.strip():
             raise UsageError(f"{path} is empty; give text of the kind that the model will be used on")
-        texts.append(text)
-    return Text(tuple(texts), ", ".join(path.name for path in paths))
+        if text in texts:
+            raise UsageError(
+                f"{path} is the same text as {texts[text]}, and what was chosen on it would be checked on it; "
+                f"give each text once with {option}"
+            )
+        texts[text] = path
+    names = [path.name for path in paths]
+    named = ", ".join(names if len(names) <= NAMED else [*names[: NAMED - 1], f"and {len(names) - NAMED + 1} others"])
+    return Text(tuple(texts), named)
 
 
 def cut(
@@ -90,6 +106,7 @@ def cut(
     length: int,
     seed: int,
     more: int = 0,
+    what: str = "the text",
 ) -> Sequences:
     """Draw `count` sequences of `length` tokens from `text`, in an order that the seed decides; up to `more` if any.
 
@@ -97,7 +114,7 @@ def cut(
     is drawn without replacement, so none is seen twice.
 
     Raises:
-        UsageError: the text has not that many sequences.
+        UsageError: the text has not that many sequences; the message calls it `what`.
     """
     pieces = list(_tokens(text, tokenizer, separator))
     ids = np.concatenate([ids for ids, _ in pieces])
@@ -105,12 +122,41 @@ def cut(
     available = len(ids) // length
     if available < count:
         raise UsageError(
-            f"the text is too short: it has {len(ids)} tokens, which make {available} sequences of {length}, and "
+            f"{what} is too short: it has {len(ids)} tokens, which make {available} sequences of {length}, and "
             f"{count} are needed; give more text, or lower --sequences or --length"
         )
     rows = np.random.default_rng(seed).permutation(available)[: count + more]
     whole = available * length
     return Sequences(ids[:whole].reshape(-1, length)[rows], nbytes[:whole].reshape(-1, length)[rows])
+
+
+def split(
+    text: Text,
+    validation: Text | None,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    separator: int | None,
+    half: int,
+    length: int,
+    seed: int,
+    more: int,
+) -> dict[str, Sequences]:
+    """The parts of a search: `choose` and `check` (held out) with `half` sequences each, and `more` of neither.
+
+    Held out are sequences of `validation`; without it, others of `text`. `more` are up to `more` * `half` of `text`.
+
+    Raises:
+        UsageError: a text has not that many sequences.
+    """
+
+    def draw(source: Text, count: int, more: int = 0, what: str = "the text") -> Sequences:
+        return cut(source, tokenizer, separator=separator, count=count, length=length, seed=seed, more=more, what=what)
+
+    own = draw(text, half if validation else 2 * half, more * half)
+    if validation is None:
+        return {"choose": own[:half], "check": own[half : 2 * half], "more": own[2 * half :]}
+    check = draw(validation, half, what="the validation text")
+    return {"choose": own[:half], "check": check, "more": own[half:]}
 
 
 def _tokens(text: Text, tokenizer: tokenizers.Tokenizer, separator: int | None) -> Iterator[tuple[Array, Array]]:
