@@ -208,7 +208,7 @@ def test_nodes_left_to_the_cpu_are_counted(
     assert int(left) > 20
     assert "2 MoE" in line
     assert line in page(report)
-    assert len(notes["lynx@off/cuda"]) == 2  # and the graph without selection
+    assert len(notes["lynx@off/cuda"]) == 3  # and those without selection and for one token
     assert notes["tensorrt"] == []
 
 

@@ -85,6 +85,44 @@ def test_both_ways_to_attend_are_equal(
         assert np.abs(got - expected).max() <= 64 * np.finfo(np.float32).eps * np.abs(expected).max()
 
 
+def test_a_restricted_step_of_one_token_has_a_graph_of_its_own(artifact: Callable[..., Artifact]) -> None:
+    """And gives what the function bodies give; a free step, an idle one and those of two tokens have others."""
+    built = artifact("qwen3_moe", preset="lynx")
+    reference, backend = (OrtBackend(built, 2, threads=1, form=form) for form in (None, "auto"))
+    graphs = backend._graphs
+    ran: list[Any] = []
+    run = backend._run
+
+    def noted(session: Any, bindings: Any) -> None:
+        ran.append(session)
+        run(session, bindings)
+
+    backend._run = noted  # type: ignore[method-assign]
+    ids = np.random.default_rng(8).integers(3, 256, (2, 4))
+    nothing, prompt, one = np.zeros(2, np.int64), np.full(2, 4), np.ones(2, np.int64)
+    for either in (reference, backend):
+        either.step(ids, nothing, prompt, Restriction((8, 8)))
+    assert graphs.single is not None
+    for slot, restriction, expected in (
+        (0, Restriction((1, 2)), graphs.single),
+        (1, Restriction((8, 8), (0.3, 0.1)), graphs.single),
+        (0, Restriction((1, 1), (0.5, 0.5)), graphs.single),
+        (1, Restriction((2, 2)), graphs.free),  # K is 2: a token has no more
+        (None, Restriction((2, 2)), graphs.whole),
+    ):
+        rows = slice(0, 2) if slot is None else slice(slot, slot + 1)
+        steps = [
+            each.step(ids[rows, :1], prompt[rows], one[rows], restriction, first=rows.start)
+            for each in (reference, backend)
+        ]
+        assert ran[-1] is expected.session
+        assert steps[1].active.tolist() == steps[0].active.tolist()
+        bound = 64 * np.finfo(np.float32).eps * np.abs(steps[0].logits).max()
+        assert np.abs(steps[1].logits - steps[0].logits).max() <= bound
+    idle = backend.step(ids[:1, :1], prompt[:1], np.zeros(1, np.int64), Restriction((1, 1)))
+    assert idle.active.tolist() == [0, 0]
+
+
 # a batch in one piece, in pieces of equal size, and of unequal size; behind free slots
 @pytest.mark.parametrize(("batch", "pieces", "first"), [(7, 1, 0), (8, 2, 0), (9, 2, 0), (12, 3, 1)])
 @pytest.mark.parametrize("form", ["auto", "baseline"])

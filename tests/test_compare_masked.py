@@ -83,7 +83,7 @@ def store(folder: Path, selection: Selection, *, renormalize: bool = True, scale
 
 def open_session(artifact: Any, **options: Any) -> Any:
     lowered = lower(artifact, **options)
-    assert lowered.forms == ("masked",)
+    assert lowered.forms == (options.get("form", "masked"),)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 3
     return onnxruntime.InferenceSession(lowered.model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
@@ -170,6 +170,28 @@ def test_each_token_has_the_experts_of_the_reference(name: str, tmp_path: Path) 
     for seed, rows in enumerate((1, 2, 5, 40)):
         for case in cases(rows, seed):
             check(artifact, session, SELECTIONS[name], case)
+
+
+# a token's own weights decide: guaranteed or not, to another power, dropping or not (which is the same for one)
+@pytest.mark.parametrize("name", ["lynx", "weight-drop", "weight-steep"])
+def test_a_single_token_has_the_experts_of_the_reference(name: str, tmp_path: Path) -> None:
+    artifact = store(tmp_path, SELECTIONS[name])
+    session = open_session(artifact, form="single")
+    for case in (case for seed in range(8) for case in cases(1, seed)):
+        check(artifact, session, SELECTIONS[name], case)
+    for value in (np.nan, np.inf, -np.inf):
+        logits = np.linspace(0, 3, E, dtype=np.float32)[None].copy()
+        logits[0, 3:] = value  # a row that doesn't count; but for -inf, three experts that are left
+        case = {"hidden": np.ones((1, H), np.float32), "logits": logits, "mask": np.ones(1, bool)}
+        check(artifact, session, SELECTIONS[name], {**case, "budget": 3, "floor": 0.0})
+
+
+# votes that are alike whatever the weights, so that the lower index decides; votes for experts that are not its own;
+# a token that may keep all of its own
+@pytest.mark.parametrize("name", ["lynx-latency", "lynx-affinity", "xshare", "weight-plain"])
+def test_where_more_than_its_weights_decides_a_single_token_is_a_batch(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="which experts a single token keeps"):
+        lower(store(tmp_path, SELECTIONS[name]), form="single")
 
 
 # softmax not renormalised (OLMoE, Qwen2-MoE); scaled; both

@@ -9,7 +9,7 @@ import numpy as np
 from onnx import numpy_helper
 
 from lynx_trt.runtime.moe_layer import MICROSOFT, Layer, NoFitError
-from lynx_trt.runtime.selected import masked_log_probabilities
+from lynx_trt.runtime.selected import masked_log_probabilities, masked_log_probabilities_of_one
 
 
 def misfit(layer: Layer) -> str | None:
@@ -44,13 +44,15 @@ class Fused:
         output = self._moe(logits, normalize=bool(self.layer.rule["renormalize"]))
         return self._scaled(output), logits
 
-    def masked(self) -> tuple[str, str]:
+    def masked(self, *, single: bool = False) -> tuple[str, str]:
         """[T,H] of the router's best experts among those that the selection allows.
 
         Also what the op chooses by, [T,E]: logarithms of probabilities, -inf where a token may not use an expert.
+        `single`: T is 1.
         """
         renormalize = bool(self.layer.rule["renormalize"])
-        logits = masked_log_probabilities(self.layer, self.layer.router_logits())
+        select = masked_log_probabilities_of_one if single else masked_log_probabilities
+        logits = select(self.layer, self.layer.router_logits())
         output = self._moe(logits, normalize=renormalize)
         if not renormalize:
             # The op's softmax is over the allowed experts, the model's over all: this is their share. A row that

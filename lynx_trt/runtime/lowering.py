@@ -17,8 +17,9 @@ median of interleaved runs of one layer, `com.microsoft.MoE` in brackets):
   E=32, H=160, I=48, fastest us: T=1 36 against 82 grouped, T=16 120 and 171, T=32 216 and 265, T=128 659 and 600.
 - *masked*: the same where the router is softmax and top-k itself: the op chooses among the experts that the selection
   keeps, so all that is left of the selection is the kept set, some 20 nodes of 96 (selected.py).
+- *single*: beside *masked*, for steps of one token, whose experts can only be its own: 7 nodes.
 - *unrestricted*: beside *masked* and *fused*, for steps that restrict nothing, without the selection's nodes. An If
-  inside the graph was tried: 50 us a layer; two sessions cost nothing, and a second copy of small weights.
+  inside the graph was tried: 50 us a layer; more sessions cost nothing but copies of small weights.
 
 Half precision is computed in float32: the CPU has no fp16 matrix product, so ONNX Runtime would convert every
 weight at every step.
@@ -45,7 +46,9 @@ from lynx_trt.runtime.graph import GraphEdit, drop_dead
 from lynx_trt.runtime.grouped import Grouped
 from lynx_trt.runtime.moe_layer import Layer, NoFitError
 
-Form = Literal["auto", "grouped", "fused", "masked", "unrestricted", "baseline", "body"]
+Form = Literal["auto", "grouped", "fused", "masked", "single", "unrestricted", "baseline", "body"]
+# Forms that give what tokens choose experts by, for `count_active`, in place of the active experts.
+ROUTED = ("masked", "single", "unrestricted")
 
 ONNX_FILE = "model.onnx"
 ACTIVE, ROUTER_LOGITS = "active_experts", "router_logits"
@@ -79,7 +82,8 @@ def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) ->
         artifact: the artifact; its files are only read.
         form: how every MoE layer is computed. `auto` chooses by shape; `baseline` is what a user would have without
             us, `com.microsoft.MoE` straight from the router's logits and no selection; `unrestricted` is the same
-            with the routers' logits for `count_active`, right where `Unrestricted` holds; `body` keeps the functions.
+            with the routers' logits for `count_active`, right where `Unrestricted` holds; `single` is right where the
+            batch is one token; `body` keeps the functions.
         attention: lower attention and the cache as well. Not for CUDA, whose GroupQueryAttention has no float32: on
             the CPU instead, it would fetch the whole cache at every step.
 
@@ -109,7 +113,7 @@ def lower(artifact: Artifact, *, form: Form = "auto", attention: bool = True) ->
             logits += _replace(layer, forms[-1])
         except NoFitError as reason:
             raise ArtifactError(f"{record.name} can't be computed as {form}: {reason}") from None
-    if routers := form in ("masked", "unrestricted"):
+    if routers := form in ROUTED:
         if len({(record.experts, record.experts_per_token) for record in records}) > 1:
             raise ArtifactError(f"{artifact.folder} has layers of different sizes, which have no {form} form")
         _give_router_logits(edit, model.graph, logits)
@@ -147,8 +151,10 @@ def _replace(layer: Layer, form: Form) -> list[str]:
         raise NoFitError(f"{name} is no constant of the graph")
     edit, routers = layer.edit, []
     with edit.inserting(edit.take(layer.experts), "experts"):
-        if form in ("baseline", "masked", "unrestricted"):
-            output, logits = Fused(layer).masked() if form == "masked" else Fused(layer).routed()
+        if form in (*ROUTED, "baseline"):
+            fused = Fused(layer)
+            selects = form in ("masked", "single")
+            output, logits = fused.masked(single=form == "single") if selects else fused.routed()
             routers = [logits]
             edit.take(layer.select)
             unknown = edit.constant(np.array(-1, np.int32))

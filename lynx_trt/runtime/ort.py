@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from lynx_trt.runtime.backend import Array, StepResult, StepSizes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lynx_trt.runtime.lowering import Form
+    from lynx_trt.runtime.lowering import Form, Lowered
 
 Device = Literal["cpu", "cuda"]
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -64,11 +64,13 @@ class _Graphs:
         whole: any step.
         free: steps that restrict nothing; may be `whole`.
         apart: the same in pieces, as far as they are decode steps; None where that isn't worth it.
+        single: steps of one token that restrict something; None where they are no special case.
     """
 
     whole: _Graph
     free: _Graph
     apart: _Graph | None = None
+    single: _Graph | None = None
 
 
 class OrtBackend:
@@ -122,7 +124,7 @@ class OrtBackend:
         self._pieces = 1 if profile or device != "cpu" else pieces or threads or _cores()
         self._graphs = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
         self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
-        self.notes = [] if device == "cpu" else _left_to_cpu(self._sessions(), device)
+        self.notes = [] if device == "cpu" else _left_to_cpu(self._graphs, device)
         element = ELEMENT[model.precision] if form is None else np.float32
         self._unrestricted, self._count = Unrestricted(artifact), count_active
         self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
@@ -162,7 +164,8 @@ class OrtBackend:
         budgets, floors = restriction.arrays
         values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
         cuts = _cuts(first, batch, self._pieces if length == 1 else 1)
-        graph = self._graph(not self._selects or self._unrestricted.holds(lengths, length, restriction), len(cuts))
+        free = not self._selects or self._unrestricted.holds(lengths, length, restriction)
+        graph = self._graph(free, len(cuts), input_ids.size)
         if length == 1:
             for name, value in values.items():
                 self._inputs[name][rows if name in INPUTS else slice(None)] = value
@@ -175,11 +178,11 @@ class OrtBackend:
         active = self._count(routers, len(self._active), self._k) if graph.routers else self._active.copy()
         return StepResult(self._logits[rows].copy(), active)
 
-    def _graph(self, free: bool, pieces: int) -> _Graph:
+    def _graph(self, free: bool, pieces: int, tokens: int) -> _Graph:
         """What runs a step; `free`: it restricts nothing."""
-        if free and pieces > 1 and self._graphs.apart is not None:
-            return self._graphs.apart
-        return self._graphs.free if free else self._graphs.whole
+        if not free:
+            return self._graphs.single if tokens == 1 and self._graphs.single is not None else self._graphs.whole
+        return self._graphs.apart if pieces > 1 and self._graphs.apart is not None else self._graphs.free
 
     def _run(self, session: Any, bindings: Sequence[Any]) -> None:
         """Run each binding, the first on this thread and the others beside it; if one fails the others end first."""
@@ -248,8 +251,8 @@ class OrtBackend:
         return [str(session.end_profiling()) for session in self._sessions()]
 
     def _sessions(self) -> list[Any]:
-        graphs = [graph for graph in (self._graphs.whole, self._graphs.free, self._graphs.apart) if graph]
-        return list(dict.fromkeys(graph.session for graph in graphs))
+        graphs = [self._graphs.whole, self._graphs.single, self._graphs.free, self._graphs.apart]
+        return list(dict.fromkeys(graph.session for graph in graphs if graph))
 
 
 def _cores() -> int:
@@ -311,17 +314,19 @@ def _writable(cache: Any) -> Iterator[Array]:
     cache.update_inplace(values)
 
 
-def _left_to_cpu(sessions: Sequence[Any], device: Device) -> list[str]:
+def _left_to_cpu(graphs: _Graphs, device: Device) -> list[str]:
     """A line for each graph of which a part runs on the CPU, though another device was asked for."""
+    kinds = {graphs.free: " without selection", graphs.single: " for one token", graphs.whole: ""}
     lines = []
-    for session in sessions:
-        parts = session.get_provider_graph_assignment_info()
+    for graph, which in kinds.items():
+        if graph is None:
+            continue
+        parts = graph.session.get_provider_graph_assignment_info()
         left = Counter(n.op_type for part in parts if part.ep_name != PROVIDERS[device] for n in part.get_nodes())
         if left:
             count = sum(len(part.get_nodes()) for part in parts)
-            kinds = ", ".join(f"{number} {kind}" for kind, number in left.most_common())
-            graph = " of the graph without selection" if session is not sessions[0] else ""
-            lines.append(f"{left.total()} of {count} nodes{graph} run on the CPU: {kinds}")
+            names = ", ".join(f"{number} {name}" for name, number in left.most_common())
+            lines.append(f"{left.total()} of {count} nodes{which and f' of the graph{which}'} run on the CPU: {names}")
     return lines
 
 
@@ -334,31 +339,44 @@ def _graphs(
 ) -> _Graphs:
     """The graphs, more than one where that is worth it: small experts.
 
-    There the selection's nodes cost more than the experts, and a second copy of the weights is little. With `cut` a
-    third has one thread for each piece, if the second has more.
+    There the selection's nodes cost more than the experts, and more copies of the weights are little. With `cut`
+    another has one thread for each piece, if `free` has more.
     """
     from lynx_trt.runtime.lowering import lower
 
     if form is None:
         whole = _Graph(_session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device))
         return _Graphs(whole, whole)
-    attention = device == "cpu"
-    lowered = lower(artifact, form=form, attention=attention)
-    source = lowered.model.SerializeToString()
-    whole = free = _Graph(_session(artifact, source, threads, profile, device), routers=lowered.routers)
-    if form == "auto" and set(lowered.forms) in ({"masked"}, {"fused"}):
+
+    def graph(lowered: Lowered, label: str, *, count: int | None = threads, restricts: bool = True) -> _Graph:
+        file = profile and profile.with_name(profile.name + label)
+        source = lowered.model.SerializeToString()
+        return _Graph(_session(artifact, source, count, file, device), lowered.routers, restricts)
+
+    def lowered_as(form: Form) -> Lowered:
+        return lower(artifact, form=form, attention=device == "cpu")
+
+    def beside(form: Form) -> Lowered | None:
+        """None where another routing rule, or other votes, have no such form: then `whole` runs those steps too."""
         try:
-            source = lower(artifact, form="unrestricted", attention=attention).model.SerializeToString()
-        except ArtifactError:  # another routing rule: the selection stays in every step
-            return _Graphs(whole, whole)
-        second = profile and profile.with_name(f"{profile.name}-free")
-        free = _Graph(_session(artifact, source, threads, second, device), routers=True, restricts=False)
-    elif form != "baseline" or not lowered.small:
-        return _Graphs(whole, whole)
-    if not cut:
-        return _Graphs(whole, free)
-    apart = free if threads == 1 else replace(free, session=_session(artifact, source, 1, None, device))
-    return _Graphs(whole, free, apart)
+            return lowered_as(form)
+        except ArtifactError:
+            return None
+
+    lowered = lowered_as(form)
+    forms = set(lowered.forms)
+    whole = free = graph(lowered, "")
+    single = plain = None
+    if form == "auto" and forms in ({"masked"}, {"fused"}):
+        one, plain = beside("single") if forms == {"masked"} else None, beside("unrestricted")
+        single = graph(one, "-single") if one else None
+        free = graph(plain, "-free", restricts=False) if plain else whole
+    elif form == "baseline" and lowered.small:
+        plain = lowered
+    if not cut or not plain:
+        return _Graphs(whole, free, single=single)
+    apart = free if threads == 1 else graph(plain, "", count=1, restricts=form == "baseline")
+    return _Graphs(whole, free, apart, single)
 
 
 def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None, device: Device) -> Any:

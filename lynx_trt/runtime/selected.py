@@ -39,30 +39,84 @@ def masked_log_probabilities(layer: Layer, logits: str) -> str:
     Raises:
         NoFitError: the votes, or where budgets and floors come from, are none of those that are known here.
     """
-    return _Selection(layer, logits).masked()
+    return _Batch(layer, logits).masked()
 
 
-class _Selection:
+def masked_log_probabilities_of_one(layer: Layer, logits: str) -> str:
+    """The same [1,E] for a step of a single token: no expert is kept but its own, and those by its weights alone.
+
+    Raises:
+        NoFitError: as above; a token's own weights don't decide.
+    """
+    return _Token(layer, logits).masked()
+
+
+class _Routed:
+    """A layer's router: the logarithms [T,E] of its softmax, and of each token's K best these [T,K] and the experts."""
+
     def __init__(self, layer: Layer, logits: str) -> None:
         self.layer, self.edit, self.rule = layer, layer.edit, layer.rule
         self.vote = layer.rule["vote"].decode()
+        self.routed = self.edit.add("LogSoftmax", [self._without_padding(logits)], axis=1)
+        self.best, self.own = self.edit.add_many("TopK", [self.routed, self.edit.integers([layer.k])], 2, axis=1)
+
+    def _without_padding(self, logits: str) -> str:
+        mask = self.layer.select.input[6]
+        add = self.edit.add
+
+        def build() -> str:
+            row = add("Where", [mask, self.edit.scalar(0), self.edit.scalar(-np.inf)])
+            return add("Unsqueeze", [row, self.edit.integers([1])])
+
+        return add("Add", [logits, self.edit.once(f"padding {mask}", build)])
+
+    def _only_own(self, kept: str) -> str:
+        """[T,E] of what is kept, bool [T,K], of a token's own experts."""
+        left = self.edit.add("Where", [kept, self.best, self.edit.scalar(-np.inf)])
+        return self.edit.add("ScatterElements", [self._table(np.float32(-np.inf)), self.own, left], axis=1)
+
+    def _table(self, value: np.floating[Any]) -> str:
+        """[T,E] of one value, for all layers of E experts."""
+        add = self.edit.add
+
+        def build() -> str:
+            shape = add("Shape", [self.routed])
+            return add("ConstantOfShape", [shape], value=numpy_helper.from_array(np.array([value])))
+
+        return self.edit.once(f"table {self.layer.e} {value!r}", build)
+
+    def _of_all(self, place: int) -> tuple[str, int, int]:
+        """The numbers [N] that an input of LynxSelect is picked from, N, and which of them is this layer's."""
+        pick = self.edit.producer(self.layer.select.input[place])
+        if pick is None or pick.op_type != "Gather" or not self.edit.is_constant(pick.input[1]):
+            raise NoFitError("its budget and floor are no elements of the model's")
+        return pick.input[0], self.edit.known_shape(pick.input[0])[0], int(self.edit.value(pick.input[1]))
+
+    def _element(self, place: int, prepare: Callable[[str], str]) -> str:
+        """Row of this layer in what is prepared once of the numbers [N] that an input of LynxSelect is picked from."""
+        source, count, number = self._of_all(place)
+
+        def split() -> list[str]:
+            return self.edit.add_many("Split", [prepare(source)], count, axis=0, num_outputs=count)
+
+        return self.edit.once(f"rows of {source} {self.layer.e}", split)[number]
+
+
+class _Batch(_Routed):
+    def __init__(self, layer: Layer, logits: str) -> None:
+        super().__init__(layer, logits)
         if self.vote == "weight" and self.rule["power"] > LARGEST_POWER:
             raise NoFitError(f"votes to the power {self.rule['power']:g} leave float64")
         add = self.edit.add
-        self.routed = add("LogSoftmax", [self._without_padding(logits)], axis=1)
-        self.best, self.own = self.edit.add_many("TopK", [self.routed, self.edit.integers([layer.k])], 2, axis=1)
         self.shares = self._shares_of(self.best)
         total = add("Round", [add("ReduceSum", [self.shares], keepdims=0)])  # a row's may be 1.0000001
         self.voting = add("Cast", [total], to=TensorProto.FLOAT)
 
     def masked(self) -> str:
-        add, minus_inf = self.edit.add, self.edit.scalar(-np.inf)
         kept = self._kept()
         if self.rule["remap"]:
-            return add("Where", [kept, self.routed, minus_inf])
-        left = add("Where", [add("Gather", [kept, self.own]), self.best, minus_inf])
-        nothing = self._table(np.float32(-np.inf))
-        return add("ScatterElements", [nothing, self.own, left], axis=1)
+            return self.edit.add("Where", [kept, self.routed, self.edit.scalar(-np.inf)])
+        return self._only_own(self.edit.add("Gather", [kept, self.own]))
 
     def _kept(self) -> str:
         """Bool [E]."""
@@ -123,20 +177,6 @@ class _Selection:
         forced, columns_name = self.edit.constant(np.array(KEPT_ANYWAY)), self.edit.constant(columns)
         return self.edit.add("Where", [sensitive, forced, columns_name])
 
-    def _element(self, place: int, prepare: Callable[[str], str]) -> str:
-        """[1]: of the numbers [N] that an input of LynxSelect is picked from, prepared once, this layer's."""
-        pick = self.edit.producer(self.layer.select.input[place])
-        if pick is None or pick.op_type != "Gather" or not self.edit.is_constant(pick.input[1]):
-            raise NoFitError("its budget and floor are no elements of the model's")
-        source = pick.input[0]
-        count, number = self.edit.known_shape(source)[0], int(self.edit.value(pick.input[1]))
-
-        def split() -> list[str]:
-            return self.edit.add_many("Split", [prepare(source)], count, axis=0, num_outputs=count)
-
-        parts = self.edit.once(f"elements {source} {self.layer.e}", split)
-        return parts[number]
-
     def _rooms(self, budgets: str) -> str:
         experts = self.edit.integers(self.layer.e)
         return self.edit.add("Min", [self.edit.add("Cast", [budgets], to=TensorProto.INT64), experts])
@@ -153,22 +193,22 @@ class _Selection:
         """Float32 values, NaN as 0."""
         return self.edit.add("Shrink", [values], lambd=0.0, bias=0.0)
 
-    def _without_padding(self, logits: str) -> str:
-        mask = self.layer.select.input[6]
-        add = self.edit.add
 
-        def build() -> str:
-            row = add("Where", [mask, self.edit.scalar(0), self.edit.scalar(-np.inf)])
-            return add("Unsqueeze", [row, self.edit.integers([1])])
+class _Token(_Routed):
+    def masked(self) -> str:
+        if self.vote != "weight" or self.rule["sensitivity"]:
+            raise NoFitError("which experts a single token keeps hangs on more than their own weights")
+        shares = self.edit.add("Softmax", [self.best], axis=1)  # a row that doesn't count: NaN, and above nothing
+        return self._only_own(self.edit.add("Greater", [shares, self._element(5, self._bounds)]))
 
-        return add("Add", [logits, self.edit.once(f"padding {mask}", build)])
-
-    def _table(self, value: np.floating[Any]) -> str:
-        """[T,E] of one value, for all layers of E experts."""
-        add = self.edit.add
-
-        def build() -> str:
-            shape = add("Shape", [self.routed])
-            return add("ConstantOfShape", [shape], value=numpy_helper.from_array(np.array([value])))
-
-        return self.edit.once(f"table {self.layer.e} {value!r}", build)
+    def _bounds(self, floors: str) -> str:
+        """[N,K]: what the share of a token's expert in this place has to exceed, for all layers."""
+        add, k = self.edit.add, self.layer.k
+        budgets, _, _ = self._of_all(4)
+        power = self.edit.scalar(1 / float(self.rule["power"]))
+        column = self.edit.integers([1])
+        bounds = add("Unsqueeze", [add("Pow", [floors, power]), column])
+        places = np.arange(k, dtype=np.int32)[None]
+        within = add("Less", [self.edit.constant(places), add("Unsqueeze", [budgets, column])])
+        bounds = add("Where", [within, bounds, self.edit.scalar(2)])
+        return add("Where", [self.edit.constant(places < self.rule["guarantee"]), self.edit.scalar(-1), bounds])
