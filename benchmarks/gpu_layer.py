@@ -23,7 +23,8 @@ from lynx_trt.plugins.blob import lookup
 from lynx_trt.plugins.cuda_driver import cuda_driver
 from lynx_trt.plugins.launch import SMS, power_of_two
 from lynx_trt.plugins.launcher import Driver
-from lynx_trt.plugins.plan import experts_plan, find_plan, select_plan
+from lynx_trt.plugins.plan import find_plan
+from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
 from lynx_trt.plugins.twins import experts_twin, select_twin

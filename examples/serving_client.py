@@ -60,6 +60,7 @@ TYPES = {
     "max_tokens": "INT32",
     "temperature": "FP32",
     "top_p": "FP32",
+    "top_k": "INT32",
     "seed": "INT64",
     "stop": "BYTES",
     "quality": "BYTES",

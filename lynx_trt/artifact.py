@@ -27,6 +27,7 @@ SCHEMA: Literal[2] = 2
 MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
+DRAWS = "draws.kernels"  # that draw tokens from the engine's logits
 CHUNK = 1 << 20
 
 

@@ -111,6 +111,12 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         )
         _copy_tokenizer(options, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
+        if report and sms:
+            from lynx_trt.tensorrt.kernels import write_draws
+
+            update = progress.phase("Compiling the draws of tokens")
+            write_draws(folder / artifacts.DRAWS, int(checkpoint.config.get_text_config().vocab_size), sms, update)
+            clock.lap("draws")
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -122,6 +122,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: no limit.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the draws; each prompt has its own generator.", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End a sequence before this text; repeatable.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
@@ -139,7 +140,7 @@ def main(
     if any(not text for text in stop or []):
         raise UsageError("--stop is empty; an empty text would end every sequence at once")
     prompts = prompt or []
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed, top_k)
     opened = open_artifact(artifact, verify=verify)
     with _Screen(prompts, quiet=json_output) as screen:
         sequences, statistics = generate_text(

@@ -31,7 +31,8 @@ from lynx_trt.console import new_app, print_json, run
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.launch import SMS
-from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan, Step, plans
+from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan, Step
+from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import Op, Spec
 from lynx_trt.tensorrt.loader import cache_root
 

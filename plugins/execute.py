@@ -1,4 +1,4 @@
-"""The two ops on PyTorch tensors: what the tests, the tuner and the benchmarks run. Engines don't use this.
+"""The ops on PyTorch tensors: what the tests, the tuner and the benchmarks run. Engines don't use this.
 
 Runs the same plans as the TensorRT plugins, with kernels compiled when they are first met: on a GPU's tensors, or on a
 CPU's with the Triton language's interpreter, for which TRITON_INTERPRET=1 has to be in the environment before anything
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.launch import ExpertsLaunch, SelectLaunch, power_of_two
-from lynx_trt.plugins.launcher import Driver, Launch
-from lynx_trt.plugins.plan import MODULES, Kernel, Plan, experts_plan, select_plan
-from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
+from lynx_trt.plugins.launcher import Driver, Launch, launches_of
+from lynx_trt.plugins.plan import MODULES, Kernel, Plan
+from lynx_trt.plugins.plans import draw_plan, experts_plan, select_plan
+from lynx_trt.plugins.specs import DrawSpec, ExpertsSpec, SelectSpec
 
 _TYPES = {
     "*fp64": torch.float64,
@@ -109,6 +110,23 @@ def experts(
     return output
 
 
+def draw(
+    spec: DrawSpec,
+    logits: Tensor,
+    scale: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    uniform: Tensor,
+    *,
+    block: int | None = None,
+) -> Tensor:
+    """The next tokens [T] int32; the arguments are the inputs of `draw_kernel`."""
+    token = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+    tensors = {"logits": logits, "scale": scale, "top_p": top_p, "top_k": top_k, "uniform": uniform, "token": token}
+    run(draw_plan(spec, power_of_two(len(logits)), block), tensors, len(logits))
+    return token
+
+
 def run(plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """Launch a plan's steps on tensors by name; returns the regions of its workspace, as bytes."""
     launch, regions = prepare(plan, tensors, tokens)
@@ -158,14 +176,7 @@ def prepare_compiled(
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
     addresses |= {name: workspace.data_ptr() + offset for name, offset in plan.offsets(tokens).items()}
-    addresses |= {"T": tokens, "null": 0}
-    launches: list[Launch] = []
-    for step in plan.steps:
-        if programs := step.grid.programs(tokens, device.multiprocessors):
-            cubin = step.kernel
-            names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
-            words = [addresses[name] for name in names]
-            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
+    launches = launches_of(plan, tokens, device, driver, addresses)
     return functools.partial(_launch_compiled, driver, launches, (workspace, held))
 
 

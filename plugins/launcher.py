@@ -159,6 +159,21 @@ class Prepared:
             driver.launch(launch, stream)
 
 
+def launches_of(
+    plan: Plan[Cubin], tokens: int, device: Device, driver: Driver, addresses: Mapping[str, int]
+) -> list[Launch]:
+    """A plan's launches for T tokens, of inputs and outputs that lie at fixed addresses, and regions beside them."""
+    found = {**addresses, "T": tokens, "null": 0}
+    launches = []
+    for step in plan.steps:
+        if programs := step.grid.programs(tokens, device.multiprocessors):
+            cubin = step.kernel
+            names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
+            words = [found[name] for name in names]
+            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
+    return launches
+
+
 class Launcher:
     """One node's launches on one driver; `contract` is that of the node (`Contract.of_node`)."""
 

@@ -136,7 +136,30 @@ class ExpertsSpec:
         return key_of("experts", {**sizes, **form})
 
 
-Spec = SelectSpec | ExpertsSpec
+@dataclass(frozen=True)
+class DrawSpec:
+    """The draw of the next token from each row of an engine's logits: V, and whether a row may have a top-k or top-p.
+
+    Raises:
+        UsageError: a vocabulary that no kernel is made for.
+    """
+
+    vocabulary: int
+    nucleus: bool
+
+    def __post_init__(self) -> None:
+        # The lower half of a key is the token, and the blocks' leading tokens are sorted by one program.
+        if not 1 <= self.vocabulary <= 1 << 20:
+            raise UsageError(f"this model has {self.vocabulary} tokens: the kernels take 1 to {1 << 20}.")
+
+    @property
+    def key(self) -> str:
+        """One word for the whole spec."""
+        return key_of("draw", {each.name: getattr(self, each.name) for each in fields(self)})
+
+
+MoeSpec = SelectSpec | ExpertsSpec
+Spec = MoeSpec | DrawSpec
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from lynx_trt.plugins.launch import (
     tokens_bucket,
 )
 from lynx_trt.plugins.launch_source import ExpertsKey, SelectKey, render_table
-from lynx_trt.plugins.plan import Kernel, Plan, Step, experts_plan, select_plan
+from lynx_trt.plugins.plan import Kernel, Plan, Step
+from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from lynx_trt.plugins.blob import Cubin, Kernels
 from lynx_trt.plugins.launcher import Device, Launch
-from lynx_trt.plugins.plan import Kernel, Plan, Step, plans
+from lynx_trt.plugins.plan import Kernel, Plan, Step
+from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import Spec
 
 
@@ -37,6 +38,13 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
     return Kernels(tuple(cubins.values()), ops, ("0.0", "0.0"))
 
 
+def words_of(launch: Launch, cubin: Cubin) -> list[int]:
+    """The arguments of a launch as a kernel would find them."""
+    count = int(cubin.image.split()[1].rstrip(b"\0"))
+    addresses = ctypes.cast(launch.parameters, ctypes.POINTER(ctypes.c_void_p))
+    return [ctypes.cast(addresses[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(count)]
+
+
 class FakeDriver:
     """Notes every load and launch, the launches with their arguments as a kernel would find them."""
 
@@ -55,9 +63,7 @@ class FakeDriver:
 
     def launch(self, launch: Launch, stream: int) -> None:
         cubin = self.loaded[launch.function - 1]
-        count = int(cubin.image.split()[1].rstrip(b"\0"))
-        addresses = ctypes.cast(launch.parameters, ctypes.POINTER(ctypes.c_void_p))
-        words = [ctypes.cast(addresses[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(count)]
+        words = words_of(launch, cubin)
         self.launched.append(
             {
                 "entry": cubin.entry,

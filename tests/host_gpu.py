@@ -10,13 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fake_kernels import words_of
 
 from lynx_trt.artifact import Artifact
-from lynx_trt.runtime.backend import Array
+from lynx_trt.plugins.launcher import Device, Launch
+from lynx_trt.runtime.backend import Array, Draws
+from lynx_trt.runtime.draws import BEYOND
 from lynx_trt.runtime.ort import ELEMENT
+from lynx_trt.runtime.sampling import draw
+
+if TYPE_CHECKING:
+    from lynx_trt.plugins.blob import Cubin
 
 STREAM = 7
 
@@ -32,6 +39,7 @@ class HostGpu:
         self.capturing: list[Callable[[], None]] | None = None
         self.launches = 0
         self.closed = False
+        self.driver = HostDriver(self)
         self._kept: list[Array] = []
 
     def use(self) -> None:
@@ -115,9 +123,63 @@ class HostGpu:
         self.closed = True
 
 
+class HostDriver:
+    """`launcher.Driver`: knows the kernels that draw tokens, and does with NumPy what they do.
+
+    As they do, it leaves to the host a nucleus that is not within a row's 64 likeliest tokens.
+    """
+
+    def __init__(self, gpu: HostGpu) -> None:
+        self.gpu = gpu
+        self.vocabulary = 0
+        self.loaded: list[Cubin] = []
+        self.drawn: list[str] = []  # what was launched
+
+    def device(self) -> Device:
+        return Device(90, 132, context=1)
+
+    def load(self, cubin: Cubin, device: Device) -> int:
+        self.loaded.append(cubin)
+        return len(self.loaded)
+
+    def launch(self, launch: Launch, stream: int) -> None:
+        assert stream == STREAM
+        cubin = self.loaded[launch.function - 1]
+        self.drawn.append(cubin.function)
+        if cubin.function == "draw_kernel":
+            words = words_of(launch, cubin)
+            self.gpu.do(lambda: self._draw(words, launch.programs))
+
+    def _draw(self, words: list[int], rows: int) -> None:
+        logits, scale, top_p, top_k, uniform, *tables, token, count, _, _ = words
+        assert count == rows
+        # Without leading tokens there is no nucleus.
+        nucleus = tables[2] != 0
+
+        def floats(address: int, dtype: type[np.generic], each: int = 1) -> Array:
+            return self.gpu.view(address, rows * each * np.dtype(dtype).itemsize).view(dtype)
+
+        values = floats(logits, np.float32, self.vocabulary).reshape(rows, self.vocabulary)
+        temperature = np.where(floats(scale, np.float32) > 0, 1 / np.maximum(floats(scale, np.float32), 1e-30), 0)
+        draws = Draws(
+            np.ones(rows, np.bool_),
+            temperature.astype(np.float64),
+            floats(top_p, np.float64) if nucleus else np.ones(rows),
+            floats(top_k, np.int32) if nucleus else np.zeros(rows, np.int32),
+            floats(uniform, np.float64),
+        )
+        tokens = draw(values, draws)
+        for row in np.flatnonzero((temperature > 0) & ((draws.top_p < 1) | (draws.top_k > 0))):
+            chances = np.sort(np.exp((values[row] - values[row].max()) / temperature[row]))[::-1]
+            small = 0 < draws.top_k[row] <= 64 or chances[:64].sum() >= draws.top_p[row] * chances.sum()
+            tokens[row] = tokens[row] if small else BEYOND
+        floats(token, np.int32)[:] = tokens
+
+
 def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan") -> Any:
     """What the backend uses of TensorRT's module; it takes plans that begin so."""
     begin = plan
+    gpu.driver.vocabulary = artifact.manifest.model.vocabulary
 
     class Logger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)

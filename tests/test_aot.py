@@ -19,7 +19,8 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.plugins import aot
 from lynx_trt.plugins.aot import Kernels, compile_for, lookup
 from lynx_trt.plugins.launch import SMS
-from lynx_trt.plugins.plan import find_plan, plans
+from lynx_trt.plugins.plan import find_plan
+from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.shapes import ops_of
 from lynx_trt.plugins.specs import ExpertsSpec, Op, SelectSpec
 from lynx_trt.tensorrt import loader

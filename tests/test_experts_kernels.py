@@ -17,7 +17,7 @@ from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.experts import experts as experts_ref
 from lynx_trt.plugins import execute
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
-from lynx_trt.plugins.plan import experts_plan
+from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
 from lynx_trt.plugins.twins import combine_twin, dispatch_twin, down_twin, experts_twin, gate_up_twin
 

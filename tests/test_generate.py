@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lynx_trt.artifact import Artifact, open_artifact
 from lynx_trt.errors import ArtifactError, GenerationError, UsageError
 from lynx_trt.generate import expert_bytes_a_token, generate_text
 from lynx_trt.runtime.ort import OrtBackend
-from lynx_trt.runtime.sampling import Sampling, next_token
+from lynx_trt.runtime.sampling import Sampling
 
 PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n"]
 
@@ -137,24 +136,6 @@ def test_what_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=words):
         generate_text(text_artifact, prompts, **settings)
-
-
-@pytest.mark.parametrize("values", [(-0.1, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.1), (float("inf"), 1.0)])
-def test_sampling_out_of_range(values: tuple[float, float]) -> None:
-    with pytest.raises(UsageError):
-        Sampling(temperature=values[0], top_p=values[1])
-
-
-def test_top_p_keeps_the_smallest_set() -> None:
-    """Probabilities 0.5, 0.3, 0.2: with p = 0.6 the first two are drawn, never the third."""
-    logits = np.log(np.array([0.5, 0.3, 0.2], dtype=np.float32))
-    drawn = {next_token(logits, Sampling(1.0, 0.6), np.random.default_rng(seed)) for seed in range(200)}
-    assert drawn == {0, 1}
-
-
-def test_nan_logits_are_an_error() -> None:
-    with pytest.raises(GenerationError, match="NaN"):
-        next_token(np.array([0.0, np.nan], dtype=np.float32), Sampling(), np.random.default_rng(0))
 
 
 def test_nan_in_the_router(byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]) -> None:

@@ -54,7 +54,7 @@ def test_kit_holds_the_engine_and_no_more(kit: Path) -> None:
     artifact = open_artifact(kit / "mixtral-fp32")  # its sums fit
     assert artifact.manifest.engine
     assert artifact.manifest.engine.compute_capabilities == [90]
-    assert {"engine.plan", "expected.npz"} <= set(artifact.manifest.files)
+    assert {"engine.plan", "draws.kernels", "expected.npz"} <= set(artifact.manifest.files)
     assert not {"model.onnx", "weights.safetensors"} & set(artifact.manifest.files)
 
 

@@ -11,7 +11,7 @@ from kernel_process import on_device
 from torch import Tensor
 
 from lynx_trt.experts import ExpertsForm
-from lynx_trt.plugins import execute, plan
+from lynx_trt.plugins import execute, plans
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch, SelectLaunch, power_of_two
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.plugins.twins import dispatch_twin, experts_twin, select_twin
@@ -57,9 +57,9 @@ def layer(
     select = replace(SELECT, dispatch_taken=handed)
     experts = replace(EXPERTS, dispatch_given=handed)
     most = power_of_two(tokens)
-    with mock.patch.object(plan, "BLOCKS_HERE", blocks_here):
-        execute.run(plan.select_plan(select, 90, most, launches[0]), {**routing, **made}, tokens)
-        execute.run(plan.experts_plan(experts, 90, most, launches[1]), {**weights, **made}, tokens)
+    with mock.patch.object(plans, "BLOCKS_HERE", blocks_here):
+        execute.run(plans.select_plan(select, 90, most, launches[0]), {**routing, **made}, tokens)
+        execute.run(plans.experts_plan(experts, 90, most, launches[1]), {**weights, **made}, tokens)
     return made
 
 
@@ -126,7 +126,7 @@ def test_no_expert_at_all(way: str) -> None:
 def test_the_estimated_launches() -> None:
     """Those that ship, of a batch that takes LynxSelect several launches: 6 experts and 520 tokens."""
     tokens = 520
-    chosen = plan.select_launch(power_of_two(tokens), E, K, 90)
+    chosen = plans.select_launch(power_of_two(tokens), E, K, 90)
     assert not chosen.one_program
     routing, weights = inputs(tokens, budget=3)
     made = on_device(layer, routing, weights, (chosen, LAUNCHES["prefill"]), 64, handed=True)

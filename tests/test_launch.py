@@ -39,11 +39,9 @@ from lynx_trt.plugins.plan import (
     Kernel,
     Plan,
     Region,
-    experts_plan,
     find_plan,
-    plans,
-    workspace_bytes,
 )
+from lynx_trt.plugins.plans import experts_plan, plans, workspace_bytes
 from lynx_trt.plugins.shapes import SHAPES, Shape, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS

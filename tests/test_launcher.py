@@ -17,8 +17,9 @@ from lynx_trt.plugins.blob import Kernels, lookup
 from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, SELECT_CONTRACT, Contract
 from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.launcher import Launcher, publish, published, spec_of, workspace_bytes
-from lynx_trt.plugins.plan import find_plan, plans
-from lynx_trt.plugins.plan import workspace_bytes as planned_workspace
+from lynx_trt.plugins.plan import find_plan
+from lynx_trt.plugins.plans import plans
+from lynx_trt.plugins.plans import workspace_bytes as planned_workspace
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
 from lynx_trt.tensorrt.kernels import ops_of

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError
-from lynx_trt.runtime.backend import Array, StepResult, StepSizes
+from lynx_trt.runtime.backend import Array, NextTokens, StepResult, StepSizes
 from lynx_trt.runtime.engine import Engine
-from lynx_trt.runtime.sampling import Sampling
+from lynx_trt.runtime.sampling import Sampling, draw
 from lynx_trt.runtime.scheduler import Policy, Scheduler, StepReport
 from lynx_trt.runtime.sequence import Generated, Limits, Request
 
@@ -71,6 +71,13 @@ class FakeBackend:
         self.steps.append((first, batch, width))
         self.budgets.append(list(restriction.budgets))
         return StepResult(logits, np.minimum(restriction.budgets, 3).astype(np.int32))
+
+    def next_tokens(self, ids: Array, past: Array, lengths: Array, *others: Any, first: int = 0) -> NextTokens:
+        restriction, draws = others
+        # Who wants a token has one to be drawn from, and a row that is idle wants none.
+        assert not draws.wanted[lengths == 0].any()
+        result = self.step(ids, past, lengths, restriction, first=first)
+        return NextTokens(draw(result.logits, draws), result.active)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self.copies += 1

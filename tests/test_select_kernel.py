@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from test_selection import Batch, batches, budgets, floors, selections
 
 from lynx_trt.experts import ExpertsForm
-from lynx_trt.plugins import execute, plan
+from lynx_trt.plugins import execute, plans
 from lynx_trt.plugins.launch import SelectLaunch, select_estimate
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.plugins.twins import dispatch_twin, select_twin
@@ -230,7 +230,7 @@ def test_many_blocks(preset: str) -> None:
 
 def with_many_blocks(function: Any, *arguments: Any, **options: Any) -> Any:
     """Call it as if two blocks were too many; truly too many would take the interpreter half a minute."""
-    with mock.patch.object(plan, "BLOCKS_HERE", 1):
+    with mock.patch.object(plans, "BLOCKS_HERE", 1):
         return function(*arguments, **options)
 
 
@@ -310,7 +310,7 @@ def test_dispatch_of_any_index(tokens: int, width: int, experts: int) -> None:
 def run_dispatch(index: torch.Tensor, experts: int) -> torch.Tensor:
     """The metadata that a LynxExperts which is not given it makes from `index`."""
     spec = ExpertsSpec(experts, index.shape[1], 8, 8, "float32", ExpertsForm())
-    whole = plan.experts_plan(spec, 90, len(index))
+    whole = plans.experts_plan(spec, 90, len(index))
     steps = tuple(step for step in whole.steps if step.kernel.function.startswith("dispatch"))
-    regions = execute.run(plan.Plan(whole.max_tokens, steps, whole.regions), {"index": index}, len(index))
+    regions = execute.run(plans.Plan(whole.max_tokens, steps, whole.regions), {"index": index}, len(index))
     return regions["dispatch"].view(torch.int32)[: 2 * experts + 2 + index.numel()]

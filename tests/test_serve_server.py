@@ -228,12 +228,12 @@ def test_64_streams_of_mixed_length(server: Server, long_artifact: Artifact) -> 
 
 def test_sampling_stop_and_seed(server: Server, long_artifact: Artifact) -> None:
     """The same draws as `lynx_trt.generate` with the same seed, over both protocols."""
-    sampling = Sampling(temperature=0.75, top_p=0.5, seed=11)
+    sampling = Sampling(temperature=0.75, top_p=0.5, seed=11, top_k=40)
     (expected,), _ = generate_text(
         long_artifact, PROMPTS[:1], budget="8", max_new_tokens=30, sampling=sampling, threads=1
     )
     stop = expected.text[10:13]
-    settings = {"temperature": 0.75, "top_p": 0.5, "seed": 11, "max_tokens": 30, "quality": "max"}
+    settings = {"temperature": 0.75, "top_p": 0.5, "top_k": 40, "seed": 11, "max_tokens": 30, "quality": "max"}
     assert generate(server.http, "tiny", PROMPTS[0], **settings)["text_output"] == expected.text
     *_, last = answers = list(stream_grpc(server.grpc, "tiny", PROMPTS[0], stop=["\x00no", stop], **settings))
     assert "".join(answer["text_output"] for answer in answers) == expected.text[: expected.text.index(stop)]

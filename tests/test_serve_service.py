@@ -114,7 +114,7 @@ def slowly(step: Callable[..., Any], seconds: float = 0.005) -> Callable[..., An
 def tensors(**values: Any) -> dict[str, Array]:
     """As the server's Python backend hands them over."""
     dtypes = {"max_tokens": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.int64}
-    dtypes |= {"stream": np.bool_, "deadline": np.float32}
+    dtypes |= {"stream": np.bool_, "deadline": np.float32, "top_k": np.int32}
     made = {}
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -178,6 +178,7 @@ def test_stop_seed_and_sampling(served: Served) -> None:
     warm = {"text_input": PROMPT, "max_tokens": 20, "temperature": 1.0, "top_p": 0.9}
     texts = [served.ask(**warm, seed=seed).wait().text for seed in (5, 5, 6)]
     assert texts[0] == texts[1] != texts[2]
+    assert served.ask(**warm, seed=6, top_k=1).wait().text == full  # of one token there is one draw
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -194,6 +195,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "x", "temperature": float("inf")}, "temperature is inf"),
     ({"text_input": "x", "top_p": 0.0}, "top-p is 0"),
     ({"text_input": "x", "top_p": 1.5}, "top-p is 1.5"),
+    ({"text_input": "x", "top_k": -1}, "top-k is -1"),
     ({"text_input": "x", "seed": -3}, "seed is -3"),
     ({"text_input": "x", "quality": "best"}, "quality is 'best'; it must be max, balanced, fast"),
     ({"text_input": "x", "quality": "1.5"}, "quality is '1.5'"),

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_kernels import fake_kernels
 from host_gpu import HostGpu, tensorrt_for
 
-from lynx_trt.artifact import Artifact, EngineRecord
+from lynx_trt.artifact import DRAWS, Artifact, EngineRecord
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
+from lynx_trt.plugins.specs import DrawSpec
 from lynx_trt.runtime import open as opening
 from lynx_trt.runtime.open import limits_of, open_backend
 from lynx_trt.runtime.ort import OrtBackend
@@ -33,6 +35,8 @@ def with_engine(artifact: Artifact, folder: Path, limits: dict[str, Any] | None 
     """A copy of an artifact that says it has an engine."""
     shutil.copytree(artifact.folder, folder)
     (folder / "engine.plan").write_bytes(b"plan")
+    draws = [DrawSpec(artifact.manifest.model.vocabulary, nucleus) for nucleus in (False, True)]
+    (folder / DRAWS).write_bytes(fake_kernels(draws, [90], 64).to_bytes())
     record = EngineRecord(
         **{
             "flavor": "rtx",
@@ -64,7 +68,13 @@ def backend_of(artifact: Artifact, slots: int, gpu: HostGpu | None = None, **opt
 
 
 def texts(
-    artifact: Artifact, backend: Any, prompts: list[str], budget: int = 8, new: int = 20, floor: float = 0.0
+    artifact: Artifact,
+    backend: Any,
+    prompts: list[str],
+    budget: int = 8,
+    new: int = 20,
+    floor: float = 0.0,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
 ) -> list[str]:
     from lynx_trt.artifact import TOKENIZER
     from lynx_trt.runtime.decode import generate
@@ -77,7 +87,7 @@ def texts(
         prompts,
         restriction=Restriction((budget, budget), (floor, floor)),
         max_new_tokens=new,
-        sampling=Sampling(),
+        sampling=sampling,
     )
     return [one.text for one in sequences]
 
@@ -94,6 +104,38 @@ def test_same_text_as_onnx_runtime(engined: Artifact, budget: int, floor: float,
     assert got == texts(engined, reference, PROMPTS, budget, floor=floor)
     assert (gpu.launches > 0) == graphs
     assert backend.graphs_refused is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "where"),
+    [
+        (Sampling(), "greedy"),
+        (Sampling(1.0, seed=4), "plain"),
+        (Sampling(0.8, 0.9, seed=4, top_k=20), "nucleus"),  # all on the GPU
+        (Sampling(3.0, 0.95, seed=4), "host"),  # of 256 tokens more than 64
+    ],
+)
+def test_tokens_are_drawn_on_the_gpu(engined: Artifact, sampling: Sampling, where: str) -> None:
+    """As ONNX Runtime's are on the host; logits come to the host only where a nucleus is large, a row at a time."""
+    gpu = HostGpu()
+    downloads: list[int] = []
+    download = gpu.download
+    gpu.download = lambda target, source: (downloads.append(target.nbytes), download(target, source))  # type: ignore
+    backend = backend_of(engined, len(PROMPTS), gpu)
+    got = texts(engined, backend, PROMPTS, sampling=sampling)
+    assert got == texts(engined, OrtBackend(engined, len(PROMPTS), threads=1), PROMPTS, sampling=sampling)
+    row = 4 * engined.manifest.model.vocabulary
+    assert (max(downloads) == row) == (where == "host")
+    assert row not in downloads or where == "host"
+    assert set(gpu.driver.drawn) == {"draw_blocks_kernel", "draw_kernel"}
+
+
+def test_a_chunk_that_ends_no_prompt_draws_nothing(engined: Artifact) -> None:
+    """Two chunks of a prompt: the draw is of the second alone."""
+    gpu = HostGpu()
+    backend = backend_of(engined, 1, gpu)
+    texts(engined, backend, ["0123456789abcde"], new=1)  # 15 tokens, 8 a step
+    assert gpu.driver.drawn == ["draw_blocks_kernel", "draw_kernel"]
 
 
 def test_each_size_is_captured_once_with_a_context_of_its_own(engined: Artifact) -> None:
@@ -225,6 +267,24 @@ def test_engine_that_tensorrt_refuses(engined: Artifact, tmp_path: Path) -> None
         backend_of(broken, 1)
     (folder / "engine.plan").unlink()
     with pytest.raises(ArtifactError, match=r"engine\.plan can't be read"):
+        backend_of(broken, 1)
+
+
+def test_draws_that_are_none(engined: Artifact, tmp_path: Path) -> None:
+    """Their file is missing, cut off, or of another GPU's kernels."""
+    folder = Path(shutil.copytree(engined.folder, tmp_path / "artifact"))
+    broken = Artifact(folder, engined.manifest)
+    path = folder / DRAWS
+    data = path.read_bytes()
+    for written, words in (
+        (data[:-40], "GPU kernels can't be read"),
+        (fake_kernels([DrawSpec(engined.manifest.model.vocabulary, False)], [80], 64).to_bytes(), "SM 80.* SM 90"),
+    ):
+        path.write_bytes(written)
+        with pytest.raises(ArtifactError, match=words):
+            backend_of(broken, 1)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"draws\.kernels, the kernels that draw tokens, can't be read"):
         backend_of(broken, 1)
 
 

@@ -23,6 +23,54 @@ class StepResult:
     active: Array
 
 
+# Tokens that are none.
+NOT_WANTED, NOT_FINITE = -1, -2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the rows of a step draw their next token; [B] each.
+
+    Attributes:
+        wanted: bool; the other rows draw none.
+        temperature: f64; 0 is greedy.
+        top_p: f64, above 0; 1: no limit.
+        top_k: i32; 0: no limit.
+        uniform: f64, 0 to below 1: where in the distribution the token is, the tokens in the order of their ids.
+    """
+
+    wanted: Array
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    uniform: Array
+
+    @property
+    def scale(self) -> Array:
+        """1 / temperature, f32 [B], as far as a float32 goes; 0 is greedy, and nothing else is."""
+        limits = np.finfo(np.float32)
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.clip(1 / self.temperature, limits.tiny, limits.max)
+        return np.where(self.temperature > 0, inverse, 0).astype(np.float32)
+
+    def row(self, row: int) -> Draws:
+        """Those of one row."""
+        one = slice(row, row + 1)
+        return Draws(self.wanted[one], self.temperature[one], self.top_p[one], self.top_k[one], self.uniform[one])
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """One step's outcome: tokens [B] i64, active experts [N] i32 of each MoE layer.
+
+    A token is NOT_WANTED where none was, and NOT_FINITE where the logits are no numbers. The arrays may be overwritten
+    by the next step.
+    """
+
+    tokens: Array
+    active: Array
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """The steps that a backend can run.
@@ -58,6 +106,19 @@ class Backend(Protocol):
             restriction: what each MoE layer may load where S is 1.
             first: the first slot.
         """
+        ...
+
+    def next_tokens(
+        self,
+        input_ids: Array,
+        past_lengths: Array,
+        lengths: Array,
+        restriction: Restriction,
+        draws: Draws,
+        *,
+        first: int = 0,
+    ) -> NextTokens:
+        """The same step, but for the logits: each row's next token is drawn from them where they are."""
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

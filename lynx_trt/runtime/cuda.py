@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lynx_trt.errors import TensorRTError
-from lynx_trt.plugins.cuda_driver import CudaError, bindings, call
+from lynx_trt.plugins.cuda_driver import CudaError, bindings, call, cuda_driver
+from lynx_trt.plugins.launcher import Driver
 from lynx_trt.runtime.backend import Array
 
 
@@ -21,6 +22,10 @@ class Gpu(Protocol):
     """What the backend wants of a GPU; every copy is queued on the stream and done at the next `synchronize`."""
 
     stream: int
+
+    @property
+    def driver(self) -> Driver:
+        """What launches kernels of our own on it."""
 
     def use(self) -> None:
         """Make the GPU that of the calling thread."""
@@ -77,6 +82,11 @@ class Cuda:
         self._memory: list[int] = []
         self._pinned: list[int] = []
         self._graphs: list[Any] = []
+
+    @property
+    def driver(self) -> Driver:
+        """See Gpu."""
+        return cuda_driver()
 
     def use(self) -> None:
         """See Gpu."""

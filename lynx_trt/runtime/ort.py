@@ -19,7 +19,8 @@ import numpy as np
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError
-from lynx_trt.runtime.backend import Array, StepResult, StepSizes
+from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
+from lynx_trt.runtime.sampling import draw
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -177,6 +178,20 @@ class OrtBackend:
         routers = [logits for _, logits in bound]
         active = self._count(routers, len(self._active), self._k) if graph.routers else self._active.copy()
         return StepResult(self._logits[rows].copy(), active)
+
+    def next_tokens(
+        self,
+        input_ids: Array,
+        past_lengths: Array,
+        lengths: Array,
+        restriction: Restriction,
+        draws: Draws,
+        *,
+        first: int = 0,
+    ) -> NextTokens:
+        """See Backend."""
+        result = self.step(input_ids, past_lengths, lengths, restriction, first=first)
+        return NextTokens(draw(result.logits, draws), result.active)
 
     def _graph(self, free: bool, pieces: int, tokens: int) -> _Graph:
         """What runs a step; `free`: it restricts nothing."""

@@ -10,6 +10,8 @@ from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.runtime.backend import Array
 
+LOWEST = np.finfo(np.float32).min
+
 
 class Unrestricted:
     """Tells the steps that are the model's own routing: no padding, and a restriction that all of its experts pass.
@@ -38,7 +40,7 @@ class Unrestricted:
 
 
 def count_active(pieces: Sequence[Array], layers: int, k: int) -> Array:
-    """Experts [N] i32 that at least one token has among its K best.
+    """Experts [N] i32 that at least one token has among its K best; where several tie for the last place, all of them.
 
     Args:
         pieces: what a token's experts are chosen by, [N T,E] f32, for each piece of the batch; -inf and NaN are never
@@ -49,10 +51,6 @@ def count_active(pieces: Sequence[Array], layers: int, k: int) -> Array:
     if len(pieces) == 1 and len(pieces[0]) == layers:
         return np.asarray(np.minimum(np.isfinite(pieces[0]).sum(1, dtype=np.int32), k), np.int32)
     values = np.concatenate([piece.reshape(layers, -1, piece.shape[1]) for piece in pieces], axis=1)
-    chosen = np.argpartition(values, -k, axis=2)[:, :, -k:]
-    marks = np.zeros((layers, values.shape[2] + 1), bool)
-    # Those that can't be are marks of an expert behind the others.
-    possible = np.isfinite(np.take_along_axis(values, chosen, axis=2))
-    where = np.where(possible, chosen, values.shape[2]).reshape(layers, -1)
-    marks[np.arange(layers)[:, None], where] = True
-    return np.asarray(marks[:, :-1].sum(1), np.int32)
+    last = np.partition(values, -k, axis=2)[:, :, -k, None]
+    chosen = values >= np.maximum(last, LOWEST)
+    return np.asarray(chosen.any(1).sum(1), np.int32)

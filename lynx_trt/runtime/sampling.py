@@ -1,19 +1,34 @@
-"""From logits to the next token: greedy, temperature, top-p; one seeded generator a sequence."""
+"""From logits to the next token: greedy, temperature, top-k, top-p; one seeded generator a sequence.
+
+`draw` is what it means, and what runs on the host; a GPU draws by `lynx_trt.plugins.draw_kernel`. Both compute
+exp((logit - best) / temperature) in float32 and add in float64: they differ only where a draw is on a token's edge.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lynx_trt.errors import GenerationError, UsageError
-from lynx_trt.runtime.backend import Array
+from lynx_trt.errors import UsageError
+from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED, Array, Draws
+
+# The likeliest tokens are looked for among so many first; they are in order, which all are too many to be.
+LEADING = (256, 8192)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. A temperature of 0 is greedy: the most likely token, ties to the lower id.
+
+    Attributes:
+        temperature: of the softmax.
+        top_p: draw from the fewest likeliest tokens that reach this probability (Holtzman et al. 2020, section 3.1),
+            of those that `top_k` leaves.
+        seed: of the draws.
+        top_k: draw from so many likeliest tokens, ties to the lower id; 0: from all.
 
     Raises UsageError if a value is out of its range.
     """
@@ -21,45 +36,84 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"the temperature is {self.temperature}; it must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.top_k < 1 << 31:
+            raise UsageError(f"top-k is {self.top_k}; it must be 0 (no limit) or a number of tokens")
 
     def generator(self, sequence: int) -> np.random.Generator:
         """The generator of one sequence: it depends on the seed and its number, not on what else is in the batch."""
         return np.random.default_rng([self.seed, sequence])
 
 
-def next_token(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    """Draw from logits [V] f32.
+def draws_of(batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]]) -> Draws:
+    """The draws of a step of `batch` rows: (row, how, its generator) of each that wants a token."""
+    draws = Draws(
+        np.zeros(batch, np.bool_), np.zeros(batch), np.ones(batch), np.zeros(batch, np.int32), np.zeros(batch)
+    )
+    for row, sampling, generator in rows:
+        draws.wanted[row] = True
+        draws.temperature[row] = sampling.temperature
+        draws.top_p[row], draws.top_k[row] = sampling.top_p, sampling.top_k
+        if sampling.temperature > 0:
+            draws.uniform[row] = generator.random()
+    return draws
 
-    Raises:
-        GenerationError: the logits are not numbers (the weights or a step before were broken).
-    """
-    best = int(logits.argmax())
+
+def draw(logits: Array, draws: Draws) -> Array:
+    """The next tokens i64 [B] from logits f32 [B,V]; see `NextTokens`."""
+    tokens = np.full(len(logits), NOT_WANTED, np.int64)
+    rows = np.flatnonzero(draws.wanted)
     # argmax takes the first NaN there is, so one look at its choice finds any.
-    if not math.isfinite(logits[best]):
-        raise GenerationError(
-            "the model gave logits that are no numbers (NaN or infinite); its weights or its precision are broken"
-        )
-    if sampling.temperature == 0:
-        return best
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[best])
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        probabilities = _nucleus(probabilities, sampling.top_p)
-    return int(generator.choice(len(probabilities), p=probabilities))
+    best = (logits if len(rows) == len(logits) else logits[rows]).argmax(1)
+    scale = draws.scale
+    for row, token in zip(rows, best, strict=True):
+        largest = logits[row, token]
+        if not math.isfinite(largest):
+            tokens[row] = NOT_FINITE
+        elif scale[row] == 0:
+            tokens[row] = token
+        else:
+            # Probabilities, but for a factor. Next to no temperature takes the others far below every number.
+            with np.errstate(over="ignore"):
+                weights = np.exp((logits[row] - largest) * scale[row])
+            tokens[row] = _from(logits[row], weights, draws.top_p[row], int(draws.top_k[row]), draws.uniform[row])
+    return tokens
 
 
-def _nucleus(probabilities: Array, top_p: float) -> Array:
-    """The smallest set of tokens that reaches `top_p`, renormalised (Holtzman et al. 2020, section 3.1)."""
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept: Array = np.zeros_like(probabilities)
-    chosen = order[before < top_p]
-    kept[chosen] = probabilities[chosen]
-    return np.asarray(kept / kept.sum())
+def _from(logits: Array, weights: Array, top_p: float, top_k: int, uniform: float) -> int:
+    if top_p == 1 and not 0 < top_k < len(logits):
+        return _at(weights, uniform)
+    tokens = np.sort(_nucleus(logits, weights, top_p, top_k))
+    return int(tokens[_at(weights[tokens], uniform)])
+
+
+def _at(weights: Array, uniform: float) -> int:
+    """Where `uniform` of the weights' sum is reached; never at a weight of 0."""
+    ends = np.cumsum(weights, dtype=np.float64)
+    # Just below the sum, and not the sum that a uniform next to 1 may round to.
+    target = min(uniform * ends[-1], np.nextafter(ends[-1], 0))
+    return int(np.searchsorted(ends, target, side="right"))
+
+
+def _nucleus(logits: Array, weights: Array, top_p: float, top_k: int) -> Array:
+    """The tokens that top-k and then top-p leave, the likeliest first."""
+    for most in (top_k,) if top_k else (*LEADING, len(logits)):
+        tokens = _likeliest(logits, min(most, len(logits)))
+        ends = np.cumsum(weights[tokens], dtype=np.float64)
+        wanted = top_p * (ends[-1] if top_k else weights.sum(dtype=np.float64))
+        if ends[-1] >= wanted:
+            break
+    return np.asarray(tokens[ends - weights[tokens] < wanted])
+
+
+def _likeliest(logits: Array, count: int) -> Array:
+    """The `count` tokens of the largest logits, those first, ties to the lower id."""
+    least = np.partition(logits, -count)[-count]
+    tokens = np.flatnonzero(logits >= least)
+    return np.asarray(tokens[np.argsort(-logits[tokens], kind="stable")][:count])

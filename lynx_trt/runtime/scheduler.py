@@ -23,8 +23,8 @@ import numpy as np
 
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError, LynxError
-from lynx_trt.runtime.backend import Array, Backend, StepSizes
-from lynx_trt.runtime.sampling import next_token
+from lynx_trt.runtime.backend import NOT_FINITE, Array, Backend, StepSizes
+from lynx_trt.runtime.sampling import draws_of
 from lynx_trt.runtime.sequence import Generated, Limits
 
 
@@ -315,29 +315,31 @@ class Scheduler:
     ) -> None:
         """One step of the backend, and what follows from it for each of its sequences."""
         started = time.perf_counter()
+        placed = list(zip(np.flatnonzero(lengths).tolist(), rows, strict=True))
+        # Those whose prompt goes on after this chunk have no next token yet.
+        whole = [(place, s) for place, s in placed if s.cached + lengths[place] >= len(s.prompt)]
+        draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole])
         try:
-            result = self._backend.step(ids, past, lengths, restriction, first=first)
+            result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
         except Exception as error:
             self._fail(rows, GenerationError(f"the model failed in a {kind} step: {_first_line(error)}"))
             return
         if kind == "decode":
             self._steps += 1
             self._active += result.active
-        places = [place for place in range(len(lengths)) if lengths[place]]
-        for place, sequence in zip(places, rows, strict=True):
+        for place, sequence in placed:
             sequence.cached += int(lengths[place])
-            if sequence.cached >= len(sequence.prompt):
-                self._draw(first + place, sequence, result.logits[place])
+        for place, sequence in whole:
+            self._take(first + place, sequence, int(result.tokens[place]))
         if self._observer:
             seconds = time.perf_counter() - started
             tokens = int(lengths.sum())
             self._observer.on_step(StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction))
 
-    def _draw(self, slot: int, sequence: Generated, logits: Array) -> None:
-        try:
-            token = next_token(logits, sequence.request.sampling, sequence.generator)
-        except GenerationError as error:
-            self._fail([sequence], error)
+    def _take(self, slot: int, sequence: Generated, token: int) -> None:
+        if token == NOT_FINITE:
+            reason = "the model gave logits that are no numbers (NaN or infinite)"
+            self._fail([sequence], GenerationError(f"{reason}; its weights or its precision are broken"))
             return
         if not sequence.tokens:
             self._joined[sequence] = (self._steps, self._active.copy())

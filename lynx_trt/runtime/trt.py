@@ -8,7 +8,6 @@ TensorRT's KV cache update demands that, and writes in place.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,14 @@ import numpy as np
 from lynx_trt.artifact import ENGINE, Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
-from lynx_trt.runtime.backend import Array, StepResult, StepSizes
+from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
+from lynx_trt.runtime.buffers import Buffers
+from lynx_trt.runtime.draws import DeviceDraws
 
 if TYPE_CHECKING:
     from lynx_trt.runtime.cuda import Gpu
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-ALIGNMENT = 256
 # A size of decode step is captured the third time that it comes: the first run loads its kernels, and one that comes
 # once or twice is not worth a capture.
 RUNS_BEFORE_CAPTURE = 2
@@ -85,7 +85,9 @@ class TensorRTBackend:
         self._caches = self._allocate_caches()
         self._load_experts()
         most = max(self.slots, prefill.batch[1] * prefill.length[1])
-        self._io = _Buffers(gpu, artifact, most, max(self.slots, prefill.batch[1]))
+        rows = max(self.slots, prefill.batch[1])
+        self._io = Buffers(gpu, artifact, most, rows)
+        self._draws = DeviceDraws(artifact, gpu, self._io, rows)
         self._scratch_bytes = int(self._rt.engine.device_memory_size_v2)  # the largest step of any profile
         self._scratch = gpu.allocate(self._scratch_bytes, "the engine's scratch memory")
         self._prefill = self._context("prefill")
@@ -166,9 +168,28 @@ class TensorRTBackend:
         """
         batch, length = self._take(input_ids, past_lengths, lengths, restriction)
         self._queue(batch, length, first)
-        result = self._io.read(batch)
+        logits, (active, _) = self._io.all_logits(batch), self._io.read(batch)
         self._gpu.synchronize()
-        return result
+        return StepResult(logits, active)
+
+    def next_tokens(
+        self,
+        input_ids: Array,
+        past_lengths: Array,
+        lengths: Array,
+        restriction: Restriction,
+        draws: Draws,
+        *,
+        first: int = 0,
+    ) -> NextTokens:
+        """See Backend; raises what `step` does."""
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction, draws)
+        self._queue(batch, length, first)
+        if draws.wanted.any():
+            self._draws.queue(draws, batch)
+        active, tokens = self._io.read(batch)
+        self._gpu.synchronize()
+        return NextTokens(self._draws.finish(tokens, draws), active)
 
     def device_seconds(
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
@@ -177,7 +198,14 @@ class TensorRTBackend:
         batch, length = self._take(input_ids, past_lengths, lengths, restriction)
         return self._gpu.timed(lambda: self._queue(batch, length, first))
 
-    def _take(self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction) -> tuple[int, int]:
+    def _take(
+        self,
+        input_ids: Array,
+        past_lengths: Array,
+        lengths: Array,
+        restriction: Restriction,
+        draws: Draws | None = None,
+    ) -> tuple[int, int]:
         """Queue the copy of a step's inputs; its batch and length."""
         batch, length = input_ids.shape
         if 1 < length < self._prefill_least:
@@ -189,7 +217,7 @@ class TensorRTBackend:
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
         self._gpu.use()
-        self._io.write(input_ids, past_lengths, lengths, restriction)
+        self._io.write(input_ids, past_lengths, lengths, restriction, draws)
         return batch, length
 
     def _queue(self, batch: int, length: int, first: int) -> None:
@@ -277,79 +305,6 @@ def _buckets(least: int, slots: int) -> tuple[int, ...]:
     return tuple(sorted({least, slots, *(size for size in powers if least < size < slots)}))
 
 
-class _Buffers:
-    """What a step takes and gives, on the device and in pinned host memory: one copy up, one down."""
-
-    def __init__(self, gpu: Gpu, artifact: Artifact, tokens: int, rows: int) -> None:
-        model = artifact.manifest.model
-        layers = len(model.moe_layers)
-        self._gpu = gpu
-        self._up = _Block(
-            gpu,
-            {
-                "past_lengths": (np.int64, rows),
-                "lengths": (np.int64, rows),
-                "budgets": (np.int32, layers),
-                "floors": (np.float32, layers),
-                "input_ids": (np.int64, tokens),
-            },
-        )
-        self._down = _Block(
-            gpu, {"active_experts": (np.int32, layers), "logits": (np.float32, rows * model.vocabulary)}
-        )
-        self._vocabulary, self._layers = model.vocabulary, layers
-        self.addresses = {**self._up.addresses, **self._down.addresses}
-
-    def write(self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction) -> None:
-        """Queue the inputs."""
-        budgets, floors = restriction.arrays
-        values = {
-            "input_ids": input_ids,
-            "past_lengths": past_lengths,
-            "lengths": lengths,
-            "budgets": budgets,
-            "floors": floors,
-        }
-        for name, value in values.items():
-            self._up.host[name][: value.size] = value.reshape(-1)
-        self._up.send(self._gpu, "input_ids", input_ids.size)
-
-    def read(self, rows: int) -> StepResult:
-        """Queue the outputs; they are there after the next `synchronize`, until the next step."""
-        self._down.fetch(self._gpu, "logits", rows * self._vocabulary)
-        logits = self._down.host["logits"][: rows * self._vocabulary].reshape(rows, self._vocabulary)
-        return StepResult(logits, self._down.host["active_experts"][: self._layers])
-
-
-class _Block:
-    """Arrays one after another in one block of memory, on the device and pinned on the host; the last one is large."""
-
-    def __init__(self, gpu: Gpu, arrays: dict[str, tuple[type[np.generic], int]]) -> None:
-        offsets, end = {}, 0
-        for name, (dtype, count) in arrays.items():
-            offsets[name] = end
-            end += math.ceil(max(count, 1) * np.dtype(dtype).itemsize / ALIGNMENT) * ALIGNMENT
-        self._bytes = gpu.pinned(end)
-        self._bytes[:] = 0
-        self._address = gpu.allocate(end, "a step's inputs and outputs")
-        self._offsets = offsets
-        self.addresses = {name: self._address + offset for name, offset in offsets.items()}
-        self.host: dict[str, Array] = {
-            name: self._bytes[offsets[name] : offsets[name] + count * np.dtype(dtype).itemsize].view(dtype)
-            for name, (dtype, count) in arrays.items()
-        }
-
-    def _part(self, last: str, count: int) -> Array:
-        """The block up to the first `count` elements of its last array."""
-        return self._bytes[: self._offsets[last] + count * self.host[last].itemsize]
-
-    def send(self, gpu: Gpu, last: str, count: int) -> None:
-        gpu.upload(self._address, self._part(last, count))
-
-    def fetch(self, gpu: Gpu, last: str, count: int) -> None:
-        gpu.download(self._part(last, count), self._address)
-
-
 class _Runtime:
     """TensorRT's runtime and engine, and what its log said."""
 
@@ -405,7 +360,7 @@ class _Context:
             self._check(self._context.set_tensor_address(name, address), f"the address of {name}")
             self._bound[name] = address
 
-    def shape(self, io: _Buffers, batch: int, length: int) -> None:
+    def shape(self, io: Buffers, batch: int, length: int) -> None:
         """Give the inputs their shapes, and inputs and outputs their memory."""
         for name, address in io.addresses.items():
             self.bind(name, address)

@@ -53,6 +53,7 @@ class Parser:
             temperature=float(_one(values, "temperature", 0.0)),
             top_p=float(_one(values, "top_p", 1.0)),
             seed=self._at_least(values, "seed", 0, 0),
+            top_k=int(_one(values, "top_k", 0)),
         )
         quality = _text(values, "quality")
         request = Request(

@@ -21,6 +21,7 @@ INPUTS = (
     Tensor("max_tokens", "TYPE_INT32", (1,), True, "new tokens to write, at most"),
     Tensor("temperature", "TYPE_FP32", (1,), True, "0 is greedy, higher is more random"),
     Tensor("top_p", "TYPE_FP32", (1,), True, "draw from the likeliest tokens that reach this probability"),
+    Tensor("top_k", "TYPE_INT32", (1,), True, "draw from so many likeliest tokens; 0: no limit"),
     Tensor("seed", "TYPE_INT64", (1,), True, "seed of the draws; the same seed gives the same draws"),
     Tensor("stop", "TYPE_STRING", (-1,), True, "texts that end the answer before them"),
     Tensor("quality", "TYPE_STRING", (1,), True, "max, balanced, fast, or a fraction of the experts such as 0.5"),

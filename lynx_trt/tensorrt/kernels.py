@@ -1,17 +1,23 @@
-"""Which kernels an engine needs: its plugin layers as TensorRT sees them, and the numbers of tokens of its profiles."""
+"""Which kernels an engine needs: its plugin layers as TensorRT sees them, and the numbers of tokens of its profiles.
+
+Beside it lie those that draw tokens from its logits.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.plugins.contract import COMPUTED, CONTRACTS
 from lynx_trt.plugins.launcher import spec_of
-from lynx_trt.plugins.specs import Op
+from lynx_trt.plugins.specs import DrawSpec, Op
 from lynx_trt.tensorrt.profiles import Profile
 
+# More than any profile decodes or prefills at a time.
+MOST_ROWS = 1 << 16
 # The inputs with an entry for each token: their names in lynx graphs and in those of other exporters.
 TOKEN_INPUTS = ("input_ids", "token_ids", "decoder_input_ids", "tokens", "ids")
 
@@ -36,6 +42,18 @@ def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> 
         spec = spec_of(layer["op"], values, shapes, layer["type"])
         specs[spec.key] = spec
     return [Op(spec, ranges) for spec in specs.values()]
+
+
+def write_draws(path: Path, vocabulary: int, sms: Sequence[int], progress: Callable[[float], None]) -> None:
+    """Compile the draws of next tokens for some SMs into the file `path`.
+
+    Raises UsageError: a vocabulary that no kernel is made for.
+    """
+    from lynx_trt.plugins.aot import compile_for
+
+    # The plans are the same for any number of rows.
+    ops = [Op(DrawSpec(vocabulary, nucleus), ((1, MOST_ROWS),)) for nucleus in (False, True)]
+    path.write_bytes(compile_for(ops, sms, progress=progress).to_bytes())
 
 
 def _tokens(profile: Profile) -> tuple[int, int]:

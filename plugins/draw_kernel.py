@@ -1,0 +1,176 @@
+"""The next token of each row of logits, drawn where the logits are: `lynx_trt.runtime.sampling.draw` in two launches.
+
+A row's logits are cut into blocks. `draw_blocks_kernel` reads them once: of each block its best token, the sum of
+exp((logit - best) / temperature), and, for top-k and top-p, its LEADING best tokens. `draw_kernel`, a program a row,
+needs of the logits only the block that the draw falls into. What goes to the host is a token a row, where the logits
+of a row are 0.6 MB at 152,000 tokens, and drawing from them takes a core a millisecond.
+
+A nucleus (what top-k and top-p leave) is looked for among the row's LEADING best tokens; where it is larger, the token
+is BEYOND and the host draws. exp is float32, sums are float64, in a fixed order.
+
+A token and its logit are one int64, its key: the order of the float32 in the upper half, and below it the token
+counted down, so that the largest key is the best token, of equals the lower. A NaN is above all.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 -- sizes are named as in the glossary: T, V
+
+import triton
+import triton.language as tl
+
+from lynx_trt.plugins.select_kernel import LARGEST, is_finite, sort_order
+
+# As lynx_trt.runtime.backend.NOT_FINITE; and a token that is to be drawn on the host.
+NOT_FINITE = tl.constexpr(-2)
+BEYOND = tl.constexpr(-3)
+
+# Below every key.
+NO_KEY = tl.constexpr(-(2**63))
+LOW = tl.constexpr(2**32 - 1)
+
+
+@triton.jit
+def key_of(value, token):
+    """A token's key, from its logit."""
+    order = tl.where(value != value, LARGEST, sort_order(value)).to(tl.int64)
+    return (order << 32) - token.to(tl.int64) + LOW
+
+
+@triton.jit
+def token_of(key):
+    """The token of a key, int32."""
+    return (-(key & LOW) + LOW).to(tl.int32)
+
+
+@triton.jit
+def value_of(key):
+    """The logit of a key; a NaN where it was one or there is no key."""
+    order = (key >> 32).to(tl.int32)
+    bits = tl.where(order >= 0, order, order ^ LARGEST)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_of(value, best, scale):
+    """exp((value - best) / temperature), float64, and 0 for -inf and NaN."""
+    power = tl.exp((value - best) * scale).to(tl.float64)
+    return tl.where(value > -float("inf"), power, 0.0)
+
+
+@triton.jit
+def where_reached(weights, place, target):
+    """The first place at which the weights, summed up to there, are above target; never one of weight 0."""
+    beyond = tl.sum((tl.cumsum(weights, axis=0) <= target).to(tl.int32), axis=0)
+    last = tl.max(tl.where(weights > 0, place, 0), axis=0)
+    return tl.minimum(beyond, last)
+
+
+@triton.jit(do_not_specialize=["T"])
+def draw_blocks_kernel(
+    logits,  # [T,V] float32
+    scale,  # [T] float32: 1 / temperature; 0: greedy
+    best,  # [T,BLOCKS] int64, out: the key of a block's best token
+    mass,  # [T,BLOCKS] float64, out: the sum of exp((logit - best) * scale)
+    leading,  # [T,BLOCKS,LEADING] int64, out: the keys of a block's best tokens, falling; not written if LEADING is 0
+    T,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LEADING: tl.constexpr,
+):
+    """Grid: (T * BLOCKS,)."""
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row * V + token, mask=token < V, other=-float("inf"))
+    key = tl.where(token < V, key_of(value, token), NO_KEY)
+    top = tl.max(key, axis=0)
+    tl.store(best + row * BLOCKS + block, top)
+    weights = weight_of(value, value_of(top), tl.load(scale + row))
+    tl.store(mass + row * BLOCKS + block, tl.sum(weights, axis=0))
+    if LEADING > 0:
+        place = (row * BLOCKS + block) * LEADING + tl.arange(0, LEADING)
+        tl.store(leading + place, tl.topk(key, LEADING))
+
+
+@triton.jit
+def draw_from_nucleus(
+    leading,
+    row,
+    best,
+    scale,
+    top_p,
+    top_k,
+    uniform,
+    total,
+    V: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LEADING: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """A row's token under top-k and top-p, int32; BEYOND where the nucleus is not all in the row's LEADING tokens."""
+    slot = tl.arange(0, SLOTS)
+    found = tl.load(leading + row * BLOCKS * LEADING + slot, mask=slot < BLOCKS * LEADING, other=NO_KEY)
+    key = tl.topk(found, LEADING)
+    rank = tl.arange(0, LEADING)
+    token = token_of(key)
+    limited = (top_k > 0) & (top_k < V)
+    there = (key > NO_KEY) & ((rank < top_k) | (limited == 0))
+    weights = tl.where(there, weight_of(value_of(key), best, scale), 0.0)
+    ends = tl.cumsum(weights, axis=0)
+    here = tl.sum(weights, axis=0)
+    wanted = top_p * tl.where(limited, here, total)
+    kept = there & (weights > 0) & (ends - weights < wanted)
+    # Among what is kept the draw goes by token, as it does among all.
+    weights = tl.where(kept, weights, 0.0)
+    before = tl.sum(tl.where(token[None, :] < token[:, None], weights[None, :], 0.0), axis=1)
+    reached = kept & (before <= uniform * tl.sum(weights, axis=0))
+    last = tl.max(tl.where(reached, before, -1.0), axis=0)
+    drawn = tl.max(tl.where(reached & (before == last), token, 0), axis=0)
+    whole = tl.where(limited, top_k <= LEADING, here >= wanted) | (V <= LEADING)
+    return tl.where(whole, drawn, BEYOND)
+
+
+@triton.jit(do_not_specialize=["T"])
+def draw_kernel(
+    logits,  # [T,V] float32
+    scale,  # [T] float32: 1 / temperature; 0: greedy
+    top_p,  # [T] float64; 1: no limit
+    top_k,  # [T] int32; 0: no limit
+    uniform,  # [T] float64, 0 to below 1
+    best,  # [T,BLOCKS] int64
+    mass,  # [T,BLOCKS] float64
+    leading,  # [T,BLOCKS,LEADING] int64; not read if LEADING is 0
+    token,  # [T] int32, out
+    T,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    LEADING: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Grid: (T,). A row with a top-k or top-p needs LEADING above 0."""
+    row = tl.program_id(0).to(tl.int64)
+    by, chance = tl.load(scale + row), tl.load(uniform + row)
+    block = tl.arange(0, BLOCK_B)
+    keys = tl.load(best + row * BLOCKS + block, mask=block < BLOCKS, other=NO_KEY)
+    sums = tl.load(mass + row * BLOCKS + block, mask=block < BLOCKS, other=0.0)
+    top = tl.max(keys, axis=0)
+    largest = value_of(top)
+    weights = tl.where(block < BLOCKS, sums * weight_of(value_of(keys), largest, by), 0.0)
+    total = tl.sum(weights, axis=0)
+    target = chance * total
+    chosen = where_reached(weights, block, target)
+    before = tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)
+    within = tl.arange(0, BLOCK)
+    at = chosen * BLOCK + within
+    value = tl.load(logits + row * V + at, mask=at < V, other=-float("inf"))
+    drawn = chosen * BLOCK + where_reached(weight_of(value, largest, by), within, target - before)
+    if LEADING > 0:
+        p, k = tl.load(top_p + row), tl.load(top_k + row)
+        restricted = (p < 1) | ((k > 0) & (k < V))
+        nucleus = draw_from_nucleus(leading, row, largest, by, p, k, chance, total, V, BLOCKS, LEADING, SLOTS)
+        drawn = tl.where(restricted, nucleus, drawn)
+    drawn = tl.where(by == 0, token_of(top), drawn)
+    tl.store(token + row, tl.where(is_finite(largest), drawn, NOT_FINITE))

@@ -1,0 +1,358 @@
+"""The plans of each op: LynxSelect, LynxExperts, and the draw of the next tokens that follows an engine's logits.
+
+Pure functions of a spec, an SM and a number of tokens; `plan.py` says what a plan is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lynx_trt.plugins.launch import (
+    FLOAT32_TOKENS,
+    MOST_PROGRAMS,
+    SMS,
+    ExpertsLaunch,
+    MatmulLaunch,
+    SelectLaunch,
+    experts_launch,
+    power_of_two,
+    select_launch,
+    tokens_bucket,
+)
+from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Grid, Kernel, Plan, Region, Step
+from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSpec, SelectSpec, Spec, Value
+
+# Up to this many slots one program makes the dispatch metadata: each 128 of them are about a microsecond of its time.
+DISPATCH_SLOTS = 512
+# Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
+BLOCKS_HERE = 64
+# The likeliest tokens of a row among which a nucleus is looked for; a longer one is the host's.
+DRAW_LEADING = 64
+# Rows of a table that are added at a time.
+TABLE_ROWS = 8
+
+
+def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:
+    """An op's plans on an SM, by rising `max_tokens`, the last of which is at least the one given."""
+    make: Callable[[int], Plan[Kernel]]
+    if isinstance(spec, SelectSpec):
+        make = lambda tokens: select_plan(spec, sm, tokens)  # noqa: E731
+    elif isinstance(spec, DrawSpec):
+        make = lambda tokens: draw_plan(spec, tokens)  # noqa: E731
+    else:
+        make = lambda tokens: experts_plan(spec, sm, tokens)  # noqa: E731
+    result: list[Plan[Kernel]] = []
+    tokens = 1
+    while True:
+        plan = make(tokens)
+        if result and (result[-1].steps, result[-1].regions) == (plan.steps, plan.regions):
+            result.pop()
+        result.append(plan)
+        if tokens >= max_tokens:
+            return tuple(result)
+        tokens *= 2
+
+
+def workspace_bytes(spec: Spec, max_tokens: int) -> int:
+    """The workspace that an op needs for up to `max_tokens` tokens, whatever the SM.
+
+    LynxSelect: at most about 20 (4 T K + 5 E) bytes, of tables with an entry for each expert and block of tokens.
+    LynxExperts: T K (I b + H c + 4) bytes, b those of an element and c too, but 4 up to FLOAT32_TOKENS tokens, and
+    tables as above.
+    """
+    return max(
+        plan.workspace_bytes(min(plan.max_tokens, max_tokens)) for sm in SMS for plan in plans(spec, sm, max_tokens)
+    )
+
+
+def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | None = None) -> Plan[Kernel]:
+    """LynxSelect for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
+    launch = launch or select_launch(tokens, spec.experts, spec.experts_per_token, sm)
+    steps = _select_in_one(spec, launch, tokens) if launch.one_program else _select_in_blocks(spec, launch, tokens)
+    regions = [] if spec.dispatch_taken else [_dispatch_region(spec)]
+    if not launch.one_program:
+        regions += [
+            Region("voting", per=4, tokens=launch.tokens),
+            Region("votes", per=8 * spec.experts, tokens=launch.tokens),
+            Region("forced", per=4 * spec.experts, tokens=launch.tokens),
+            Region("kept", fixed=4 * spec.experts),
+            *_table_regions(spec, launch.tokens),
+        ]
+    return Plan(tokens, tuple(steps), tuple(regions))
+
+
+_SELECT_INPUTS = {
+    "choice": "*fp32",
+    "combine": "*fp32",
+    "topk_index": "*i64",
+    "topk_weight": "*fp32",
+    "budget": "*i32",
+    "floor": "*fp32",
+    "token_mask": "*u8",
+}
+
+
+def _select_in_one(spec: SelectSpec, launch: SelectLaunch, tokens: int) -> list[Step[Kernel]]:
+    outputs = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
+    constants = {
+        **_vote_constants(spec),
+        **_choice_constants(spec),
+        "BLOCK_T": launch.block_t,
+        "BLOCK_SLOTS": 256,
+        "ONE_TILE": tokens <= launch.block_t,
+    }
+    return [_step("select_kernel", Grid(fixed=1), {**_SELECT_INPUTS, **outputs}, constants, launch.warps)]
+
+
+def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, tokens: int) -> list[Step[Kernel]]:
+    grid = Grid(times=1, over=launch.tokens)
+    few = -(-tokens // launch.tokens) <= BLOCKS_HERE
+    blocks = {"BLOCK_T": launch.block_t, "TOKENS": launch.tokens}
+    sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": _row(spec)}
+    tables = {"voting": "*i32", "votes": "*fp64", "forced": "*i32"}
+    steps = []
+    if spec.vote == "affinity":
+        constants = {**sizes, "K": spec.experts_per_token, **blocks}
+        steps.append(_step("select_voting_kernel", grid, {**_SELECT_INPUTS, "voting": "*i32"}, constants, launch.warps))
+    buffers = {**_SELECT_INPUTS, **tables}
+    steps.append(_step("select_votes_kernel", grid, buffers, {**_vote_constants(spec), **blocks}, launch.warps))
+    if not few:
+        constants = {**sizes, "TOKENS": launch.tokens}
+        buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
+        steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, launch.warps))
+    buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
+    constants = {**sizes, **_choice_constants(spec), **blocks, "KEEP_HERE": few}
+    steps.append(_step("select_choice_kernel", grid, buffers, constants, launch.warps))
+    return steps + _dispatch_ends(spec, launch.tokens, few, pairs=spec.dispatch_taken)
+
+
+def _vote_constants(spec: SelectSpec) -> dict[str, Value]:
+    return {
+        "E": spec.experts,
+        "K": spec.experts_per_token,
+        "VOTE": spec.vote,
+        "GUARANTEE": spec.guarantee,
+        "SENSITIVITY": spec.sensitivity,
+        "POWER": spec.power,
+        "ALPHA": spec.alpha,
+        "BETA": spec.beta,
+        "BLOCK_E": _row(spec),
+    }
+
+
+def _choice_constants(spec: SelectSpec) -> dict[str, Value]:
+    return {
+        "K": spec.experts_per_token,
+        "REMAP": spec.remap,
+        "RENORMALIZE": spec.renormalize,
+        "SCALE": spec.scale,
+        "BLOCK_K": power_of_two(spec.experts_per_token),
+    }
+
+
+def _row(spec: MoeSpec) -> int:
+    """A row of E as the kernels hold it; 2 is the fewest bins that their histogram has."""
+    return max(power_of_two(spec.experts), 2)
+
+
+def _dispatch_region(spec: MoeSpec) -> Region:
+    return Region("dispatch", fixed=4 * (2 * spec.experts + 2), per=4 * spec.experts_per_token)
+
+
+def _table_regions(spec: MoeSpec, block: int) -> list[Region]:
+    return [Region(name, per=4 * spec.experts, tokens=block) for name in ("table", "begins")]
+
+
+def _dispatch_ends(spec: MoeSpec, block: int, few: bool, *, pairs: bool) -> list[Step[Kernel]]:
+    """From the table of counts of each block to the metadata, `active` and (if wanted) the pairs."""
+    sizes = {
+        "E": spec.experts,
+        "K": spec.experts_per_token,
+        "BLOCK_E": _row(spec),
+        "SLOTS": block * spec.experts_per_token,
+    }
+    steps = []
+    if not (few and pairs):
+        buffers = {"table": "*i32", "begins": "*i32", "dispatch": "*i32", "active": "*i32"}
+        steps.append(_step("dispatch_scan_kernel", Grid(fixed=1), buffers, {**sizes, "ROWS": TABLE_ROWS}, 8))
+    if pairs:
+        buffers = {"index": "*i64", "table": "*i32", "dispatch": "*i32", "active": "*i32"}
+        constants = {**sizes, "SCAN_HERE": few, "ROWS": TABLE_ROWS}
+        names = {} if few else {"table": "begins"}
+        grid = Grid(times=1, over=block)
+        steps.append(_step("dispatch_place_kernel", grid, buffers, constants, 8, names=names))
+    return steps
+
+
+def _dispatch_steps(spec: ExpertsSpec, tokens: int) -> tuple[list[Step[Kernel]], list[Region]]:
+    """The metadata from `index`, for a node that is not given it."""
+    regions = [_dispatch_region(spec), Region("active", fixed=4)]
+    sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": _row(spec)}
+    if tokens * spec.experts_per_token <= DISPATCH_SLOTS:
+        buffers = {"index": "*i64", "dispatch": "*i32", "active": "*i32"}
+        return [_step("dispatch_kernel", Grid(fixed=1), buffers, {**sizes, "BLOCK": DISPATCH_SLOTS}, 8)], regions
+    fewest = power_of_two(-(-spec.experts // (4 * spec.experts_per_token)))
+    block = max(fewest, 16 if tokens <= 1024 else 64)
+    few = -(-tokens // block) <= BLOCKS_HERE
+    constants = {**sizes, "SLOTS": block * spec.experts_per_token, "BLOCK": 256}
+    buffers = {"index": "*i64", "table": "*i32"}
+    count = _step("dispatch_count_kernel", Grid(times=1, over=block), buffers, constants, 4)
+    regions += _table_regions(spec, block)
+    return [count, *_dispatch_ends(spec, block, few, pairs=True)], regions
+
+
+def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch | None = None) -> Plan[Kernel]:
+    """LynxExperts for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
+    if launch is None:
+        bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+        launch = experts_launch(bucket, spec.experts, spec.hidden, spec.inner, spec.dtype, sm)
+    steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, tokens)
+    partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
+    steps += [
+        _gate_up_step(spec, launch, tokens),
+        _down_step(spec, launch, tokens, partial),
+        _combine_step(spec, partial),
+    ]
+    pairs = spec.experts_per_token
+    regions += [
+        Region("inner", per=pairs * spec.inner * BYTES[spec.dtype]),
+        Region("partial", per=pairs * spec.hidden * (4 if partial == "*fp32" else BYTES[spec.dtype])),
+    ]
+    if launch.gate_up.descriptors or launch.down.descriptors:
+        regions.append(Region("scratch", fixed=SCRATCH_BYTES * MOST_PROGRAMS))
+    return Plan(tokens, tuple(steps), tuple(regions))
+
+
+def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int) -> Step[Kernel]:
+    form, value = spec.form, POINTERS[spec.dtype]
+    bias = "gate_up_bias" if spec.bias else "null"
+    buffers = {"hidden": value, "gate_up": value, "gate_up_bias": value, "dispatch": "*i32", "inner": value}
+    constants: dict[str, Value] = {
+        **_matmul_constants(spec, launch, launch.gate_up, tokens),
+        "ACTIVATION": form.activation,
+        "GATED": form.gated,
+        "INTERLEAVED": form.interleaved,
+        "ALPHA": float(form.alpha),
+        "LIMIT": float(form.limit),
+        "UP_OFFSET": float(form.up_offset),
+        "BLOCK_I": launch.gate_up.block_n,
+        "BLOCK_H": launch.gate_up.block_d,
+    }
+    grid = _matmul_grid(spec, launch, launch.gate_up, tokens, spec.inner)
+    function = "gate_up_prefill_kernel" if launch.prefill else "gate_up_decode_kernel"
+    names = {"gate_up_bias": bias}
+    return _step(function, grid, buffers, constants, launch.gate_up.warps, launch.gate_up.stages, names)
+
+
+def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int, partial: str) -> Step[Kernel]:
+    value = POINTERS[spec.dtype]
+    bias = "down_bias" if spec.bias else "null"
+    buffers = {
+        "inner": value,
+        "down": value,
+        "down_bias": value,
+        "weight": "*fp32",
+        "dispatch": "*i32",
+        "partial": partial,
+    }
+    constants: dict[str, Value] = {
+        **_matmul_constants(spec, launch, launch.down, tokens),
+        "BLOCK_H": launch.down.block_n,
+        "BLOCK_I": launch.down.block_d,
+    }
+    grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
+    function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
+    return _step(function, grid, buffers, constants, launch.down.warps, launch.down.stages, {"down_bias": bias})
+
+
+def _combine_step(spec: ExpertsSpec, partial: str) -> Step[Kernel]:
+    block = min(power_of_two(spec.hidden), 512)  # 4 values a thread of 4 warps
+    constants = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden, "BLOCK_H": block}
+    buffers = {"partial": partial, "index": "*i64", "output": POINTERS[spec.dtype]}
+    return _step("combine_kernel", Grid(per=-(-spec.hidden // block), times=1), buffers, constants, 4)
+
+
+def _block_t(matmul: MatmulLaunch, tokens: int) -> int:
+    """No larger than the batch, in which an expert has at most a pair a token; 16 is what the matrix units take."""
+    return min(matmul.block_t, max(power_of_two(tokens), 16))
+
+
+def _matmul_constants(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch, tokens: int) -> dict[str, Value]:
+    constants: dict[str, Value] = {
+        "E": spec.experts,
+        "K": spec.experts_per_token,
+        "H": spec.hidden,
+        "I": spec.inner,
+        "TRANSPOSED": spec.form.transposed,
+        "HAS_BIAS": spec.bias,
+        # Only float32 operands have a choice: exact products, or ones rounded to 10 bits.
+        "PRECISION": "ieee" if spec.dtype == "float32" else "tf32",
+        "BLOCK_E": _row(spec),
+        "BLOCK_T": _block_t(matmul, tokens),
+    }
+    if launch.prefill:
+        return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors}
+    return {**constants, "ONE_TILE": tokens <= _block_t(matmul, tokens), "SWAP": matmul.swap}
+
+
+def _matmul_grid(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch, tokens: int, rows: int) -> Grid:
+    """Tiles of rows x (active experts + full tiles of pairs): at least the items there are, however they fall."""
+    block_t = _block_t(matmul, tokens)
+    one_tile = not launch.prefill and tokens <= block_t
+    return Grid(
+        per=-(-rows // matmul.block_n),
+        cap=spec.experts,
+        slots=spec.experts_per_token,
+        times=0 if one_tile else spec.experts_per_token,
+        over=block_t,
+        per_multiprocessor=matmul.per_multiprocessor if launch.prefill else 0,
+    )
+
+
+def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Kernel]:
+    """The draw of the next tokens of up to `tokens` rows, in blocks of `block` logits (None: as below).
+
+    Nothing of it is measured: 2048 makes enough blocks for every multiprocessor, and few enough for one program.
+    """
+    if block is None:
+        block = min(max(power_of_two(spec.vocabulary), DRAW_LEADING), 2048 if spec.vocabulary <= 1 << 18 else 8192)
+    blocks = -(-spec.vocabulary // block)
+    constants: dict[str, Value] = {
+        "V": spec.vocabulary,
+        "BLOCK": block,
+        "BLOCKS": blocks,
+        "LEADING": DRAW_LEADING if spec.nucleus else 0,
+    }
+    tables = {"best": "*i64", "mass": "*fp64", "leading": "*i64"}
+    names = {} if spec.nucleus else {"leading": "null"}
+    buffers = {"logits": "*fp32", "scale": "*fp32", **tables}
+    first = _step("draw_blocks_kernel", Grid(times=blocks), buffers, constants, 8 if block > 2048 else 4, names=names)
+    rows = {"top_p": "*fp64", "top_k": "*i32", "uniform": "*fp64"}
+    buffers = {"logits": "*fp32", "scale": "*fp32", **rows, **tables, "token": "*i32"}
+    # Two at least: the compiler has no arrays of one.
+    rooms = {"BLOCK_B": max(power_of_two(blocks), 2), "SLOTS": power_of_two(blocks * DRAW_LEADING)}
+    second = _step("draw_kernel", Grid(times=1), buffers, {**constants, **rooms}, 8, names=names)
+    regions = [Region("best", per=8 * blocks), Region("mass", per=8 * blocks)]
+    if spec.nucleus:
+        regions.append(Region("leading", per=8 * blocks * DRAW_LEADING))
+    return Plan(tokens, (first, second), tuple(regions))
+
+
+def _step(
+    function: str,
+    grid: Grid,
+    buffers: Mapping[str, str],
+    constants: Mapping[str, Value],
+    warps: int,
+    stages: int = 3,
+    names: Mapping[str, str] | None = None,
+) -> Step[Kernel]:
+    """A launch whose parameters are `buffers` (name to type) in the kernel's order, then T where it takes it.
+
+    `names` gives the argument of a parameter that has another name.
+    """
+    parameters = dict(buffers)
+    if MODULES[function] in ("select_kernel", "select_blocks_kernel", "dispatch_kernel", "draw_kernel"):
+        parameters["T"] = "i32"
+    kernel = Kernel(function, tuple(parameters.items()), tuple(sorted(constants.items())), warps, stages)
+    return Step(kernel, grid, tuple((names or {}).get(name, name) for name in parameters))

@@ -1,0 +1,131 @@
+"""The draw of the next tokens on the GPU against `sampling.draw`, which is the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_process import on_device
+from numpy.typing import NDArray
+
+from lynx_trt.plugins import execute
+from lynx_trt.plugins.plans import DRAW_LEADING, draw_plan
+from lynx_trt.plugins.specs import DrawSpec
+from lynx_trt.runtime.backend import NOT_FINITE, Draws
+from lynx_trt.runtime.draws import BEYOND
+from lynx_trt.runtime.sampling import Sampling, draw, draws_of
+
+Array = NDArray[Any]
+
+# (tokens, block): one block that isn't full; five small ones and three larger, the last of each short.
+SIZES = [(7, 64), (300, 64), (700, 256)]
+
+
+def kernels(logits: Array, draws: Draws, block: int | None, *, nucleus: bool = True) -> list[int]:
+    inputs = (logits, draws.scale, draws.top_p, draws.top_k, draws.uniform)
+    tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
+    return [int(token) for token in on_device(execute.draw, DrawSpec(logits.shape[1], nucleus), *tensors, block=block)]
+
+
+def draws_for(rows: int, *ways: Sampling, seed: int = 0) -> Draws:
+    how = [(row, ways[row % len(ways)], np.random.default_rng([seed, row])) for row in range(rows)]
+    return draws_of(rows, how)
+
+
+@pytest.mark.parametrize(("vocabulary", "block", "nucleus"), [*((*size, False) for size in SIZES), (300, 64, True)])
+def test_greedy(vocabulary: int, block: int, nucleus: bool) -> None:
+    """Ties within and across blocks, the first and the last token, -inf, and zeros of both signs."""
+    rng = np.random.default_rng(vocabulary)
+    logits = np.round(rng.standard_normal((6, vocabulary)), 1).astype(np.float32)
+    logits[1, 0] = logits[2, -1] = 9
+    logits[3] = -np.inf
+    logits[3, vocabulary // 2] = -5
+    logits[4] = 0.0
+    logits[4, :3] = -0.0
+    logits[5] = -np.abs(logits[5])
+    draws = draws_for(6, Sampling())
+    assert kernels(logits, draws, block, nucleus=nucleus) == draw(logits, draws).tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(("vocabulary", "block", "nucleus"), [*((*size, False) for size in SIZES), (300, 64, True)])
+def test_temperature(vocabulary: int, block: int, nucleus: bool) -> None:
+    """Draws from all tokens, peaked and nearly even, with tokens that can't be; the ends of the distribution."""
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.standard_normal((12, vocabulary)) * rng.choice([0.1, 3, 20], (12, 1))).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.2] = -np.inf
+    logits[:, vocabulary // 2] = 0
+    draws = draws_for(12, Sampling(0.7), Sampling(1.0), Sampling(2.5), Sampling(1e-30))
+    draws.uniform[:2] = 0.0
+    draws.uniform[2:4] = np.nextafter(1.0, 0.0)
+    assert kernels(logits, draws, block, nucleus=nucleus) == draw(logits, draws).tolist()
+
+
+@pytest.mark.parametrize(("vocabulary", "block"), SIZES)
+def test_nucleus(vocabulary: int, block: int) -> None:
+    """top-k and top-p, alone and together, beside rows that are greedy and rows that have neither."""
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.standard_normal((16, vocabulary)) * 4).astype(np.float32)
+    logits[::2] = np.round(logits[::2])  # many equal ones, at the border of a nucleus too
+    ways = [
+        Sampling(1.0, 0.5),
+        Sampling(0.7, 0.8),
+        Sampling(1.0, top_k=1),
+        Sampling(1.5, top_k=20),
+        Sampling(1.0, 0.9, top_k=64),
+        Sampling(1.0, top_k=vocabulary),  # no limit
+        Sampling(1.0),
+        Sampling(),
+    ]
+    draws = draws_for(16, *ways)
+    expected = draw(logits, draws).tolist()
+    got = kernels(logits, draws, block)
+    drawn = [row for row in range(16) if got[row] != BEYOND]
+    assert [got[row] for row in drawn] == [expected[row] for row in drawn]
+    # Few go to the host: where equal logits make a nucleus of more than 64.
+    assert len(drawn) >= (16 if vocabulary <= DRAW_LEADING else 12)
+    assert not [row for row in range(16) if ways[row % 8].top_k in (1, 20, 64) and got[row] == BEYOND]
+
+
+def test_a_nucleus_beyond_the_leading_tokens_is_the_hosts() -> None:
+    """Even logits: half of 300 is more than 64, and so is a top-k of 65; 20 % is not, nor is a limit that is none."""
+    logits = np.zeros((5, 300), np.float32)
+    ways = [
+        Sampling(1.0, 0.5),
+        Sampling(1.0, top_k=65),
+        Sampling(1.0, 0.2),
+        Sampling(1.0, top_k=300),
+        Sampling(0.0, 0.5),
+    ]
+    draws = draws_for(5, *ways)
+    got, expected = kernels(logits, draws, 64), draw(logits, draws).tolist()
+    assert got[:2] == [BEYOND, BEYOND]
+    assert got[2:] == expected[2:]
+
+
+@pytest.mark.parametrize(("vocabulary", "block"), SIZES)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_broken_rows_are_known_and_alone(vocabulary: int, block: int, bad: float) -> None:
+    """A NaN of either sign, or infinity, at the first, a middle and the last token; the row between them is whole."""
+    logits = np.random.default_rng(0).standard_normal((4, vocabulary)).astype(np.float32)
+    for row, place in ((0, 0), (1, vocabulary // 2), (3, vocabulary - 1)):
+        logits[row, place] = bad
+    draws = draws_for(4, Sampling(), Sampling(1.0, 0.9), Sampling(1.0))
+    got = kernels(logits, draws, block)
+    assert [got[row] for row in (0, 1, 3)] == [NOT_FINITE] * 3
+    assert got[2] == draw(logits, draws)[2]
+
+
+def test_nothing_but_minus_infinity() -> None:
+    logits = np.full((1, 300), -np.inf, np.float32)
+    draws = draws_for(1, Sampling(1.0))
+    assert kernels(logits, draws, 64) == draw(logits, draws).tolist() == [NOT_FINITE]
+
+
+def test_the_sizes_that_ship() -> None:
+    """A vocabulary of three blocks of 2048: greedy, warm and nucleus."""
+    assert dict(draw_plan(DrawSpec(5000, True), 1).steps[0].kernel.constants)["BLOCKS"] == 3
+    logits = (np.random.default_rng(0).standard_normal((3, 5000)) * 6).astype(np.float32)
+    draws = draws_for(3, Sampling(), Sampling(1.0), Sampling(1.0, 0.8, top_k=50))
+    assert kernels(logits, draws, None) == draw(logits, draws).tolist()
