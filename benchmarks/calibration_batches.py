@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibration_common import PROMPT, brief, parts, record, shipped
+from calibration_common import PROMPT, brief, measured, parts, record, shipped
 
 from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.dials import Dial, budget_dial, floor_dial
@@ -49,13 +49,13 @@ def main(
     """Search at every batch size, and use at every other."""
     probed = shipped()
     experts, width = probed.experts, probed.layers[0].experts_per_token
-    choose_meter, check_meter, _ = parts(probed, COUNT, 0, LENGTH)
+    meters = parts(probed, COUNT, 0, LENGTH)
     identity = {"count": COUNT, "length": LENGTH, "prompt": PROMPT}
     log = Journal(journal, identity, resume=True) if journal else None
     found: dict[str, dict[int | str, Restriction]] = {"floors": {}, "floors without caps": {}, "budgets": {}}
     for batch in BATCHES:
-        choose = Measured(choose_meter, batch, "choose", log)
-        means = choose_meter.natural(batch).mean((1, 2))
+        choose = measured(meters, batch, log).choose
+        means = choose.meter.natural(batch).mean((1, 2))
         found["floors"][batch] = find(choose, floor_dial(choose, LYNX, experts, means))
         found["budgets"][batch] = find(choose, budget_dial(LYNX, experts, means, width))
         found["floors without caps"][batch] = replace(found["floors"][batch], budgets=experts)
@@ -63,8 +63,8 @@ def main(
     for name, by_batch in found.items():
         by_batch[ALL] = Restriction.mildest(list(by_batch.values()))
         for at in BATCHES:
-            check = Measured(check_meter, at, "check", log)
-            natural = float(check_meter.natural(at).mean())
+            check = measured(meters, at, log).check
+            natural = float(check.meter.natural(at).mean())
             for source, chosen in by_batch.items():
                 (item,) = check.measure([Setting(LYNX, chosen)])
                 rows.append({"dial": name, "found_at": source, "used_at": at, "natural": natural, **brief(item)})

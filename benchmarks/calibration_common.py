@@ -22,8 +22,10 @@ from lynx_trt.build import shipped_model
 from lynx_trt.calibration import source
 from lynx_trt.calibration.company import MORE
 from lynx_trt.calibration.cost import CostModel, cost_model
+from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.model import Probed
+from lynx_trt.calibration.study import Parts
 from lynx_trt.calibration.text import Text, split
 from lynx_trt.export.checkpoint import open_checkpoint
 from lynx_trt.models.train import corpus
@@ -44,21 +46,21 @@ def costs(probed: Probed, hardware: str = "h100") -> CostModel:
     return cost_model(hardware, sizes, other)
 
 
-def own_text() -> Text:
-    """The text that the shipped model was not trained on."""
-    return Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
+def parts(probed: Probed, count: int, seed: int, length: int = LENGTH, text: Text | None = None) -> dict[str, Meter]:
+    """Meters for the part of a text that choices are made on (`choose`), the one held out (`check`), and for `more`.
 
-
-def parts(
-    probed: Probed, count: int, seed: int, length: int = LENGTH, validation: Text | None = None
-) -> tuple[Meter, Meter, Meter]:
-    """Meters for the part that choices are made on, for the part held out (of `validation`), and for more text."""
+    The text is what the shipped model was not trained on, unless another is given.
+    """
+    text = text or Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
     tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
-    drawn = split(own_text(), validation, tokenizer, separator=0, half=count // 2, length=length, seed=seed, more=MORE)
-    first, second, rest = (
-        Meter(probed, drawn[part], prompt=PROMPT, cost=costs(probed), seed=seed) for part in ("choose", "check", "more")
-    )
-    return first, second, rest
+    drawn = split(text, None, tokenizer, separator=0, half=count // 2, length=length, seed=seed, more=MORE)
+    cost = costs(probed)
+    return {name: Meter(probed, part, prompt=PROMPT, cost=cost, seed=seed) for name, part in drawn.items()}
+
+
+def measured(meters: dict[str, Meter], batch: int, log: Journal | None, label: str = "") -> Parts:
+    """What `parts` gives, to be measured at one batch size; `label` tells texts apart in the journal."""
+    return Parts(*(Measured(meters[part], batch, f"{label}{part}", log) for part in ("choose", "check", "more")))
 
 
 def brief(item: Measurement) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from calibration_common import LENGTH, PROMPT, brief, parts, record, shipped
+from calibration_common import LENGTH, PROMPT, brief, measured, parts, record, shipped
 
 from lynx_trt.budgets import Restriction, default_restriction
 from lynx_trt.calibration.dials import Dial, Floors, budget_dial, floor_dial
@@ -140,15 +140,15 @@ def main(
     probed = shipped()
     for size in (int(part) for part in batch.split(",")):
         count = max(64, 2 * size)
-        meters = parts(probed, count, seed, length)[:2]
+        meters = parts(probed, count, seed, length)
         identity = {"batch": size, "count": count, "seed": seed, "length": length, "prompt": PROMPT}
         log = Journal(journal / str(size), identity, resume=True) if journal else None
-        choose, check = (
-            Measured(part, size, name, log) for part, name in zip(meters, ("choose", "check"), strict=True)
-        )
+        halves = measured(meters, size, log)
         with Progress() as progress:
             update = progress.phase(f"Batch {size}")
-            outcome = one_batch(choose, check, [float(part) for part in shares.split(",")], variants=size == 16)
+            outcome = one_batch(
+                halves.choose, halves.check, [float(part) for part in shares.split(",")], variants=size == 16
+            )
             update(1.0)
         typer.echo(f"{record(f'calibration_policies_{size}', outcome)}")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibration_common import LENGTH, PROMPT, parts, record, shipped
+from calibration_common import LENGTH, PROMPT, measured, parts, record, shipped
 
-from lynx_trt.calibration.journal import Journal, Measured
+from lynx_trt.calibration.journal import Journal
 from lynx_trt.calibration.promise import Promise
 from lynx_trt.calibration.study import Parts, run_study
 from lynx_trt.selection import DEFAULT_PRESET, PRESETS
@@ -33,14 +33,14 @@ TARGETS = {
 }
 
 
-def one(measured: Parts, promise: Promise, dial: str) -> dict[str, Any]:
+def one(halves: Parts, promise: Promise, dial: str) -> dict[str, Any]:
     """One search: what was chosen, and how held-out text came out."""
     started = time.perf_counter()
-    study = run_study(measured, PRESETS[DEFAULT_PRESET], promise, silent, dial_name=dial, compare=False)
+    study = run_study(halves, PRESETS[DEFAULT_PRESET], promise, silent, dial_name=dial, compare=False)
     if study.chosen is None or study.held_out is None:
         return {"kept": False, "says": study.nearest(promise)}
     (check,) = study.checks
-    (chosen,) = promise.checks(study.chosen, measured.check.meter.sequences, study.company)
+    (chosen,) = promise.checks(study.chosen, halves.check.meter.sequences, study.company)
     return {
         "kept": study.kept,
         **study.held_out.setting.restriction.to_dict(),
@@ -75,10 +75,9 @@ def main(
     for seed in (int(part) for part in seeds.split(",")):
         identity = {"batch": batch, "count": count, "seed": seed, "length": LENGTH, "prompt": PROMPT}
         log = Journal(journal / str(seed), identity, resume=True) if journal else None
-        meters = zip(parts(probed, count, seed), ("choose", "check", "more"), strict=True)
-        measured = Parts(*(Measured(meter, batch, part, log) for meter, part in meters))
+        halves = measured(parts(probed, count, seed), batch, log)
         for target, promise in TARGETS.items():
-            rows.append({"target": target, "seed": seed, **one(measured, promise, dial)})
+            rows.append({"target": target, "seed": seed, **one(halves, promise, dial)})
             typer.echo(rows[-1])
     typer.echo(record(name, rows))
     raise typer.Exit(0 if all(row["kept"] for row in rows) else 1)

@@ -194,6 +194,18 @@ def promises(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from (f"Nothing found: {row}" for row in rows if "held_out" not in row)
 
 
+def other_text(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What was chosen on one kind of text, on every kind: the promised number, or NO before one that is too high."""
+    kinds = list(dict.fromkeys(row["chosen_on"] for row in rows))
+    cells = []
+    for target, source in dict.fromkeys((row["target"], row["chosen_on"]) for row in rows):
+        at = {row["checked_on"]: row for row in rows if (row["target"], row["chosen_on"]) == (target, source)}
+        active = f"{at[source]['active']:.2f} of {at[source]['natural']:.2f}"
+        found = [("" if at[kind]["kept"] else "NO, ") + f"{at[kind]['value']:.3g}" for kind in kinds]
+        cells.append((target, source, active, *found))
+    yield from table(("promise", "chosen on", "active there", *(f"on {kind}" for kind in kinds)), cells)
+
+
 def batches(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What was found at one batch size, used at the others."""
     sizes = list(dict.fromkeys(row["used_at"] for row in rows))
@@ -237,6 +249,7 @@ def main() -> None:
         ("calibration_promises", promises),
         ("calibration_promises_witness", promises),
         ("calibration_promises_budgets", promises),
+        ("calibration_other_text", other_text),
         ("calibration_batches", batches),
         ("calibration_cost", costs),
     ):

@@ -175,7 +175,7 @@ def _batch_summary(study: dict[str, Any]) -> dict[str, Any]:
 def _tell(result: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
-    from lynx_trt.calibration.report import caveat, measured_on, terminal_tables
+    from lynx_trt.calibration.report import about_text, measured_on, terminal_tables
 
     # A pipe has no width of its own, and rich's default of 80 would break the rows.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -185,8 +185,8 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
     if result["promise"]:
         kept = f"kept on {measured_on(result)}" if result["kept"] else "NOT kept"
         typer.echo(f"Promise: {result['promise']['text']}; {kept}")
-        if caveat(result):
-            typer.echo(caveat(result))
+        if about_text(result):
+            typer.echo(about_text(result))
     if result["budgets"] is not None:
         _tell_restriction(result)
     if result.get("artifact_updated"):

@@ -104,7 +104,10 @@ def test_the_terminal_says_what_it_was_checked_on(options: CalibrateOptions) -> 
     out, error = said("--max-kl", "0.2", "--validation-text", str(other(options)))
     assert error is None
     assert "Batch of 4, validation text" in out
-    assert "Promise: KL at most 0.2; kept on validation text\n" in out
+    assert (
+        "Promise: KL at most 0.2; kept on validation text\nValidation text is other.txt; nothing was chosen on it.\n"
+        in out
+    )
     assert "held-out" not in out.lower()
     out, error = said("--max-kl", "0.2", "--floor", "0.01")
     assert error is None

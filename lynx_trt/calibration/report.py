@@ -36,10 +36,12 @@ def measured_on(result: dict[str, Any]) -> str:
     return "validation text" if result["text"]["validation"] else "held-out text"
 
 
-def caveat(result: dict[str, Any]) -> str:
-    """One sentence: what held-out text can't show, and the way out; empty where a user chose what to measure on."""
-    if measured_on(result) != "held-out text":
+def about_text(result: dict[str, Any]) -> str:
+    """One sentence: what that text is, and what it can't show; empty where nothing was chosen."""
+    if "dial" not in result:
         return ""
+    if result["text"]["validation"]:
+        return f"Validation text is {result['text']['validation']['name']}; nothing was chosen on it."
     return (
         f"Held-out text is other parts of the same text ({result['text']['name']}); text of another kind may cost "
         "more: check the promise on yours with --validation-text."
@@ -258,7 +260,7 @@ def _verdict(result: dict[str, Any]) -> str:
         return f"<p>Nothing was promised.{found}</p>"
     kept = result["kept"]
     words = f"is kept on {measured_on(result)}." if kept else f"is NOT kept: {result['reason']}."
-    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b> {escape(caveat(result))}{found}"
+    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b> {escape(about_text(result))}{found}"
     return f'<p class="{"kept" if kept else "broken"}">{said}</p>'
 
 
