@@ -35,6 +35,19 @@ def steps_tables(record: Record) -> str:
     ways = [
         (row["way"], f"{row['one_ms']:.2f}", f"{row['many_ms']:.2f}", f"{row['ratio']:.2f}") for row in record["steps"]
     ]
+    turned = [
+        (
+            "one core" if row["threads"] == 1 else f"{row['threads']} cores",
+            str(row["batch"]),
+            f"{row['ms']['max']:.2f} ({row['active']['max']:.1f})",
+            *(
+                f"{row['ms'][quality]:.2f} ({row['active'][quality]:.1f}), {row['ratio'][quality]:.2f}"
+                for quality in ("balanced", "fast")
+            ),
+        )
+        for row in record["dial"]
+    ]
+    dial = ("a decode step, ms (active experts)", "batch", "max", "balanced, tokens/s over max", "fast, the same")
     columns = record["nodes"]
     names = [f"batch {one['batch']}{'' if one['quality'] == 'max' else ', ' + one['quality']}" for one in columns]
     kinds = sorted(columns[-1]["us"], key=lambda kind: (kind == "others", -columns[-2]["us"][kind]))
@@ -44,7 +57,12 @@ def steps_tables(record: Record) -> str:
     step = ("the step without the profiler", *(f"{one['step_us']:.0f}" for one in columns))
     active = ("active experts a layer", *(f"{one['active_experts']:.1f}" for one in columns))
     return "\n\n".join(
-        [place, _markdown([head, *ways]), _markdown([("one core, us (nodes)", *names), *rows, step, active])]
+        [
+            place,
+            _markdown([head, *ways]),
+            _markdown([dial, *turned]),
+            _markdown([("one core, us (nodes)", *names), *rows, step, active]),
+        ]
     )
 
 

@@ -1,12 +1,13 @@
-"""Where does a decode step of the shipped model spend its time, at batch 1 and 16? One command, a minute:
+"""Where does a decode step of the shipped model spend its time, at batch 1 and 16? One command, two minutes:
 
     python benchmarks/serving_steps.py
     python benchmarks/serving_steps.py --show     # only the tables of what is recorded
 
 What sixteen sequences at once can give over one is decided here, below scheduler and server. *Steps*: the same decode
-on one core, on all cores with ONNX Runtime's own threads, and in pieces of the batch, in turn. *Nodes*: the time of
-each kind of node on one core, by ONNX Runtime's profiler, which adds a microsecond or two to each node. Everything goes
-to benchmarks/results/serving_steps.json; the tables in docs/serving.md come from that file alone.
+on one core, on all cores with ONNX Runtime's own threads, and in pieces of the batch, in turn. *Dial*: the same with
+what each quality may load, as it is served, in turn. *Nodes*: the time of each kind of node on one core, by ONNX
+Runtime's profiler, which adds a microsecond or two to each node. Everything goes to
+benchmarks/results/serving_steps.json; the tables in docs/serving.md come from that file alone.
 """
 
 from __future__ import annotations
@@ -34,18 +35,13 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         from lynx_trt.artifact import TOKENIZER, read
-        from lynx_trt.budgets import Restriction
-        from lynx_trt.runtime.open import limits_of
+        from lynx_trt.runtime.quality import QUALITIES, Dial
         from lynx_trt.runtime.text import Tokenizer
 
         self.artifact = read(folder)
         self.tokenizer = Tokenizer(self.artifact.path(TOKENIZER))
-        selection = self.artifact.manifest.selection
-        everything = limits_of(self.artifact.manifest).experts
-        self.restrictions = {
-            "max": Restriction(everything),
-            "balanced": Restriction(tuple(selection.budgets), tuple(selection.floors)),
-        }
+        dial = Dial.of(self.artifact.manifest)
+        self.restrictions = {quality: dial.restriction(quality) for quality in QUALITIES}
 
     def backend(self, batch: int, **options: Any) -> Any:
         """What `generate` and the server run, with so many slots."""
@@ -96,6 +92,32 @@ def steps(model: Model, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def dial(model: Model, rounds: int) -> list[dict[str, Any]]:
+    """Of each quality median milliseconds of a decode step, mean active experts, and tokens/s over those of `max`."""
+    rows = []
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        for batch in (1, 4, 16):
+            backend = model.backend(batch, threads=threads)
+            medians: dict[str, list[float]] = {quality: [] for quality in model.restrictions}
+            active = {}
+            for turn in range(rounds + 1):
+                for quality, found in medians.items():
+                    seconds, experts = model.decode(backend, quality)
+                    active[quality] = round(float(np.mean(experts)), 2)
+                    found += [float(np.median(seconds))] if turn else []
+            most = np.array(medians["max"])
+            rows.append(
+                {
+                    "threads": threads,
+                    "batch": batch,
+                    "ms": {quality: round(float(np.median(found)) * 1e3, 3) for quality, found in medians.items()},
+                    "active": active,
+                    "ratio": {q: round(float(np.median(most / np.array(found))), 2) for q, found in medians.items()},
+                }
+            )
+    return rows
+
+
 def nodes(model: Model, batch: int, quality: str, folder: Path) -> dict[str, Any]:
     """Microseconds a decode step spends in each kind of node, on one core."""
     plain = model.backend(batch, threads=1, pieces=1)
@@ -105,8 +127,9 @@ def nodes(model: Model, batch: int, quality: str, folder: Path) -> dict[str, Any
         seconds += more
     profiled = model.backend(batch, threads=1, profile=folder / f"{batch}-{quality}")
     model.decode(profiled, quality)
-    whole, free = (json.loads(Path(name).read_text(encoding="utf-8")) for name in profiled.end_profile())
-    events = free if sum(event.get("name") == "model_run" for event in free) > STEPS - 1 else whole
+    files = [json.loads(Path(name).read_text(encoding="utf-8")) for name in profiled.end_profile()]
+    # Of the graphs, the one that all steps ran.
+    events = max(files, key=lambda file: sum(event.get("name") == "model_run" for event in file))
     runs = sorted((e for e in events if e.get("name") == "model_run"), key=lambda event: event["ts"])[-STEPS:]
     # An If's own time is that of the nodes in it.
     kernels = [e for e in events if str(e.get("name")).endswith("_kernel_time") and e["args"]["op_name"] != "If"]
@@ -131,11 +154,8 @@ def measure(artifact: Path | None, rounds: int, folder: Path) -> dict[str, Any]:
     """Everything, as one record."""
     record: dict[str, Any] = where()
     model = Model(artifact or shipped(folder))
-    record |= {"model": model.artifact.manifest.model.name, "steps": steps(model, rounds)}
-    record["nodes"] = [
-        nodes(model, batch, quality, folder)
-        for batch, quality in ((1, "max"), (8, "max"), (16, "max"), (16, "balanced"))
-    ]
+    record |= {"model": model.artifact.manifest.model.name, "steps": steps(model, rounds), "dial": dial(model, rounds)}
+    record["nodes"] = [nodes(model, batch, quality, folder) for batch in (1, 4, 16) for quality in ("max", "balanced")]
     return record
 
 
