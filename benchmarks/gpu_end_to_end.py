@@ -7,6 +7,9 @@ that the graph names, the experts' (57 GB) are filled in on the device. The engi
 each batch size, with all experts and under budgets, interleaved, in CUDA graphs; the time is the device's, between
 events around the step, without copying the logits to the host. Beside it the floor: the bytes of weights that such a
 step reads, over the copy bandwidth measured in the same run.
+
+Then whole steps as a decoding loop sees them, from the call to the tokens on the host, drawn on the device in each way
+that there is; beside them a step that copies its logits to the host, and draws nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lynx_trt.artifact import Artifact, read
 from lynx_trt.budgets import Restriction
 from lynx_trt.build import engine_record
 from lynx_trt.console import new_app, run
+from lynx_trt.runtime.sampling import Sampling, draws_of
 
 LARGE = "qwen3-30b-a3b"
 BATCHES = (1, 4, 16, 32, 64)
@@ -33,6 +37,12 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 CONTEXT = 256  # tokens that each sequence has in the cache
 PREFILL = (1, 256, 256)  # tokens of a prefill step
 PIECE = 64 << 20
+WAYS = {
+    "logits to the host": None,
+    "greedy": Sampling(),
+    "temperature 1": Sampling(1.0),
+    "temperature 1, top-k 20, top-p 0.95": Sampling(1.0, 0.95, top_k=20),
+}
 app = new_app()
 
 
@@ -69,7 +79,9 @@ def write_weights(folder: Path, experts: frozenset[str]) -> None:
 
 def build(folder: Path, sm: int, say: Any) -> Artifact:
     """The artifact with its engine."""
+    from lynx_trt.artifact import DRAWS
     from lynx_trt.tensorrt.build import build_engine
+    from lynx_trt.tensorrt.kernels import write_draws
     from lynx_trt.tensorrt.prepare import input_dims, prepare
     from lynx_trt.tensorrt.prepare import read as read_onnx
     from lynx_trt.tensorrt.profiles import Range, decode_and_prefill
@@ -92,6 +104,7 @@ def build(folder: Path, sm: int, say: Any) -> Artifact:
     report = build_engine(path, folder / "engine.plan", profiles, expert_weights="external", sms=[sm])
     say(f"engine: {report.seconds:.1f} s, {report.plan_bytes / 1e9:.2f} GB, peak {report.peak_bytes / 1e9:.1f} GB")
     artifact = read(folder)
+    write_draws(folder / DRAWS, artifact.manifest.model.vocabulary, [sm], lambda _: None)
     return Artifact(folder, artifact.manifest.model_copy(update={"engine": engine_record(report, "external")}))
 
 
@@ -137,6 +150,38 @@ def measure(backend: Any, artifact: Artifact, rounds: int) -> list[dict[str, Any
         for share, (_, used) in settings.items():
             rows.append(_row(artifact, batch, share, used, times[share]))
     return rows
+
+
+def measure_draws(backend: Any, artifact: Artifact, rounds: int) -> list[dict[str, Any]]:
+    """Whole steps with all experts, the tokens drawn in each way, in turn; a row for each batch size and way."""
+    everything = Restriction(tuple(layer.experts for layer in artifact.manifest.model.moe_layers))
+    rows = []
+    for batch in (size for size in BATCHES if size in backend.sizes.decode_rows):
+        inputs = _inputs(backend, batch, everything)
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for number in range(rounds + 1):
+            for way, sampling in WAYS.items():
+                how = [] if sampling is None else [(row, sampling, np.random.default_rng(row)) for row in range(batch)]
+                draws = draws_of(batch, how)
+                started = time.perf_counter()
+                if sampling is None:
+                    backend.step(*inputs)
+                else:
+                    backend.next_tokens(*inputs, draws)
+                if number:  # the first loads what it launches
+                    seconds[way].append(time.perf_counter() - started)
+        for way, times in seconds.items():
+            rows.append({"batch": batch, "way": way, "seconds": times, "median_seconds": float(np.median(times))})
+    return rows
+
+
+def draws_table(rows: list[dict[str, Any]]) -> str:
+    """Whole steps in milliseconds, a line for each batch size."""
+    lines = [f"{'batch':>5} " + " ".join(f"{way:>{len(way)}}" for way in WAYS)]
+    for batch in sorted({row["batch"] for row in rows}):
+        each = {row["way"]: row["median_seconds"] * 1e3 for row in rows if row["batch"] == batch}
+        lines.append(f"{batch:>5} " + " ".join(f"{each[way]:>{len(way)}.3f}" for way in WAYS))
+    return "\n".join(lines)
 
 
 def _inputs(backend: Any, batch: int, restriction: Restriction) -> tuple[Any, ...]:
@@ -231,8 +276,10 @@ def main(
     typer.echo(f"loaded in {time.perf_counter() - started:.1f} s")
     rows = measure(backend, artifact, rounds)
     typer.echo(table(rows, bandwidth))
+    drawn = measure_draws(backend, artifact, rounds)
+    typer.echo("whole steps, ms:\n" + draws_table(drawn))
     if output:
-        report = {"model": LARGE, "context": CONTEXT, "copy_bandwidth": bandwidth, "rows": rows,
+        report = {"model": LARGE, "context": CONTEXT, "copy_bandwidth": bandwidth, "rows": rows, "draws": drawn,
                   "graphs_refused": backend.graphs_refused}  # fmt: skip
         output.write_text(json.dumps(report, indent=1) + "\n")
 

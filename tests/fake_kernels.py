@@ -38,13 +38,6 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
     return Kernels(tuple(cubins.values()), ops, ("0.0", "0.0"))
 
 
-def words_of(launch: Launch, cubin: Cubin) -> list[int]:
-    """The arguments of a launch as a kernel would find them."""
-    count = int(cubin.image.split()[1].rstrip(b"\0"))
-    addresses = ctypes.cast(launch.parameters, ctypes.POINTER(ctypes.c_void_p))
-    return [ctypes.cast(addresses[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(count)]
-
-
 class FakeDriver:
     """Notes every load and launch, the launches with their arguments as a kernel would find them."""
 
@@ -63,7 +56,9 @@ class FakeDriver:
 
     def launch(self, launch: Launch, stream: int) -> None:
         cubin = self.loaded[launch.function - 1]
-        words = words_of(launch, cubin)
+        count = int(cubin.image.split()[1].rstrip(b"\0"))
+        addresses = ctypes.cast(launch.parameters, ctypes.POINTER(ctypes.c_void_p))
+        words = [ctypes.cast(addresses[n], ctypes.POINTER(ctypes.c_uint64))[0] for n in range(count)]
         self.launched.append(
             {
                 "entry": cubin.entry,

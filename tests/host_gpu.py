@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from fake_kernels import words_of
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.plugins.launcher import Device, Launch
@@ -147,7 +146,7 @@ class HostDriver:
         cubin = self.loaded[launch.function - 1]
         self.drawn.append(cubin.function)
         if cubin.function == "draw_kernel":
-            words = words_of(launch, cubin)
+            words = list(launch.words)
             self.gpu.do(lambda: self._draw(words, launch.programs))
 
     def _draw(self, words: list[int], rows: int) -> None:

@@ -156,4 +156,9 @@ def test_end_to_end_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rows[-1]["active_experts"] < rows[4]["active_experts"]
     assert rows[-1]["weight_bytes_read"] < rows[4]["weight_bytes_read"]
     assert len(gpu_end_to_end.table(rows, 1e12).splitlines()) == 9
-    json.dumps(rows)
+    drawn = gpu_end_to_end.measure_draws(backend, artifact, rounds=2)
+    assert [row["batch"] for row in drawn] == [1] * 4 + [4] * 4
+    assert all(len(row["seconds"]) == 2 for row in drawn)
+    assert set(gpu.driver.drawn) == {"draw_blocks_kernel", "draw_kernel"}
+    assert len(gpu_end_to_end.draws_table(drawn).splitlines()) == 3
+    json.dumps(rows + drawn)

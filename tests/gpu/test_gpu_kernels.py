@@ -25,7 +25,11 @@ from gpu_layer import (
     specs_of,
 )
 
+from lynx_trt.plugins import execute
+from lynx_trt.plugins.specs import DrawSpec
 from lynx_trt.plugins.twins import dispatch_twin
+from lynx_trt.runtime.draws import BEYOND
+from lynx_trt.runtime.sampling import Sampling, draw, draws_of
 from lynx_trt.selection import PRESETS
 from lynx_trt.selection import select as select_ref
 
@@ -164,3 +168,27 @@ def test_inactive_experts_are_not_read(model: str) -> None:
     for each in poisoned.weights.values():
         each[unused] = float("nan")
     assert torch.equal(ours(kernels, poisoned, [batch], whole=True)()[0], want)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 151_936])
+def test_draws_of_large_vocabularies(vocabulary: int) -> None:
+    """Greedy rows exactly; others where the cumulative weights, in float64, have reached the draw, but for rounding."""
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.standard_normal((24, vocabulary)) * rng.choice([1, 4], (24, 1))).astype(np.float32)
+    ways = [Sampling(), Sampling(0.7), Sampling(1.0, 0.9, top_k=40), Sampling(0.6, 0.9)]
+    draws = draws_of(24, [(row, ways[row % 4], np.random.default_rng(row)) for row in range(24)])
+    inputs = (logits, draws.scale, draws.top_p, draws.top_k, draws.uniform)
+    tensors = [torch.from_numpy(each).to(CUDA) for each in inputs]
+    got = execute.draw(DrawSpec(vocabulary, True), *tensors).cpu().numpy()
+    again = execute.draw(DrawSpec(vocabulary, True), *tensors).cpu().numpy()
+    np.testing.assert_array_equal(got, again)
+    expected = draw(logits, draws)
+    np.testing.assert_array_equal(got[0::4], expected[0::4])
+    assert (got[2::4] == expected[2::4]).all()  # of 40 tokens an edge is hardly ever hit
+    for row in range(1, 24, 4):
+        weights = np.exp((logits[row] - logits[row].max()).astype(np.float64) / draws.temperature[row])
+        ends = np.cumsum(weights) / weights.sum()
+        assert ends[got[row]] >= draws.uniform[row] - 1e-5
+        assert ends[got[row]] - weights[got[row]] / weights.sum() <= draws.uniform[row] + 1e-5
+    nucleus = got[3::4]
+    assert ((nucleus == expected[3::4]) | (nucleus == BEYOND)).all()
