@@ -201,6 +201,9 @@ class _Token(_Routed):
         shares = self.edit.add("Softmax", [self.best], axis=1)  # a row that doesn't count: NaN, and above nothing
         return self._only_own(self.edit.add("Greater", [shares, self._element(5, self._bounds)]))
 
+    def _table(self, value: np.floating[Any]) -> str:
+        return self.edit.constant(np.full((1, self.layer.e), value))
+
     def _bounds(self, floors: str) -> str:
         """[N,K]: what the share of a token's expert in this place has to exceed, for all layers."""
         add, k = self.edit.add, self.layer.k
