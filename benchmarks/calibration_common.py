@@ -25,10 +25,10 @@ from lynx_trt.calibration.cost import CostModel, cost_model
 from lynx_trt.calibration.journal import Journal, Measured
 from lynx_trt.calibration.measure import Measurement, Meter
 from lynx_trt.calibration.model import Probed
+from lynx_trt.calibration.options import shipped_text
 from lynx_trt.calibration.study import Parts
 from lynx_trt.calibration.text import Text, split
 from lynx_trt.export.checkpoint import open_checkpoint
-from lynx_trt.models.train import corpus
 
 RESULTS = Path(__file__).parent / "results"
 LENGTH, PROMPT = 512, 64
@@ -51,9 +51,10 @@ def parts(probed: Probed, count: int, seed: int, length: int = LENGTH, text: Tex
 
     The text is what the shipped model was not trained on, unless another is given.
     """
-    text = text or Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
     tokenizer = tokenizers.Tokenizer.from_file(str(shipped_model() / "tokenizer.json"))
-    drawn = split(text, None, tokenizer, separator=0, half=count // 2, length=length, seed=seed, more=MORE)
+    drawn = split(
+        text or shipped_text(), None, tokenizer, separator=0, half=count // 2, length=length, seed=seed, more=MORE
+    )
     cost = costs(probed)
     return {name: Meter(probed, part, prompt=PROMPT, cost=cost, seed=seed) for name, part in drawn.items()}
 

@@ -66,7 +66,7 @@ def rows_of(kind: str, halves: dict[str, Parts], target: str) -> list[dict[str, 
     promise = TARGETS[target]
     study = run_study(halves[kind], PRESETS[DEFAULT_PRESET], promise, silent, compare=False)
     if study.chosen is None:
-        return [{"target": target, "chosen_on": kind, "says": study.nearest(promise)}]
+        return [{"target": target, "chosen_on": kind, "says": study.nearest()}]
     rows = []
     for other, there in halves.items():
         free, item = there.check.measure([there.check.meter.unrestricted(), study.chosen.setting])

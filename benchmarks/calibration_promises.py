@@ -38,7 +38,7 @@ def one(halves: Parts, promise: Promise, dial: str) -> dict[str, Any]:
     started = time.perf_counter()
     study = run_study(halves, PRESETS[DEFAULT_PRESET], promise, silent, dial_name=dial, compare=False)
     if study.chosen is None or study.held_out is None:
-        return {"kept": False, "says": study.nearest(promise)}
+        return {"kept": False, "says": study.nearest()}
     (check,) = study.checks
     (chosen,) = promise.checks(study.chosen, halves.check.meter.sequences, study.company)
     return {

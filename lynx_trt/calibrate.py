@@ -185,7 +185,7 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
     if result["promise"]:
         kept = f"kept on {measured_on(result)}" if result["kept"] else "NOT kept"
         typer.echo(f"Promise: {result['promise']['text']}; {kept}")
-        if about_text(result):
+        if result["kept"] and about_text(result):
             typer.echo(about_text(result))
     if result["budgets"] is not None:
         _tell_restriction(result)

@@ -191,6 +191,11 @@ def test_a_target_that_nothing_meets(options: CalibrateOptions) -> None:
     before = artifacts.read(options.artifact).manifest
     result = run_quietly(replace(options, max_kl=1e-7))
     assert result["reason"].startswith("nothing that saves 1% of the experts keeps the promise")
+    nearest = re.search(r"comes to ([\d.e+]+) times the limit .* at ([\d.]+) of ([\d.]+) active", result["reason"])
+    assert nearest is not None
+    over, active, natural = (float(value) for value in nearest.groups())
+    assert over > 1
+    assert active <= 0.99 * natural
     assert artifacts.read(options.artifact).manifest == before
     stored = json.loads((options.output / "calibration.json").read_text())  # type: ignore[operator]
     assert not stored["kept"]

@@ -118,7 +118,7 @@ def test_the_terminal_says_what_it_was_checked_on(options: CalibrateOptions) -> 
     assert isinstance(error, LynxError)
     assert error.exit_code == 1
     assert "experts active in a layer" in out
-    assert "Promise: KL at most 1e-07; NOT kept" in out
+    assert "Promise: KL at most 1e-07; NOT kept\nReport:" in out
     out, error = said("--max-kl", "1e-7", "--json")
     assert isinstance(error, LynxError)
     printed = json.loads(out)

@@ -219,15 +219,21 @@ def text_of(options: CalibrateOptions, artifact: Artifact) -> Text:
         UsageError: none was named, or a file can't be used.
     """
     from lynx_trt.build import SHIPPED
-    from lynx_trt.calibration.text import Text, read_text
+    from lynx_trt.calibration.text import read_text
 
     if options.text:
         return read_text(options.text)
     if artifact.manifest.model.name != SHIPPED:
         raise UsageError("no text: give UTF-8 files of the kind that the model will be used on with --text")
+    return shipped_text()
+
+
+def shipped_text() -> Text:
+    """What lynx-tiny was not trained on: modules of the standard library, and its language reference (5/6 of it)."""
+    from lynx_trt.calibration.text import Text
     from lynx_trt.models.train import corpus
 
-    return Text(tuple(corpus()[1]), "held-out sources of the Python standard library")
+    return Text(tuple(corpus()[1]), "files of the Python library that lynx-tiny was not trained on")
 
 
 def validation_of(options: CalibrateOptions, text: Text) -> Text | None:

@@ -64,8 +64,9 @@ def quality(study: dict[str, Any]) -> Figure:
         _line(axes, items, name, style)
     if study["held_out"]:
         item = study["held_out"]
-        axes.plot(item["active"][0], max(item["kl"][0], 1e-9), marker="*", markersize=17, color="#D55E00", zorder=5)
-        axes.annotate("chosen", (item["active"][0], item["kl"][0]), textcoords="offset points", xytext=(8, 8))
+        at = (item["active"][0], max(item["kl"][0], 1e-9))
+        axes.plot(*at, marker="*", markersize=17, color="#D55E00", zorder=5)
+        axes.annotate("chosen", at, textcoords="offset points", xytext=(-10, -8), ha="right", va="top")
     natural = study["unrestricted"]["active"][0]
     axes.axvline(natural, color="grey", linewidth=1, linestyle=":")
     axes.annotate(

@@ -90,14 +90,14 @@ def metric_rows(study: dict[str, Any], hardware: str) -> Rows:
 
     return [
         row("experts active in a layer", "active", ".2f"),
-        ("  99th percentile", *(f"{item['active_p99']:.0f}" for item in shown)),
+        ("  their 99th percentile", *(f"{item['active_p99']:.0f}" for item in shown)),
         ("expert bytes a token", *(size(item["expert_bytes_a_token"][0]) for item in shown)),
         row(f"predicted step, {hardware}, ms", "step_seconds", ".4f", 1e3),
         row("bits a byte", "bits_a_byte", ".4f"),
         row("perplexity", "perplexity", ".3f"),
         row("perplexity increase, %", "perplexity_increase", ".2f", 100),
         row("KL to all experts", "kl"),
-        row("  99th percentile", "kl_p99"),
+        row("  its 99th percentile", "kl_p99"),
         row("same likeliest token, %", "agreement", ".2f", 100),
     ]
 
@@ -219,6 +219,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+figure{margin:1rem 0}figcaption{color:#555;font-size:.9rem}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
 img{max-width:100%;height:auto}.kept{color:#00664a}.broken{color:#b00020}code{background:#f3f3f3;padding:0 .2rem}
 """
@@ -260,7 +261,8 @@ def _verdict(result: dict[str, Any]) -> str:
         return f"<p>Nothing was promised.{found}</p>"
     kept = result["kept"]
     words = f"is kept on {measured_on(result)}." if kept else f"is NOT kept: {result['reason']}."
-    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b> {escape(about_text(result))}{found}"
+    text = f" {escape(about_text(result))}" if kept else ""
+    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b>{text}{found}"
     return f'<p class="{"kept" if kept else "broken"}">{said}</p>'
 
 
@@ -275,19 +277,19 @@ def _use_of_text(result: dict[str, Any]) -> str:
 
 
 def _batch(result: dict[str, Any], study: dict[str, Any], plots: dict[str, bytes]) -> list[str]:
-    batch = study["batch"]
+    batch, text = study["batch"], measured_on(result)
     parts = [f"<h2>Batch of {batch}</h2>"]
     if study["held_out"]:
         parts.append(_table(CHOSEN_COLUMNS, chosen_rows(study["held_out"])))
     if study["checks"]:
-        parts.append(_table(["promise", "limit", measured_on(result), "kept"], promise_rows(study)))
+        parts.append(_table(["promise", "limit", text, "kept"], promise_rows(study)))
     parts.append(_table(metric_columns(study), metric_rows(study, result["cost_model"]["name"])))
     if between_batches(study):
         parts.append(f"<p>{escape(between_batches(study))}</p>")
     captions = {
-        f"quality-{batch}": "KL against active experts: every preset, the same in all layers, and layer by layer",
-        f"sensitivity-{batch}": "KL of each layer restricted alone",
-        f"uses-{batch}": "Tokens at each expert within a batch, the busiest expert first",
+        f"quality-{batch}": f"KL against active experts, {text}: presets, the same in all layers, and layer by layer",
+        f"sensitivity-{batch}": "KL of each layer restricted alone, on the text to choose on",
+        f"uses-{batch}": f"Tokens at each expert within a batch, the busiest expert first, {text}",
     }
     for name, caption in captions.items():
         if name not in plots:
@@ -295,7 +297,8 @@ def _batch(result: dict[str, Any], study: dict[str, Any], plots: dict[str, bytes
         if name.startswith("sensitivity"):
             parts.append(f"<p>{escape(most_sensitive(study['sensitivity']))}</p>")
         data = base64.b64encode(plots[name]).decode()
-        parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
+        image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        parts.append(f"<figure>{image}<figcaption>{escape(caption)}.</figcaption></figure>")
     if comparison_rows(study):
         parts.append(_table(comparison_columns(study), comparison_rows(study)))
     if "sensitivity" not in study:

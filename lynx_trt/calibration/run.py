@@ -154,8 +154,8 @@ def _why_not(inputs: Inputs, promise: Promise, studies: Sequence[Study]) -> str 
         if study.chosen is None:
             return (
                 f"nothing that saves 1% of the experts keeps the promise at a batch of {study.batch} ({promise}); "
-                f"the mildest that was tried comes to {study.nearest(promise)}; allow more, or give more text "
-                "(--sequences), so that less room has to be left for chance"
+                f"{study.nearest()}; allow more, or give more text (--sequences), so that less room has to be left for "
+                "chance"
             )
         broken = [check for check in study.checks if not check.kept]
         if broken:

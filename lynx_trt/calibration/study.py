@@ -76,13 +76,16 @@ class Study:
         """Whether held-out text keeps the promise."""
         return self.held_out is not None and all(check.kept for check in self.checks)
 
-    def nearest(self, promise: Promise) -> str:
-        """In words, how near to the promise the mildest levels come that were tried."""
-        if not self.search.steps:
-            return "nothing"
-        mildest = min(self.search.steps, key=lambda step: float(step["strain"]))
+    def nearest(self) -> str:
+        """In words, how near to the promise the mildest levels come that save enough to be chosen."""
+        most = (1 - LEAST_SAVED) * sum(self.natural) / len(self.natural)
+        saving = [step for step in self.search.steps if step["active"] <= most]
+        mildest = min(saving, key=lambda step: float(step["strain"]), default=None)
+        if mildest is None:
+            return "nothing that was tried saves that much"
         return (
-            f"{mildest['strain']:.2f} times the limit (with room for chance) at {mildest['active']:.2f} active experts"
+            f"the nearest that was tried comes to {mildest['strain']:.3g} times the limit (with room for chance) at "
+            f"{mildest['active']:.2f} of {most / (1 - LEAST_SAVED):.2f} active experts"
         )
 
     def to_dict(self) -> dict[str, Any]:
