@@ -21,7 +21,7 @@ from lynx_trt.comparison.page import page
 from lynx_trt.comparison.runners import Spec, baseline_of, open_runner, specs, try_out
 from lynx_trt.comparison.summary import summarize
 from lynx_trt.errors import ArtifactError, LynxError
-from lynx_trt.runtime import ort
+from lynx_trt.runtime import ort, ort_graphs
 from lynx_trt.runtime.lowering import Form
 from lynx_trt.runtime.ort import OrtBackend
 
@@ -35,8 +35,8 @@ def in_host_memory(array: Array, _: str) -> Any:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device `cuda` is the CPU: its OrtValues, bindings and graphs, but another one's memory and kernels."""
-    monkeypatch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
-    monkeypatch.setattr(ort, "on_device", in_host_memory)
+    monkeypatch.setitem(ort_graphs.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(ort_graphs, "on_device", in_host_memory)
 
 
 def copy_when_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_provider_that_leaves_all_to_the_cpu_in_silence(
 ) -> None:
     """As without CUDA's libraries: a session comes, and has the CPU only. Its speed is not CUDA's."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(ort, "on_device", in_host_memory)
+    monkeypatch.setattr(ort_graphs, "on_device", in_host_memory)
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
         opened = open_runner(text_artifact, cuda_spec(text_artifact), 2, 1)
     assert opened.runner is None
@@ -198,8 +198,8 @@ def test_nodes_left_to_the_cpu_are_counted(
     text_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A provider that is there and has none of the kernels."""
-    monkeypatch.setitem(ort.PROVIDERS, "cuda", "AzureExecutionProvider")
-    monkeypatch.setattr(ort, "on_device", in_host_memory)
+    monkeypatch.setitem(ort_graphs.PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setattr(ort_graphs, "on_device", in_host_memory)
     report = command(text_artifact, tmp_path, "--provider", "cuda", "--budget", "off", "--baseline", "ort-moe")
     notes = {item["name"]: item["notes"] for item in report["runners"]}
     (line,) = notes["ort-moe/cuda"]

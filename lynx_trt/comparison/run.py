@@ -18,7 +18,7 @@ from lynx_trt.comparison.summary import summarize
 from lynx_trt.console import Progress
 from lynx_trt.errors import LynxError, UsageError
 from lynx_trt.runtime.backend import Array
-from lynx_trt.runtime.ort import PROVIDERS, Device, device_problem
+from lynx_trt.runtime.ort_graphs import PROVIDERS, Device, device_problem
 
 SCHEMA = 1
 

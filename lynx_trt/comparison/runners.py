@@ -16,7 +16,8 @@ from lynx_trt.errors import CheckpointError, LynxError
 from lynx_trt.preflight import engine_problems
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.open import backend_available, open_backend
-from lynx_trt.runtime.ort import Device, OrtBackend
+from lynx_trt.runtime.ort import OrtBackend
+from lynx_trt.runtime.ort_graphs import Device
 
 if TYPE_CHECKING:
     from lynx_trt.runtime.lowering import Form

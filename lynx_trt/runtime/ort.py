@@ -6,72 +6,34 @@ For comparisons it also runs on CUDA (`device`), where the caches stay on the GP
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError
+from lynx_trt.runtime import ort_graphs
 from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
+from lynx_trt.runtime.ort_graphs import Device, Graph, left_to_cpu, open_graphs
 from lynx_trt.runtime.sampling import draw
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lynx_trt.runtime.lowering import Form, Lowered
+    from lynx_trt.runtime.lowering import Form
 
-Device = Literal["cpu", "cuda"]
-PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Precisions that ONNX Runtime has on the CPU; a lowered graph is float32 whatever it was built in.
 ELEMENT = {"fp32": np.float32, "fp16": np.float16}
-ONNX_FILE = "model.onnx"
 IDS, BUDGETS, FLOORS = "input_ids", "budgets", "floors"
 INPUTS = (IDS, "past_lengths", "lengths")
 # Rows that a piece of a decode step has at least: 8 rows of lynx-tiny take 0.65 ms on one core, 4 rows 0.36.
 PIECE = 4
 BINDINGS = 256  # of decode steps that are kept: one for each batch size, and more where slots in the middle decode
-# Where a graph that is loaded from memory has its external data.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A session of ONNX Runtime.
-
-    Attributes:
-        session: the session.
-        routers: whether it gives what tokens choose experts by, in place of the active experts.
-        restricts: whether it takes a restriction.
-    """
-
-    session: Any
-    routers: bool = False
-    restricts: bool = True
-
-
-@dataclass(frozen=True)
-class _Graphs:
-    """What runs the steps.
-
-    Attributes:
-        whole: any step.
-        free: steps that restrict nothing; may be `whole`.
-        apart: the same in pieces, as far as they are decode steps; None where that isn't worth it.
-        single: steps of one token that restrict something; None where they are no special case.
-    """
-
-    whole: _Graph
-    free: _Graph
-    apart: _Graph | None = None
-    single: _Graph | None = None
 
 
 class OrtBackend:
@@ -123,9 +85,9 @@ class OrtBackend:
         self.slots, self.sizes = slots, StepSizes()
         self._device = device
         self._pieces = 1 if profile or device != "cpu" else pieces or threads or _cores()
-        self._graphs = _graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
+        self._graphs = open_graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
         self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
-        self.notes = [] if device == "cpu" else _left_to_cpu(self._graphs, device)
+        self.notes = [] if device == "cpu" else left_to_cpu(self._graphs, device)
         element = ELEMENT[model.precision] if form is None else np.float32
         self._unrestricted, self._count = Unrestricted(artifact), count_active
         self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
@@ -134,7 +96,9 @@ class OrtBackend:
             for part, (heads, size) in shapes.items():
                 # Zeros and not garbage: a masked row times a NaN would still be a NaN.
                 buffer = np.zeros((slots, heads, model.cache_rows, size), dtype=element)
-                self._caches[f"key_values.{layer}.{part}"] = buffer if device == "cpu" else on_device(buffer, device)
+                self._caches[f"key_values.{layer}.{part}"] = (
+                    buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
+                )
         self._rows = model.max_length
         # A decode step's inputs and outputs stay where they are, so that it is bound once: binding some 30 values
         # took as long as the nodes of lynx-tiny at batch 1.
@@ -193,7 +157,7 @@ class OrtBackend:
         result = self.step(input_ids, past_lengths, lengths, restriction, first=first)
         return NextTokens(draw(result.logits, draws), result.active)
 
-    def _graph(self, free: bool, pieces: int, tokens: int) -> _Graph:
+    def _graph(self, free: bool, pieces: int, tokens: int) -> Graph:
         """What runs a step; `free`: it restricts nothing."""
         if not free:
             return self._graphs.single if tokens == 1 and self._graphs.single is not None else self._graphs.whole
@@ -212,7 +176,7 @@ class OrtBackend:
         for error in filter(None, errors):
             raise error
 
-    def _bound(self, graph: _Graph, rows: slice) -> tuple[Any, Array]:
+    def _bound(self, graph: Graph, rows: slice) -> tuple[Any, Array]:
         """The binding of a decode step, as `_bind` makes it."""
         key = id(graph.session), rows.start, rows.stop
         if key not in self._bindings:
@@ -228,7 +192,7 @@ class OrtBackend:
     def _decode_inputs(self, rows: slice) -> dict[str, Array]:
         return {name: value[rows] if name in INPUTS else value for name, value in self._inputs.items()}
 
-    def _bind(self, graph: _Graph, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
+    def _bind(self, graph: Graph, rows: slice, inputs: dict[str, Array]) -> tuple[Any, Array]:
         """Inputs that live as long as the binding, and outputs of every step in the same memory; routers' logits."""
         binding = graph.session.io_binding()
         self._bind_inputs(binding, graph, rows, inputs)
@@ -242,7 +206,7 @@ class OrtBackend:
             _bind(binding.bind_output, "active_experts", self._active)
         return binding, routers
 
-    def _bind_inputs(self, binding: Any, graph: _Graph, rows: slice, inputs: dict[str, Array]) -> None:
+    def _bind_inputs(self, binding: Any, graph: Graph, rows: slice, inputs: dict[str, Array]) -> None:
         for name, value in inputs.items():
             if graph.restricts or name not in (BUDGETS, FLOORS):
                 _bind(binding.bind_input, name, value)
@@ -263,11 +227,7 @@ class OrtBackend:
 
     def end_profile(self) -> list[str]:
         """Stop profiling; returns the files' paths, one for each graph."""
-        return [str(session.end_profiling()) for session in self._sessions()]
-
-    def _sessions(self) -> list[Any]:
-        graphs = [self._graphs.whole, self._graphs.single, self._graphs.free, self._graphs.apart]
-        return list(dict.fromkeys(graph.session for graph in graphs if graph))
+        return [str(session.end_profiling()) for session in self._graphs.sessions()]
 
 
 def _cores() -> int:
@@ -282,26 +242,6 @@ def _cuts(first: int, batch: int, pieces: int) -> list[slice]:
         return [slice(first, first + batch)]
     ends = [first + batch * piece // pieces for piece in range(pieces + 1)]
     return [slice(*piece) for piece in pairwise(ends)]
-
-
-def device_problem(device: Device) -> str | None:
-    """Why ONNX Runtime can't run on a device here, a clause; None where it can, as far as one small copy shows."""
-    import onnxruntime
-
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        return f"this onnxruntime {onnxruntime.__version__} has no {PROVIDERS[device]}"
-    try:
-        on_device(np.zeros(1, np.float32), device)
-    except Exception as error:
-        return f"onnxruntime {onnxruntime.__version__} can't use a GPU here: {_first_line(error)}"
-    return None
-
-
-def on_device(array: Array, device: Device) -> Any:
-    """An OrtValue with a copy of an array."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:
@@ -327,100 +267,3 @@ def _writable(cache: Any) -> Iterator[Array]:
     values = cache.numpy()
     yield values
     cache.update_inplace(values)
-
-
-def _left_to_cpu(graphs: _Graphs, device: Device) -> list[str]:
-    """A line for each graph of which a part runs on the CPU, though another device was asked for."""
-    kinds = {graphs.free: " without selection", graphs.single: " for one token", graphs.whole: ""}
-    lines = []
-    for graph, which in kinds.items():
-        if graph is None:
-            continue
-        parts = graph.session.get_provider_graph_assignment_info()
-        left = Counter(n.op_type for part in parts if part.ep_name != PROVIDERS[device] for n in part.get_nodes())
-        if left:
-            count = sum(len(part.get_nodes()) for part in parts)
-            names = ", ".join(f"{number} {name}" for name, number in left.most_common())
-            lines.append(f"{left.total()} of {count} nodes{which and f' of the graph{which}'} run on the CPU: {names}")
-    return lines
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _graphs(
-    artifact: Artifact, threads: int | None, form: Form | None, profile: Path | None, device: Device, *, cut: bool
-) -> _Graphs:
-    """The graphs, more than one where that is worth it: small experts.
-
-    There the selection's nodes cost more than the experts, and more copies of the weights are little. With `cut`
-    another has one thread for each piece, if `free` has more.
-    """
-    from lynx_trt.runtime.lowering import lower
-
-    if form is None:
-        whole = _Graph(_session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device))
-        return _Graphs(whole, whole)
-
-    def graph(lowered: Lowered, label: str, *, count: int | None = threads, restricts: bool = True) -> _Graph:
-        file = profile and profile.with_name(profile.name + label)
-        source = lowered.model.SerializeToString()
-        return _Graph(_session(artifact, source, count, file, device), lowered.routers, restricts)
-
-    def lowered_as(form: Form) -> Lowered:
-        return lower(artifact, form=form, attention=device == "cpu")
-
-    def beside(form: Form) -> Lowered | None:
-        """None where another routing rule, or other votes, have no such form: then `whole` runs those steps too."""
-        try:
-            return lowered_as(form)
-        except ArtifactError:
-            return None
-
-    lowered = lowered_as(form)
-    forms = set(lowered.forms)
-    whole = free = graph(lowered, "")
-    single = plain = None
-    if form == "auto" and forms in ({"masked"}, {"fused"}):
-        one, plain = beside("single") if forms == {"masked"} else None, beside("unrestricted")
-        single = graph(one, "-single") if one else None
-        free = graph(plain, "-free", restricts=False) if plain else whole
-    elif form == "baseline" and lowered.small:
-        plain = lowered
-    if not cut or not plain:
-        return _Graphs(whole, free, single=single)
-    apart = free if threads == 1 else graph(plain, "", count=1, restricts=form == "baseline")
-    return _Graphs(whole, free, apart, single)
-
-
-def _session(artifact: Artifact, source: str | bytes, threads: int | None, profile: Path | None, device: Device) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ArtifactError('onnxruntime is not installed; install it with: pip install "lynx-trt[cpu]"') from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if isinstance(source, bytes):
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(artifact.folder.resolve()))
-    if device != "cpu":
-        if problem := device_problem(device):
-            raise ArtifactError(f"{artifact.folder} can't run on {device}: {problem}")
-        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
-    providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
-    except Exception as error:
-        raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {_first_line(error)}"
-        ) from None
-    # Without CUDA's libraries it goes on with the CPU and says so in its log only.
-    if PROVIDERS[device] not in session.get_providers():
-        raise ArtifactError(
-            f"{artifact.folder} can't run on {device}: ONNX Runtime could not set up {PROVIDERS[device]}"
-        )
-    return session
