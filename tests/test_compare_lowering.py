@@ -123,6 +123,15 @@ def test_a_restricted_step_of_one_token_has_a_graph_of_its_own(artifact: Callabl
     assert idle.active.tolist() == [0, 0]
 
 
+def test_one_token_has_one_thread(artifact: Callable[..., Artifact]) -> None:
+    backend = OrtBackend(artifact("qwen3_moe", preset="lynx"), 2, threads=2, form="auto")
+
+    def threads(free: bool, tokens: int) -> int:
+        return int(backend._graph(free, 1, tokens).session.get_session_options().intra_op_num_threads)
+
+    assert [threads(free, tokens) for free in (True, False) for tokens in (1, 2)] == [1, 2, 1, 2]
+
+
 # a batch in one piece, in pieces of equal size, and of unequal size; behind free slots
 @pytest.mark.parametrize(("batch", "pieces", "first"), [(7, 1, 0), (8, 2, 0), (9, 2, 0), (12, 3, 1)])
 @pytest.mark.parametrize("form", ["auto", "baseline"])

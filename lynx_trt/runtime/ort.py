@@ -44,7 +44,8 @@ class OrtBackend:
 
     Small experts leave every core with little to do between two points where ONNX Runtime's threads wait for each
     other. So a decode step that restricts nothing is cut into pieces of the batch, each on a core of its own: they
-    meet once a step and not once a node. Where the selection votes over the batch, there is no such cut.
+    meet once a step and not once a node. Where the selection votes over the batch, there is no such cut. A step of one
+    token has one thread: a second has nothing to do in it but to spin.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class OrtBackend:
         """What runs a step; `free`: it restricts nothing."""
         if not free:
             return self._graphs.single if tokens == 1 and self._graphs.single is not None else self._graphs.whole
-        return self._graphs.apart if pieces > 1 and self._graphs.apart is not None else self._graphs.free
+        return self._graphs.apart if (pieces > 1 or tokens == 1) and self._graphs.apart else self._graphs.free
 
     def _run(self, session: Any, bindings: Sequence[Any]) -> None:
         """Run each binding, the first on this thread and the others beside it; if one fails the others end first."""

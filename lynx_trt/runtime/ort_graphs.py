@@ -47,8 +47,8 @@ class Graphs:
     Attributes:
         whole: any step.
         free: steps that restrict nothing; may be `whole`.
-        apart: the same in pieces, as far as they are decode steps; None where that isn't worth it.
-        single: steps of one token that restrict something; None where they are no special case.
+        apart: the same on one thread, for pieces of a decode step and for one token; None where that isn't worth it.
+        single: steps of one token that restrict something, on one thread; None where they are no special case.
     """
 
     whole: Graph
@@ -68,7 +68,7 @@ def open_graphs(
     """The graphs, more than one where that is worth it: small experts.
 
     There the selection's nodes cost more than the experts, and more copies of the weights are little. With `cut`
-    another has one thread for each piece, if `free` has more.
+    steps may be cut into pieces.
     """
     from lynx_trt.runtime.lowering import lower
 
@@ -97,7 +97,7 @@ def open_graphs(
     single = plain = None
     if form == "auto" and forms in ({"masked"}, {"fused"}):
         one, plain = beside("single") if forms == {"masked"} else None, beside("unrestricted")
-        single = graph(one, "-single") if one else None
+        single = graph(one, "-single", count=1) if one else None
         free = graph(plain, "-free", restricts=False) if plain else whole
     elif form == "baseline" and lowered.small:
         plain = lowered
