@@ -148,6 +148,8 @@ def test_a_report_that_is_replaced_leaves_nothing(options: CalibrateOptions) -> 
     folder = report_of(options)
     run_quietly(replace(options, batch="2,4"))
     (folder / "notes-4.png").write_bytes(b"mine")
+    (folder / "report.html.partial-123").write_bytes(b"half")  # of a run that was killed
     assert (folder / "uses-2.png").exists()
     run_quietly(replace(options, overwrite=True))
-    assert {path.name for path in folder.glob("*.png")} == {"sensitivity-4.png", "uses-4.png", "notes-4.png"}
+    ours = {"calibration.json", "report.html", "sensitivity-4.png", "uses-4.png"}
+    assert {path.name for path in folder.iterdir()} == {*ours, "notes-4.png"}

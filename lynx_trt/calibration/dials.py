@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lynx_trt.budgets import Restriction
+from lynx_trt.calibration.intervals import Array
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting
 from lynx_trt.selection import Selection
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # Budgets at which each layer is tried, as shares of the most experts that any layer uses by itself.
 RUNGS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

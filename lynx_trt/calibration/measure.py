@@ -372,22 +372,27 @@ def _chunks(count: int, length: int, batch: int) -> Iterator[slice]:
 
 def count_active(index: torch.Tensor, batch: int, experts: int) -> Array:
     """Distinct experts of each decode step: index int16 [c*B,D,K] (-1: empty) -> int16 [c,D]."""
-    sequences, steps, width = index.shape
-    groups = index.view(sequences // batch, batch, steps, width).transpose(1, 2).flatten(2).long()
+    groups = _by_step(index, batch, experts)
     used = torch.zeros(*groups.shape[:2], experts + 1, dtype=torch.bool, device=index.device)
-    used.scatter_(2, torch.where(groups < 0, experts, groups), True)
+    used.scatter_(2, groups, True)
     counts: Array = used[..., :-1].sum(-1, dtype=torch.int16).cpu().numpy()
     return counts
 
 
 def _busiest(index: torch.Tensor, batch: int, experts: int) -> list[float]:
     """Tokens at the r-th busiest expert of a decode step, mean over steps: index [c*B,D,K] -> [E]."""
-    sequences, steps, width = index.shape
-    groups = index.view(sequences // batch, batch, steps, width).transpose(1, 2).flatten(2).flatten(0, 1).long()
+    groups = _by_step(index, batch, experts).flatten(0, 1)
     counts = torch.zeros(len(groups), experts + 1)
-    counts.scatter_add_(1, torch.where(groups < 0, experts, groups), torch.ones(groups.shape))
+    counts.scatter_add_(1, groups, torch.ones(groups.shape))
     ranked = counts[:, :-1].sort(dim=1, descending=True).values
     return [float(value) for value in ranked.mean(0)]
+
+
+def _by_step(index: torch.Tensor, batch: int, experts: int) -> torch.Tensor:
+    """Experts that each decode step uses, int64 [c,D,B*K]; empty slots (-1) become E, one more than there is."""
+    sequences, steps, width = index.shape
+    groups = index.view(sequences // batch, batch, steps, width).transpose(1, 2).flatten(2).long()
+    return torch.where(groups < 0, experts, groups)
 
 
 def _by_block(active: Array) -> Array:

@@ -23,6 +23,9 @@ PACKAGES = ("lynx-trt", "torch", "transformers", "numpy", "matplotlib")
 # What the artifact's manifest keeps of the held-out measurement.
 RECORDED = ("kl", "kl_p99", "agreement", "perplexity_increase", "bits_a_byte", "active", "step_seconds")
 
+# Pictures of a calibration that is replaced, and what was left of one that was killed while writing.
+OURS = re.compile(r"(quality|sensitivity|uses)-\d+\.png|[\w.-]+\.(png|html|json)\.partial-\d+")
+
 
 def about(options: CalibrateOptions, inputs: Inputs) -> dict[str, Any]:
     """What was measured, with what: everything in `calibration.json` that is no outcome."""
@@ -84,8 +87,8 @@ def write(folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             _write_file(folder / name, data)
-        for path in folder.iterdir():  # pictures of a calibration that this one replaces
-            if re.fullmatch(r"(quality|sensitivity|uses)-\d+\.png", path.name) and path.name not in files:
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name) and path.name not in files:
                 path.unlink()
     except OSError as error:
         raise CalibrationError(

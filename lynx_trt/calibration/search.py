@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from lynx_trt.calibration.dials import SATURATED, Array, Dial, Trials
+from lynx_trt.calibration.dials import SATURATED, Dial, Trials
+from lynx_trt.calibration.intervals import Array
 from lynx_trt.calibration.measure import Measurement
 
 # Two KL below this, in nats a token, are the same: rounding of float32 logits is of this size.

@@ -15,8 +15,8 @@ import numpy as np
 
 from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.company import ALONE, Company, grouping, measure_company
-from lynx_trt.calibration.dials import Array, Dial, budget_dial, floor_dial
-from lynx_trt.calibration.intervals import Bootstrap, Interval
+from lynx_trt.calibration.dials import Dial, budget_dial, floor_dial
+from lynx_trt.calibration.intervals import Array, Bootstrap, Interval
 from lynx_trt.calibration.journal import Measured
 from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.model import Setting

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lynx_trt.calibration.intervals import Array
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
     import tokenizers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # Files that a text is named after; of more, only how many.
 NAMED = 4
