@@ -97,6 +97,13 @@ def test_layers_are_compared_where_they_save_the_same() -> None:
     )
 
 
+def test_rounding_is_shown_as_nothing() -> None:
+    """Of all experts, the KL to themselves in another shape of batch; and no zero has a sign."""
+    assert report._with_interval([8e-9, 0.0, 2e-8]) == "0 [0, 0]"
+    assert report._with_interval([-3e-9, -2e-7, 1e-9], ".2f") == "0.00 [0.00, 0.00]"
+    assert report._with_interval([0.0172, 2e-6, 0.5]) == "0.0172 [2e-06, 0.5000]"
+
+
 def test_same_seed_same_numbers(options: CalibrateOptions, tmp_path: Path) -> None:
     first = run_quietly(replace(options, output=tmp_path / "1", write=False))
     second = run_quietly(replace(options, output=tmp_path / "2", write=False, threads=1))

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 Rows = list[tuple[str, ...]]
 # The share of a layer's own active experts at which layers are compared.
 ALONE_AT = 0.7
+# Two forwards of other shapes differ by this much in float32, also where nothing is restricted; it shows as 0.
+ROUNDING = 1e-6
 
 
 def _number(value: float) -> str:
+    if abs(value) < ROUNDING:
+        return "0"
     return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def _with_interval(interval: Sequence[float], form: str = "") -> str:
     def show(value: float) -> str:
-        return format(value, form) if form else _number(value)
+        if form:
+            return format(0.0 if abs(value) < ROUNDING else value, form)
+        return _number(value)
 
     return f"{show(interval[0])} [{show(interval[1])}, {show(interval[2])}]"
 
@@ -262,7 +268,7 @@ def _verdict(result: dict[str, Any]) -> str:
     kept = result["kept"]
     words = f"is kept on {measured_on(result)}." if kept else f"is NOT kept: {result['reason']}."
     text = f" {escape(about_text(result))}" if kept else ""
-    said = f"<b>{escape(result['promise']['text'])}: {escape(words)}</b>{text}{found}"
+    said = f"<b>{escape(result['promise']['text'])} {escape(words)}</b>{text}{found}"
     return f'<p class="{"kept" if kept else "broken"}">{said}</p>'
 
 
