@@ -1,8 +1,8 @@
 """What the two ops mean in standard ONNX: a function body for each set of attributes.
 
-With these a lynx graph runs in ONNX Runtime as it is; there they are the reference, and what runs where no faster form fits, so
-both bodies are short (a node costs about a microsecond) and load only the experts in use. The semantics are those
-of `lynx_trt.selection.select` and `lynx_trt.experts.experts`; the indices are equal, not close.
+With these a lynx graph runs in ONNX Runtime as it is; there they are the reference, and what runs where no faster form
+fits, so both bodies are short (a node costs about a microsecond) and load only the experts in use. The semantics are
+those of `lynx_trt.selection.select` and `lynx_trt.experts.experts`; the indices are equal, not close.
 
 A body is text made for one set of attributes and the presence of biases; nodes that differ in either carry
 different overloads. `lynx_trt.export.ops` has the signatures.
