@@ -96,6 +96,9 @@ def main(
 ) -> None:
     """Search on every kind of text, and check on every kind."""
     probed, texts = shipped(), kinds()
+    missing = [name for name, text in texts.items() if not text.texts]
+    if missing:
+        raise SystemExit(f"this Python comes without its {', '.join(missing)}; install them, or use another Python")
     identity = {
         "texts": {name: text.sha256 for name, text in texts.items()},
         "batch": batch,

@@ -198,7 +198,9 @@ def other_text(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What was chosen on one kind of text, on every kind: the promised number, or NO before one that is too high."""
     kinds = list(dict.fromkeys(row["chosen_on"] for row in rows))
     cells = []
-    for target, source in dict.fromkeys((row["target"], row["chosen_on"]) for row in rows):
+    pairs = dict.fromkeys((row["target"], row["chosen_on"]) for row in rows)
+    targets = list(dict.fromkeys(target for target, _ in pairs))
+    for target, source in sorted(pairs, key=lambda pair: targets.index(pair[0])):
         at = {row["checked_on"]: row for row in rows if (row["target"], row["chosen_on"]) == (target, source)}
         active = f"{at[source]['active']:.2f} of {at[source]['natural']:.2f}"
         found = [("" if at[kind]["kept"] else "NO, ") + f"{at[kind]['value']:.3g}" for kind in kinds]
