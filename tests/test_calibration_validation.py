@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from lynx_trt import artifact as artifacts
 from lynx_trt.artifact import Artifact
 from lynx_trt.calibrate import app
+from lynx_trt.calibration import report
 from lynx_trt.calibration import text as texts
 from lynx_trt.calibration.options import CalibrateOptions
 from lynx_trt.calibration.promise import Promise
@@ -64,6 +65,8 @@ def test_what_it_was_checked_on_is_recorded(options: CalibrateOptions) -> None:
     assert "is kept on validation text" in page
     assert "half to check on, which are of other text: other.txt" in page
     assert CAVEAT not in page
+    named = {**result["text"], "name": "<i>", "validation": {**result["text"]["validation"], "name": "<b>&"}}
+    assert not re.search(r"<[ib]>", report.page({**result, "text": named}, {}).replace("<b>KL at most", ""))
     run_quietly(replace(options, overwrite=True))
     record = artifacts.read(options.artifact).manifest.calibration
     assert record is not None
