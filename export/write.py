@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export import functions
@@ -33,6 +34,8 @@ def write_onnx(
         CheckpointError: a parameter comes out of the conversion in another shape than the model's.
     """
     graph = exported.graph
+    # The exporter notes the source of each node, with the paths of this machine: four fifths of the file.
+    ClearMetadataAndDocStringPass()(graph)
     _optimize(graph)
     _name_like_the_checkpoint(exported)
     weights = exported.source.weights

@@ -11,7 +11,7 @@ import typer
 from lynx_trt.console import fail, new_app, note, print_json, run, size
 
 if TYPE_CHECKING:
-    from lynx_trt.artifact import Manifest
+    from lynx_trt.artifact import CalibrationRecord, Manifest
 
 app = new_app()
 
@@ -68,6 +68,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("parameters", ", ".join(f"{name} {value}" for name, value in chosen.parameters.items())),
         ("budgets", limits.get("budgets", "no limit")),
         ("floors", limits.get("floors", "none")),
+        ("calibrated", _calibrated(manifest.calibration)),
     ]
     if engine is None:
         table.append(("engine", f"none ({manifest.engine_absent})"))
@@ -87,6 +88,15 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("built", manifest.created),
     ]
     return table
+
+
+def _calibrated(record: CalibrationRecord | None) -> str:
+    """What the restriction promises, and on what text that was checked."""
+    if record is None:
+        return "no: nothing is promised about quality"
+    promise = ", ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in record.promise.items())
+    checked = record.text.get("validation_name") or f"held-out parts of {record.text['name']}"
+    return f"{promise}; up to a batch of {record.batch}; checked on {checked}"
 
 
 def _sequence(manifest: Manifest) -> str:

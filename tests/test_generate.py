@@ -78,6 +78,31 @@ def test_sampling_depends_on_seed_alone(text_artifact: Artifact) -> None:
     assert first[0] == tokens(text_artifact, PROMPTS[:1], budget="8", sampling=warm)[0]
 
 
+def test_a_tokenizer_that_truncates(text_artifact: Artifact, tmp_path: Path) -> None:
+    """A tokenizer.json may cut texts, or fill them up, for what it was trained for; a prompt stays whole."""
+    import shutil
+
+    folder = Path(shutil.copytree(text_artifact.folder, tmp_path / "artifact"))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = {**padding, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    path.write_text(json.dumps(content))
+    sequences, _ = generate_text(Artifact(folder, text_artifact.manifest), PROMPTS[:1], max_new_tokens=3)
+    assert len(sequences[0].prompt) == len(PROMPTS[0])
+
+
+def test_graph_holds_no_path_of_the_building_machine(text_artifact: Artifact) -> None:
+    """The exporter of torch notes where in the sources each node comes from."""
+    import transformers
+
+    graph = text_artifact.path("model.onnx").read_bytes()
+    for place in (Path(transformers.__file__).parent, Path(__file__).parents[1]):
+        assert str(place).encode() not in graph
+    assert b"stack_trace" not in graph
+
+
 def test_stop_string_is_not_shown(text_artifact: Artifact) -> None:
     """The text ends before the stop string, also where that spans tokens, and no part of it was streamed."""
     (full,), _ = generate_text(text_artifact, PROMPTS[:1], max_new_tokens=20)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lynx_trt import preflight as preflights
-from lynx_trt.artifact import MANIFEST, Artifact, read
+from lynx_trt.artifact import MANIFEST, Artifact, CalibrationRecord, read
 from lynx_trt.errors import ArtifactError
 from lynx_trt.inspect import rows
 from lynx_trt.preflight import preflight
@@ -44,6 +44,32 @@ def test_table_says_what_was_built(with_engine: Artifact) -> None:
     assert table["budgets"] == "no limit"
     assert table["floors"] == "0.01562 in every MoE layer"  # a quarter of 1 / (K E)
     assert "expert weights inside" in table["engine"]
+    assert table["calibrated"] == "no: nothing is promised about quality"
+
+
+@pytest.mark.parametrize(
+    ("text", "checked"),
+    [
+        ({"name": "chats.txt"}, "held-out parts of chats.txt"),
+        ({"name": "chats.txt", "validation_name": "mails.txt"}, "mails.txt"),
+    ],
+)
+def test_table_says_what_is_promised(with_engine: Artifact, text: dict[str, str], checked: str) -> None:
+    """The promise, the largest batch that it is for, and what it was checked on."""
+    record = CalibrationRecord(
+        created="2026-11-26",
+        promise={"max_kl": 0.02, "min_agreement": 0.98},
+        batch=16,
+        budgets_by_batch={16: [8, 8]},
+        floors_by_batch={16: [0.01, 0.02]},
+        held_out={},
+        text=text,
+        hardware="h200",
+        seed=0,
+        versions={},
+    )
+    table = dict(rows(with_engine.manifest.model_copy(update={"calibration": record})))
+    assert table["calibrated"] == f"max kl 0.02, min agreement 0.98; up to a batch of 16; checked on {checked}"
 
 
 def test_command_of_a_good_artifact(with_engine: Artifact) -> None:

@@ -100,8 +100,6 @@ def _parts(
     options: CalibrateOptions, text: Text, validation: Text | None, artifact: Artifact, config: Any, length: int
 ) -> dict[str, Sequences]:
     tokenizer = Tokenizer(artifact.path(TOKENIZER))._tokenizer
-    tokenizer.no_truncation()  # some files have it set, and would end each text after so many tokens
-    tokenizer.no_padding()
     separator = _first_token(config, artifact)
     if option.only_measures(options):
         drawn = cut(text, tokenizer, separator=separator, count=options.sequences, length=length, seed=options.seed)

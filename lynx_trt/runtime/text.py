@@ -22,6 +22,9 @@ class Tokenizer:
             raise ArtifactError(f"{path} is missing: the checkpoint had no tokenizer; build with --tokenizer FOLDER")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            # Some files have these set, from whatever they were trained for: a prompt would lose its end in silence.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:
             raise ArtifactError(f"{path} can't be read as a tokenizer: {error}") from None
         # Bytes outnumber characters in a byte-level vocabulary, so this is a bound for both.
