@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from gpu_models import PROMPTS, decode, forced_logits, greedy_tokens, restrictions
+from gpu_models import PROMPTS, decode, draws, forced_logits, greedy_tokens, restrictions
 
 from lynx_trt.artifact import Artifact, read
 from lynx_trt.console import new_app, run
@@ -109,6 +109,10 @@ def _right(row: Row, artifact: Artifact, backend: Any, prompts: Any, want: Any, 
         and rms <= 2 * float(want["same_precision_rms"]) + floor
         and median <= 2 * float(want["same_precision_median"]) + floor
     )
+    got, drawn, greedy = draws(backend, prompts, want["tokens_all"], settings["all"])
+    row.figures["equal_draws"] = float((got == drawn).mean())
+    # A draw at a temperature may fall on the edge of a token, where a rounding decides; a greedy one has none.
+    row.checks["draws"] = bool((got == drawn)[greedy].all() and (got == drawn).mean() >= 0.95)
     for name, restriction in settings.items():
         tokens, active = greedy_tokens(backend, prompts, restriction)
         same = tokens == want[f"tokens_{name}"]

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from lynx_trt.budgets import Restriction
+from lynx_trt.runtime.sampling import Sampling, draw, draws_of
 
 # Votes for each voting token; one token's own experts but its first have fewer in a batch of four.
 FLOOR = 0.1
 # A ragged batch: one row fills the prefill's width, one is a single token, two are in between.
 PROMPTS = (9, 5, 12, 1)
 STEPS = 16
+WAYS = (Sampling(), Sampling(1.0), Sampling(0.8, 0.9, top_k=20), Sampling(0.5, 0.95))
 
 Array = np.ndarray[Any, Any]
 
@@ -50,6 +52,30 @@ def forced_logits(backend: Any, prompts: Sequence[Sequence[int]], tokens: Array,
     for number, step in enumerate(tokens):
         outputs.append(decode(backend, step, past + number, restriction)[0])
     return np.stack(outputs).astype(np.float64)
+
+
+def draws(
+    backend: Any, prompts: Sequence[Sequence[int]], tokens: Array, restriction: Restriction
+) -> tuple[Array, Array, Array]:
+    """What the backend draws after the prompts and after each of tokens [steps, B], and what its logits give by `draw`.
+
+    Returns:
+        Tokens [steps + 1, B] of the one, of the other, and whether the draw was greedy; rows take turns in the ways.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    inputs = [(ids, np.zeros_like(lengths), lengths)]
+    inputs += [(step[:, None], lengths + number, np.ones_like(lengths)) for number, step in enumerate(tokens)]
+    got, expected, greedy = [], [], []
+    for number, step in enumerate(inputs):
+        ways = [WAYS[(number + row) % len(WAYS)] for row in range(len(prompts))]
+        how = draws_of(len(ways), [(row, way, np.random.default_rng([number, row])) for row, way in enumerate(ways)])
+        expected.append(draw(np.array(backend.step(*step, restriction).logits), how))
+        got.append(np.array(backend.next_tokens(*step, restriction, how).tokens))
+        greedy.append([way.temperature == 0 for way in ways])
+    return np.stack(got), np.stack(expected), np.array(greedy)
 
 
 def greedy_tokens(backend: Any, prompts: Sequence[Sequence[int]], restriction: Restriction) -> tuple[Array, Array]:

@@ -72,6 +72,7 @@ def request(chance: random.Random, longest: int) -> dict[str, Any]:
     body: dict[str, Any] = {"text_input": text, "max_tokens": min(longest, max(1, int(chance.expovariate(1 / 40))))}
     if chance.random() < 0.5:
         body |= {"temperature": chance.uniform(0.1, 2.0), "top_p": chance.uniform(0.3, 1.0)}
+        body["top_k"] = chance.choice([0, 1, 20, 5000])
         body["seed"] = chance.randrange(1 << 40)
     if chance.random() < 0.5:
         body["quality"] = chance.choice(["max", "balanced", "fast", "0.3"])

@@ -94,6 +94,21 @@ def test_wrong_numbers_are_named(kit: Path, artifact: Callable[..., Artifact]) -
     assert "failed: logits" in gpu_engine.table([row])
 
 
+def test_wrong_draws_are_named(kit: Path, artifact: Callable[..., Artifact]) -> None:
+    """The logits are right, and what is drawn from them is the token after."""
+    reference = artifact("mixtral")
+
+    class Late(Stand):
+        def next_tokens(self, *arguments: Any, **options: Any) -> Any:
+            result = super().next_tokens(*arguments, **options)
+            result.tokens[1:] += 1
+            return result
+
+    row = gpu_engine.check(kit / "mixtral-fp32", lambda *_: Late(reference, len(PROMPTS), threads=1))
+    assert [name for name, passed in row.checks.items() if not passed] == ["draws"]
+    assert row.figures["equal_draws"] == 0.25
+
+
 def test_an_engine_that_fails_is_a_row(kit: Path) -> None:
     def refuse(*_: Any) -> Any:
         raise TensorRTError("TensorRT can't load engine.plan: not for this SM")
