@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lynx_trt.artifact import Artifact, check_files
+from lynx_trt.artifact import DRAWS, Artifact, check_files
 
 PLUGIN = {"namespace": "lynx", "version": "1"}
 
@@ -106,4 +106,9 @@ def engine_problems(artifact: Artifact) -> list[str]:
         for capability in sorted(set(capabilities) - set(engine.compute_capabilities))
         if engine.compute_capabilities
     ]
+    # A graph that others exported gives its logits to whoever runs it.
+    if engine.compute_capabilities and artifact.manifest.foreign is None and DRAWS not in artifact.manifest.files:
+        problems.append(
+            f"there is no {DRAWS}, which draws tokens on the GPU: an older lynx-trt built this; build it again"
+        )
     return problems

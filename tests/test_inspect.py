@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lynx_trt import preflight as preflights
-from lynx_trt.artifact import MANIFEST, Artifact, CalibrationRecord, read
+from lynx_trt.artifact import DRAWS, MANIFEST, Artifact, CalibrationRecord, read, record_files
 from lynx_trt.errors import ArtifactError
 from lynx_trt.inspect import rows
 from lynx_trt.preflight import preflight
@@ -158,14 +158,28 @@ def test_gpu_without_tensorrt(with_engine: Artifact, monkeypatch: pytest.MonkeyP
     assert any("is not installed" in problem for problem in preflight(with_engine).problems)
 
 
-def test_gpu_of_another_sm(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_of_another_sm(with_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_engine.manifest.engine
     engine = with_engine.manifest.engine.model_copy(update={"compute_capabilities": [80, 89]})
+    (tmp_path / DRAWS).write_bytes(b"kernels")
+    files = {**with_engine.manifest.files, **record_files(tmp_path)}
+    update = {"engine": engine, "files": files}
+    built = Artifact(with_engine.folder, with_engine.manifest.model_copy(update=update))
+    on_a_machine_with(monkeypatch, sms=[90], tensorrt=engine.tensorrt)
+    assert any("SM 80, 89" in problem and "SM 90" in problem for problem in preflight(built, verify=False).problems)
+    on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
+    assert preflight(built, verify=False).problems == []
+
+
+def test_engine_without_its_draws(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built before tokens were drawn on the GPU: `auto` then takes ONNX Runtime, and it is said why."""
+    assert with_engine.manifest.engine
+    engine = with_engine.manifest.engine.model_copy(update={"compute_capabilities": [90]})
     built = Artifact(with_engine.folder, with_engine.manifest.model_copy(update={"engine": engine}))
     on_a_machine_with(monkeypatch, sms=[90], tensorrt=engine.tensorrt)
-    assert any("SM 80, 89" in problem and "SM 90" in problem for problem in preflight(built).problems)
-    on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
-    assert preflight(built).problems == []
+    (problem,) = preflight(built).problems
+    assert "there is no draws.kernels" in problem
+    assert "build it again" in problem
 
 
 def test_another_plugin_version(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
