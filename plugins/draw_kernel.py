@@ -5,8 +5,9 @@ exp((logit - best) / temperature), and, for top-k and top-p, its LEADING best to
 needs of the logits only the block that the draw falls into. What goes to the host is a token a row, where the logits
 of a row are 0.6 MB at 152,000 tokens, and drawing from them takes a core a millisecond.
 
-A nucleus (what top-k and top-p leave) is looked for among the row's LEADING best tokens; where it is larger, the token
-is BEYOND and the host draws. exp is float32, sums are float64, in a fixed order.
+A nucleus (what top-k and top-p leave) is looked for among the NUCLEUS best of all blocks' leading tokens, as far down
+as no block has more that could come before; where it is larger, the token is BEYOND and the host draws. exp is float32,
+sums are float64, in a fixed order.
 
 A token and its logit are one int64, its key: the order of the float32 in the upper half, and below it the token
 counted down, so that the largest key is the best token, of equals the lower. A NaN is above all.
@@ -104,30 +105,35 @@ def draw_from_nucleus(
     uniform,
     total,
     V: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     LEADING: tl.constexpr,
     SLOTS: tl.constexpr,
+    NUCLEUS: tl.constexpr,
 ):
-    """A row's token under top-k and top-p, int32; BEYOND where the nucleus is not all in the row's LEADING tokens."""
+    """A row's token under top-k and top-p, int32; BEYOND where the nucleus may be more than what is known in order."""
     slot = tl.arange(0, SLOTS)
-    found = tl.load(leading + row * BLOCKS * LEADING + slot, mask=slot < BLOCKS * LEADING, other=NO_KEY)
-    key = tl.topk(found, LEADING)
-    rank = tl.arange(0, LEADING)
-    token = token_of(key)
+    begin = leading + row * BLOCKS * LEADING
+    key = tl.topk(tl.load(begin + slot, mask=slot < BLOCKS * LEADING, other=NO_KEY), NUCLEUS)
+    # A block with more tokens than those that are here has none of the others above its last.
+    block = tl.arange(0, BLOCK_B)
+    cut = (block < BLOCKS) & (V - block * BLOCK > LEADING)
+    last = tl.load(begin + block * LEADING + LEADING - 1, mask=cut, other=NO_KEY)
+    known = (key > NO_KEY) & (key >= tl.max(last, axis=0))
+    count = tl.sum(known.to(tl.int32), axis=0)
     limited = (top_k > 0) & (top_k < V)
-    there = (key > NO_KEY) & ((rank < top_k) | (limited == 0))
+    there = known & ((tl.arange(0, NUCLEUS) < top_k) | (limited == 0))
     weights = tl.where(there, weight_of(value_of(key), best, scale), 0.0)
     ends = tl.cumsum(weights, axis=0)
     here = tl.sum(weights, axis=0)
     wanted = top_p * tl.where(limited, here, total)
-    kept = there & (weights > 0) & (ends - weights < wanted)
-    # Among what is kept the draw goes by token, as it does among all.
+    kept = there & (ends - weights < wanted)
     weights = tl.where(kept, weights, 0.0)
-    before = tl.sum(tl.where(token[None, :] < token[:, None], weights[None, :], 0.0), axis=1)
-    reached = kept & (before <= uniform * tl.sum(weights, axis=0))
-    last = tl.max(tl.where(reached, before, -1.0), axis=0)
-    drawn = tl.max(tl.where(reached & (before == last), token, 0), axis=0)
-    whole = tl.where(limited, top_k <= LEADING, here >= wanted) | (V <= LEADING)
+    # The draw goes from the likeliest on.
+    place = where_reached(weights, tl.arange(0, NUCLEUS), uniform * tl.sum(weights, axis=0))
+    drawn = tl.sum(tl.where(tl.arange(0, NUCLEUS) == place, token_of(key), 0), axis=0)
+    whole = tl.where(limited, top_k <= count, here >= wanted) | (count >= V)
     return tl.where(whole, drawn, BEYOND)
 
 
@@ -149,6 +155,7 @@ def draw_kernel(
     BLOCK_B: tl.constexpr,
     LEADING: tl.constexpr,
     SLOTS: tl.constexpr,
+    NUCLEUS: tl.constexpr,
 ):
     """Grid: (T,). A row with a top-k or top-p needs LEADING above 0."""
     row = tl.program_id(0).to(tl.int64)
@@ -170,7 +177,23 @@ def draw_kernel(
     if LEADING > 0:
         p, k = tl.load(top_p + row), tl.load(top_k + row)
         restricted = (p < 1) | ((k > 0) & (k < V))
-        nucleus = draw_from_nucleus(leading, row, largest, by, p, k, chance, total, V, BLOCKS, LEADING, SLOTS)
+        nucleus = draw_from_nucleus(
+            leading,
+            row,
+            largest,
+            by,
+            p,
+            k,
+            chance,
+            total,
+            V,
+            BLOCK,
+            BLOCKS,
+            BLOCK_B,
+            LEADING,
+            SLOTS,
+            NUCLEUS,
+        )
         drawn = tl.where(restricted, nucleus, drawn)
     drawn = tl.where(by == 0, token_of(top), drawn)
     tl.store(token + row, tl.where(is_finite(largest), drawn, NOT_FINITE))

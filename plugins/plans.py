@@ -26,8 +26,8 @@ from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSp
 DISPATCH_SLOTS = 512
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
-# The likeliest tokens of a row among which a nucleus is looked for; a longer one is the host's.
-DRAW_LEADING = 64
+# The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
+DRAW_LEADING, DRAW_NUCLEUS = 32, 256
 # Rows of a table that are added at a time.
 TABLE_ROWS = 8
 
@@ -315,7 +315,8 @@ def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Ker
     Nothing of it is measured: 2048 makes enough blocks for every multiprocessor, and few enough for one program.
     """
     if block is None:
-        block = min(max(power_of_two(spec.vocabulary), DRAW_LEADING), 2048 if spec.vocabulary <= 1 << 18 else 8192)
+        most = 2048 if spec.vocabulary <= 1 << 18 else 8192
+        block = min(max(power_of_two(spec.vocabulary) // 16, DRAW_LEADING), most)
     blocks = -(-spec.vocabulary // block)
     constants: dict[str, Value] = {
         "V": spec.vocabulary,
@@ -330,7 +331,8 @@ def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Ker
     rows = {"top_p": "*fp64", "top_k": "*i32", "uniform": "*fp64"}
     buffers = {"logits": "*fp32", "scale": "*fp32", **rows, **tables, "token": "*i32"}
     # Two at least: the compiler has no arrays of one.
-    rooms = {"BLOCK_B": max(power_of_two(blocks), 2), "SLOTS": power_of_two(blocks * DRAW_LEADING)}
+    slots = power_of_two(blocks * DRAW_LEADING)
+    rooms = {"BLOCK_B": max(power_of_two(blocks), 2), "SLOTS": slots, "NUCLEUS": min(slots, DRAW_NUCLEUS)}
     second = _step("draw_kernel", Grid(times=1), buffers, {**constants, **rooms}, 8, names=names)
     regions = [Region("best", per=8 * blocks), Region("mass", per=8 * blocks)]
     if spec.nucleus:

@@ -125,7 +125,7 @@ class HostGpu:
 class HostDriver:
     """`launcher.Driver`: knows the kernels that draw tokens, and does with NumPy what they do.
 
-    As they do, it leaves to the host a nucleus that is not within a row's 64 likeliest tokens.
+    It leaves to the host a nucleus that is not within a row's 64 likeliest tokens, where they know more of them.
     """
 
     def __init__(self, gpu: HostGpu) -> None:

@@ -36,7 +36,8 @@ class Draws:
         temperature: f64; 0 is greedy.
         top_p: f64, above 0; 1: no limit.
         top_k: i32; 0: no limit.
-        uniform: f64, 0 to below 1: where in the distribution the token is, the tokens in the order of their ids.
+        uniform: f64, 0 to below 1: where in the distribution the token is, the tokens in the order of their ids, or
+            from the likeliest on where top-k or top-p leave some of them.
     """
 
     wanted: Array

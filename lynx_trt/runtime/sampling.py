@@ -89,7 +89,7 @@ def draw(logits: Array, draws: Draws) -> Array:
 def _from(logits: Array, weights: Array, top_p: float, top_k: int, uniform: float) -> int:
     if top_p == 1 and not 0 < top_k < len(logits):
         return _at(weights, uniform)
-    tokens = np.sort(_nucleus(logits, weights, top_p, top_k))
+    tokens = _nucleus(logits, weights, top_p, top_k)
     return int(tokens[_at(weights[tokens], uniform)])
 
 
