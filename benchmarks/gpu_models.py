@@ -30,12 +30,18 @@ def restrictions(layers: Sequence[Any]) -> dict[str, Restriction]:
     }
 
 
-def prefill(backend: Any, prompts: Sequence[Sequence[int]], restriction: Restriction) -> Array:
-    """Logits [B,V] after the prompts, in one ragged step."""
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Ids [B,S] of the prompts, zeros behind the shorter ones, and their lengths [B]."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
+    return ids, lengths
+
+
+def prefill(backend: Any, prompts: Sequence[Sequence[int]], restriction: Restriction) -> Array:
+    """Logits [B,V] after the prompts, in one ragged step."""
+    ids, lengths = padded(prompts)
     return np.array(backend.step(ids, np.zeros_like(lengths), lengths, restriction).logits)
 
 
@@ -62,10 +68,7 @@ def draws(
     Returns:
         Tokens [steps + 1, B] of the one, of the other, and whether the draw was greedy; rows take turns in the ways.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
+    ids, lengths = padded(prompts)
     inputs = [(ids, np.zeros_like(lengths), lengths)]
     inputs += [(step[:, None], lengths + number, np.ones_like(lengths)) for number, step in enumerate(tokens)]
     got, expected, greedy = [], [], []

@@ -111,16 +111,17 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         )
         _copy_tokenizer(options, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
+        model = _model_record(options, checkpoint, exported, max_length, weight_bytes)
         if report and sms:
             from lynx_trt.tensorrt.kernels import write_draws
 
             update = progress.phase("Compiling the draws of tokens")
-            write_draws(folder / artifacts.DRAWS, int(checkpoint.config.get_text_config().vocab_size), sms, update)
+            write_draws(folder / artifacts.DRAWS, model.vocabulary, sms, update)
             clock.lap("draws")
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            model=_model_record(options, checkpoint, exported, max_length, weight_bytes),
+            model=model,
             selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
             engine=engine_record(report, options.expert_weights) if report else None,
             engine_absent=absent,

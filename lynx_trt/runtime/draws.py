@@ -5,7 +5,6 @@ The kernels are compiled at build time for the GPUs of the engine, and lie besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,9 +57,8 @@ class DeviceDraws:
         if (nucleus, rows) not in self._launches:
             plan = self._plans[nucleus]
             offsets = {name: self._workspace + offset for name, offset in plan.offsets(rows).items()}
-            addresses: Mapping[str, int] = {**self._buffers.addresses, **offsets}
-            launches = launches_of(plan, rows, self._device, self._gpu.driver, addresses)
-            self._launches[nucleus, rows] = launches
+            addresses = {**self._buffers.addresses, **offsets}
+            self._launches[nucleus, rows] = launches_of(plan, rows, self._device, self._gpu.driver, addresses)
         for launch in self._launches[nucleus, rows]:
             self._gpu.driver.launch(launch, self._gpu.stream)
 
