@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_common import ROOT, commit, environment, write_json
+from gpu_common import ROOT, command_words, commit, environment, write_json
 from gpu_targets import Verdict, table, verdicts
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -141,7 +140,7 @@ class Runner:
         code = self.watch(command, part, record, seconds)
         status = "ok" if code == 0 else "timed out" if code is None else "failed"
         said = (self.folder / "log.txt").read_bytes()[start:].decode(errors="replace")
-        entry = {"status": status, "exit_code": code, "limit": round(seconds, 1), "command": shlex.join(command)}
+        entry = {"status": status, "exit_code": code, "limit": round(seconds, 1), "command": command_words(command)}
         entry |= {"seconds": round(time.monotonic() - began, 1)}
         if status != "ok" or not part.records:
             entry |= {"summary": last_line(said), "tail": said[-2000:]}

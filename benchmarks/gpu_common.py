@@ -7,11 +7,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -136,12 +137,24 @@ def environment(*, dry: bool = False) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": command_words([sys.executable, *sys.argv]),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := package(name))},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "gpu": "none: a dry run on a CPU" if dry else gpu(),
     }
+
+
+def command_words(command: Sequence[str]) -> str:
+    """A command for the record: this repository's files by their paths in it, others by their names alone."""
+    return shlex.join(_recorded(word) for word in command)
+
+
+def _recorded(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def commit() -> str | None:

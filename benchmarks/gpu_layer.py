@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -260,7 +260,7 @@ class Bench:
     def start(cls, layers: Sequence[Layer], ops: Sequence[Op], chosen: Options, report: Report, clock: Clock) -> Bench:
         """Measure the ceilings and compile the kernels; the record says so."""
         limits = ceilings(chosen.device)
-        report.extra["ceilings"] = {"bandwidth": limits.bandwidth, "matmul": limits.matmul}
+        report.extra["ceilings"] = asdict(limits)
         kernels = Kernels(ops, chosen)
         report.extra["kernels"] = kernels.how
         report.write()

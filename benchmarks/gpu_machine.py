@@ -15,6 +15,7 @@ def main() -> None:
     with benchmark(__doc__, "machine", 60) as (chosen, report, _):
         limits = ceilings(chosen.device)
         row = {"copy_tb_per_second": limits.bandwidth / 1e12, "matmul_tflops": limits.matmul / 1e12}
+        row |= {f"copy_tb_per_second, {name}": copied / 1e12 for name, copied in limits.copies.items()}
         if chosen.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             row |= {"memory_free_gb": free / 1e9, "memory_gb": total / 1e9}
