@@ -40,7 +40,7 @@ __all__ = ["Cubin", "Kernels", "compile_for", "lookup", "report_table"]
 
 INSTALL = 'pip install "lynx-trt[kernels]"'
 # Counts up when a change of ours, and not of a kernel's source, makes cached kernels useless.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def compile_for(
@@ -242,7 +242,9 @@ def _cache_name(kernel: Kernel, sm: int) -> str:
 def _sources_hash() -> str:
     """A hash of the files that kernels are made from."""
     folder = Path(__file__).parent
-    files = sorted({f"{module}.py" for module in MODULES.values()} | {"experts_parts.py", "aot_worker.py"})
+    files = sorted(
+        {f"{module}.py" for module in MODULES.values()} | {"dependent_launch.py", "experts_parts.py", "aot_worker.py"}
+    )
     digest = hashlib.sha256()
     for name in files:
         digest.update((folder / name).read_bytes())

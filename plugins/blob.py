@@ -1,10 +1,10 @@
 """The kernels that an engine carries: cubins and how to launch them, and the bytes in which they are stored.
 
-The blob is the line `lynx-kernels 1 BYTES`, BYTES of text, then the cubins one after another. The text is lines of
+The blob is the line `lynx-kernels 2 BYTES`, BYTES of text, then the cubins one after another. The text is lines of
 words separated by single spaces, so that a launcher in any language reads it with no parser to speak of:
 
     versions LYNX_TRT COMPILER
-    cubin SM FUNCTION ENTRY THREADS SHARED SCRATCH REGISTERS SPILLS OFFSET SIZE SHA256
+    cubin SM FUNCTION ENTRY THREADS SHARED SCRATCH PROGRAMMATIC REGISTERS SPILLS OFFSET SIZE SHA256
     op KEY
     plan SM MAX_TOKENS
     region NAME FIXED PER TOKENS
@@ -12,7 +12,8 @@ words separated by single spaces, so that a launcher in any language reads it wi
 
 Cubins are numbered from 0 as they come; OFFSET is from the first cubin's first byte. A plan belongs to the op above
 it, a region and a step to the plan above. SHARED is the dynamic shared memory, and SCRATCH the global scratch memory
-of a program, both in bytes. A KEY is made by `specs.py`.
+of a program, both in bytes; PROGRAMMATIC is 1 if it may start before the launch before it has ended. A KEY is made by
+`specs.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from lynx_trt.errors import ArtifactError
 from lynx_trt.plugins.launch import SHARED_MEMORY, SMS
 from lynx_trt.plugins.plan import Grid, Plan, Region, Step
 
-FORMAT = "lynx-kernels 1"
+FORMAT = "lynx-kernels 2"
 
 
 @dataclass(frozen=True)
 class Cubin:
-    """A kernel compiled for an SM, and how to launch it; sizes in bytes, scratch for each program."""
+    """A kernel compiled for an SM, and how to launch it; sizes in bytes, scratch for each program.
+
+    programmatic: 1 if it may start while the launch before it runs (`plan.Kernel.programmatic`), else 0.
+    """
 
     sm: int
     function: str
@@ -40,6 +44,7 @@ class Cubin:
     threads: int
     shared: int
     scratch: int
+    programmatic: int
     registers: int
     spills: int
     image: bytes
@@ -158,10 +163,10 @@ def _read(data: bytes) -> Kernels:
 
 
 def _read_cubin(words: Sequence[str], images: bytes) -> Cubin:
-    sm, function, entry, *numbers = words[:8]
-    offset, size, digest = int(words[8]), int(words[9]), words[10]
+    sm, function, entry, *numbers = words[:9]
+    offset, size, digest = int(words[9]), int(words[10]), words[11]
     image = images[offset : offset + size]
     if hashlib.sha256(image).hexdigest() != digest:
         raise ValueError(f"the cubin of {function} for SM {sm} is damaged")
-    threads, shared, scratch, registers, spills = map(int, numbers)
-    return Cubin(int(sm), function, entry, threads, shared, scratch, registers, spills, image)
+    threads, shared, scratch, programmatic, registers, spills = map(int, numbers)
+    return Cubin(int(sm), function, entry, threads, shared, scratch, programmatic, registers, spills, image)

@@ -91,16 +91,23 @@ class CudaDriver:
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Launch on a stream, without waiting."""
-        call(
-            "cuLaunchKernel",
-            launch.function,
-            *(launch.programs, 1, 1),
-            *(launch.threads, 1, 1),
-            launch.shared,
-            stream,
-            launch.parameters,
-            0,
-        )
+        if launch.config is None:
+            launch.config = self._config(launch)
+        launch.config.hStream = stream
+        call("cuLaunchKernelEx", launch.config, launch.function, launch.parameters, 0)
+
+    def _config(self, launch: Launch) -> Any:
+        cuda = self._cuda
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.programs, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes = launch.shared
+        if launch.programmatic:
+            attribute = cuda.CUlaunchAttribute()
+            attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
 
 
 @functools.cache

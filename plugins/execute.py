@@ -199,9 +199,11 @@ def _launch(kernel: Kernel, programs: int, arguments: list[Tensor | int], device
     import triton
 
     function = getattr(importlib.import_module(f"lynx_trt.plugins.{MODULES[kernel.function]}"), kernel.function)
+    constants: dict[str, Any] = dict(kernel.constants)
     if device.type == "cpu":
         _prepare_interpreter()
-    constants: dict[str, Any] = dict(kernel.constants)
+        if kernel.programmatic:  # the interpreter runs one launch after another, and knows no other way
+            constants["PROGRAMMATIC"] = False
     if constants.get("DESCRIPTORS"):
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fuses}

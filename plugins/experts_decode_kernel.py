@@ -15,6 +15,7 @@ share the weights through L2.
 import triton
 import triton.language as tl
 
+from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
 from lynx_trt.plugins.experts_parts import activate_gate_up, expert_items, find_item, gate_up_rows, tile_product
 
 # Tiles of pairs that share a tile of weights before the next one: a decode batch has few.
@@ -52,6 +53,31 @@ def program_work(
 
 
 @triton.jit
+def fetch_ahead(
+    w,  # pointer to the expert's matrix [N,D], transposed [D,N]
+    rows,  # some of its output rows, [ROWS]
+    begin,  # the first of the summed dimension
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Fetch some rows of AHEAD values each into L2, a line of 128 bytes (64 values of 2 bytes) at a time."""
+    row = tl.minimum(rows, N - 1)
+    if TRANSPOSED:
+        d = tl.minimum(begin + tl.arange(0, AHEAD), D - 1)
+        lines = tl.minimum(tl.min(row, axis=0) + 64 * tl.arange(0, ROWS // 64 if ROWS > 64 else 1), N - 1)
+        at = w + d[:, None] * N + lines[None, :]
+    else:
+        lines = tl.minimum(begin + 64 * tl.arange(0, AHEAD // 64), D - 1)
+        at = w + row[:, None] * D + lines[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def gate_up_decode_kernel(
     hidden,  # [T,H] float
     gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I
@@ -77,10 +103,13 @@ def gate_up_decode_kernel(
     BLOCK_H: tl.constexpr,
     ONE_TILE: tl.constexpr,
     SWAP: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (items,), items = ceil(I / BLOCK_I) x active experts (ONE_TILE), or x tiles of their pairs."""
     N_TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     R: tl.constexpr = 2 * I if GATED else I
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     expert, tile, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES, ONE_TILE)
     if not exists:
         return
@@ -97,6 +126,8 @@ def gate_up_decode_kernel(
             gate_up + expert * (R * H),
             rows,
             valid,
+            0,
+            H,
             R,
             H,
             TRANSPOSED,
@@ -121,7 +152,7 @@ def down_decode_kernel(
     down_bias,  # [E,H] float; not read without HAS_BIAS
     weight,  # [T,K] float32
     dispatch,  # [2E+2+TK] int32
-    partial,  # [TK,H] float32, out: a row a slot, in the order of `weight`; rows of empty slots are not written
+    partial,  # [TK,SPLIT,H] float32, out: by slot, in the order of `weight`; rows of empty slots are not written
     E: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -135,13 +166,28 @@ def down_decode_kernel(
     BLOCK_I: tl.constexpr,
     ONE_TILE: tl.constexpr,
     SWAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
-    """Grid: (items,), items = ceil(H / BLOCK_H) x active experts (ONE_TILE), or x tiles of their pairs."""
+    """Grid: (items,), items = SPLIT x ceil(H / BLOCK_H) x active experts (ONE_TILE), or x tiles of their pairs.
+
+    Each of SPLIT programs has a part of the sum over I, so that a few experts too occupy the whole GPU. Of its weights
+    the first AHEAD of the sum are fetched into L2 while gate_up still runs, which leaves the memory idle as it ends.
+    """
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    expert, tile, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES, ONE_TILE)
+    PIECE: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + SPLIT - 1) // SPLIT * BLOCK_I
+    # The metadata is from before gate_up, which began only when it was there.
+    expert, item, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES * SPLIT, ONE_TILE)
+    begin = item % SPLIT * PIECE
+    rows = item // SPLIT * BLOCK_H + tl.arange(0, BLOCK_H)
+    if AHEAD > 0 and PROGRAMMATIC:  # noqa: SIM102 -- `exists` is known at run time only
+        if exists:
+            fetch_ahead(down + expert * (H * I), rows, begin, H, I, TRANSPOSED, BLOCK_H, AHEAD)
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     if not exists:
         return
-    rows = tile * BLOCK_H + tl.arange(0, BLOCK_H)
     for start in range(first, last, BLOCK_T):
         pair = start + tl.arange(0, BLOCK_T)
         here = pair < last
@@ -152,6 +198,8 @@ def down_decode_kernel(
             down + expert * (H * I),
             rows,
             rows < H,
+            begin,
+            min(begin + PIECE, I) if SPLIT > 1 else I,
             H,
             I,
             TRANSPOSED,
@@ -163,7 +211,8 @@ def down_decode_kernel(
             PRECISION,
         )
         if HAS_BIAS:
-            product += tl.load(down_bias + expert * H + rows, mask=rows < H, other=0.0).to(tl.float32)[None, :]
+            biased = rows < tl.where(begin == 0, H, 0)  # the first summand alone
+            product += tl.load(down_bias + expert * H + rows, mask=biased, other=0.0).to(tl.float32)[None, :]
         product *= tl.load(weight + place, mask=here, other=0.0)[:, None]
-        at = partial + place.to(tl.int64)[:, None] * H + rows[None, :]
+        at = partial + (place.to(tl.int64) * SPLIT + item % SPLIT)[:, None] * H + rows[None, :]
         tl.store(at, product.to(partial.dtype.element_ty), mask=here[:, None] & (rows < H)[None, :])

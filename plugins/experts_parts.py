@@ -59,6 +59,8 @@ def tile_product(
     w,  # pointer to the expert's matrix [N,D], transposed [D,N]
     rows,  # the matrix' output rows, [ROWS]
     valid,  # which rows there are, [ROWS]
+    begin,  # the first of the summed dimension, a multiple of BLOCK_D
+    end,  # past the last of it
     N: tl.constexpr,
     D: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -69,14 +71,14 @@ def tile_product(
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply x @ w.T for some pairs and rows, float32 [BLOCK_T, ROWS].
+    """Multiply x @ w.T for some pairs and rows, over begin..end-1 of D, float32 [BLOCK_T, ROWS].
 
     ALL_ROWS: `valid` is all True, known when compiling. SWAP: let the rows be the matmul's M, of which Hopper's
     matrix instructions want 64, and the pairs its N, which may be 16.
     """
     d = tl.arange(0, BLOCK_D)
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(begin, end, BLOCK_D):
         inside = start + d < D
         # The mask of a dimension that is always inside is left out: it would split the wide loads.
         if D % BLOCK_D == 0:

@@ -15,6 +15,7 @@ addresses. A program makes its descriptors once; they lie in global scratch memo
 import triton
 import triton.language as tl
 
+from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
 from lynx_trt.plugins.experts_parts import (
     activate_gate_up,
     activate_halves,
@@ -139,15 +140,18 @@ def gate_up_prefill_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (programs,), any number: each takes every programs-th item."""
     N_TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     R: tl.constexpr = 2 * I if GATED else I
     HALVES: tl.constexpr = DESCRIPTORS and GATED and not INTERLEAVED
     ROWS: tl.constexpr = 2 * BLOCK_I if GATED and not HALVES else BLOCK_I
-    tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     if DESCRIPTORS:
         descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
+    tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
         expert = tl.load(dispatch + 2 + E + slot)
@@ -179,6 +183,8 @@ def gate_up_prefill_kernel(
                     gate_up + expert.to(tl.int64) * (R * H),
                     rows,
                     valid,
+                    0,
+                    H,
                     R,
                     H,
                     TRANSPOSED,
@@ -217,12 +223,15 @@ def down_prefill_kernel(
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (programs,), any number: each takes every programs-th item."""
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     if DESCRIPTORS:
         descriptor = matrix_descriptor(down, E, H, I, TRANSPOSED, BLOCK_H, BLOCK_I)
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
         expert = tl.load(dispatch + 2 + E + slot)
@@ -242,6 +251,8 @@ def down_prefill_kernel(
                 down + expert.to(tl.int64) * (H * I),
                 rows,
                 rows < H,
+                0,
+                I,
                 H,
                 I,
                 TRANSPOSED,

@@ -29,7 +29,8 @@ class MatmulLaunch:
     """Tiles of one matmul: block_t pairs x block_n rows (of gate_up: inner values) x block_d of the summed dimension.
 
     swap: the rows are the matmul's M. descriptors: weights through tensor descriptors. per_multiprocessor: programs of
-    a persistent launch (0: one program an item).
+    a persistent launch (0: one program an item). Of down in decode, split: programs that share a tile's sum; ahead: how
+    much of it is fetched into L2 before gate_up has ended.
     """
 
     block_t: int
@@ -40,6 +41,8 @@ class MatmulLaunch:
     swap: bool = False
     descriptors: bool = False
     per_multiprocessor: int = 0
+    split: int = 1
+    ahead: int = 0
 
 
 @dataclass(frozen=True)

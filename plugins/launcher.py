@@ -14,7 +14,7 @@ import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lynx_trt.errors import ArtifactError
 from lynx_trt.export.ops import SELECT
@@ -99,16 +99,19 @@ class Device:
 class Launch:
     """A kernel launch: function handle, programs, threads of each, dynamic shared memory in bytes, arguments.
 
-    Each argument lies in a word of 8 bytes: pointers, null pointers, and T, an int32 in the lower half.
+    programmatic: it may start while the launch before it runs. Each argument lies in a word of 8 bytes: pointers, null
+    pointers, and T, an int32 in the lower half.
     """
 
-    def __init__(self, function: int, programs: int, threads: int, shared: int, arguments: Sequence[int]) -> None:
-        self.function, self.programs, self.threads, self.shared = function, programs, threads, shared
+    def __init__(self, function: int, cubin: Cubin, programs: int, arguments: Sequence[int]) -> None:
+        self.function, self.programs = function, programs
+        self.threads, self.shared, self.programmatic = cubin.threads, cubin.shared, bool(cubin.programmatic)
         self.words = (ctypes.c_uint64 * len(arguments))(*arguments)
         start = ctypes.addressof(self.words)
         self._addresses = (ctypes.c_void_p * len(arguments))(*(start + 8 * n for n in range(len(arguments))))
-        # What cuLaunchKernel takes: the address of an array of the arguments' addresses.
+        # What CUDA takes: the address of an array of the arguments' addresses.
         self.parameters = ctypes.addressof(self._addresses)
+        self.config: Any = None  # what a driver has made of all but the arguments, and keeps here
 
 
 class Driver(Protocol):
@@ -170,7 +173,7 @@ def launches_of(
             cubin = step.kernel
             names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
             words = [found[name] for name in names]
-            launches.append(Launch(driver.load(cubin, device), programs, cubin.threads, cubin.shared, words))
+            launches.append(Launch(driver.load(cubin, device), cubin, programs, words))
     return launches
 
 
@@ -216,7 +219,7 @@ class Launcher:
         cubin = step.kernel
         names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
         words = [tokens if name == "T" else 0 for name in names]
-        launch = Launch(self._driver.load(cubin, device), programs, cubin.threads, cubin.shared, words)
+        launch = Launch(self._driver.load(cubin, device), cubin, programs, words)
         launches.append(launch)
         offsets = plan.offsets(tokens)
         for word, name in enumerate(names):

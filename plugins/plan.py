@@ -6,7 +6,8 @@ pure: nothing here needs a GPU or the compiler.
 
 To run a plan for T tokens: give each region of the workspace its bytes, one after another, each from a multiple of
 ALIGNMENT; then launch the steps in order on one stream, each with `grid.programs(T, multiprocessors)` programs (0:
-leave it out) of 32 x warps threads. A step's arguments are, in order, pointers by name (an input, an output or a
+leave it out) of 32 x warps threads; a programmatic kernel with CUDA's attribute of that name, which lets it start while
+the one before it still runs. A step's arguments are, in order, pointers by name (an input, an output or a
 region; "null" is a null pointer) and "T", the number of tokens as int32; every pointer is a multiple of 16. After them
 each kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else null), and
 one that is always null.
@@ -61,6 +62,11 @@ class Kernel:
     def fuses(self) -> bool:
         """Whether a * b + c may be rounded once. Not in the selection, which is to round as its reference does."""
         return not MODULES[self.function].startswith("select")
+
+    @property
+    def programmatic(self) -> bool:
+        """Whether it may be launched while the launch before it still runs: it waits itself (dependent_launch.py)."""
+        return bool(dict(self.constants).get("PROGRAMMATIC"))
 
 
 # What a step launches: a Kernel, or where it has been compiled, that (`aot.Cubin`).

@@ -28,6 +28,8 @@ DISPATCH_SLOTS = 512
 BLOCKS_HERE = 64
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
+# From this SM on a launch may start before the one before it has ended.
+PROGRAMMATIC_SM = 90
 # Rows of a table that are added at a time.
 TABLE_ROWS = 8
 
@@ -209,26 +211,27 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, tokens)
     partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
     steps += [
-        _gate_up_step(spec, launch, tokens),
-        _down_step(spec, launch, tokens, partial),
-        _combine_step(spec, partial),
+        _gate_up_step(spec, launch, sm, tokens),
+        _down_step(spec, launch, sm, tokens, partial),
+        _combine_step(spec, launch, sm, partial),
     ]
     pairs = spec.experts_per_token
+    summands = pairs * launch.down.split
     regions += [
         Region("inner", per=pairs * spec.inner * BYTES[spec.dtype]),
-        Region("partial", per=pairs * spec.hidden * (4 if partial == "*fp32" else BYTES[spec.dtype])),
+        Region("partial", per=summands * spec.hidden * (4 if partial == "*fp32" else BYTES[spec.dtype])),
     ]
     if launch.gate_up.descriptors or launch.down.descriptors:
         regions.append(Region("scratch", fixed=SCRATCH_BYTES * MOST_PROGRAMS))
     return Plan(tokens, tuple(steps), tuple(regions))
 
 
-def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int) -> Step[Kernel]:
+def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int) -> Step[Kernel]:
     form, value = spec.form, POINTERS[spec.dtype]
     bias = "gate_up_bias" if spec.bias else "null"
     buffers = {"hidden": value, "gate_up": value, "gate_up_bias": value, "dispatch": "*i32", "inner": value}
     constants: dict[str, Value] = {
-        **_matmul_constants(spec, launch, launch.gate_up, tokens),
+        **_matmul_constants(spec, launch, launch.gate_up, sm, tokens),
         "ACTIVATION": form.activation,
         "GATED": form.gated,
         "INTERLEAVED": form.interleaved,
@@ -244,7 +247,7 @@ def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int) -> Step
     return _step(function, grid, buffers, constants, launch.gate_up.warps, launch.gate_up.stages, names)
 
 
-def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int, partial: str) -> Step[Kernel]:
+def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, partial: str) -> Step[Kernel]:
     value = POINTERS[spec.dtype]
     bias = "down_bias" if spec.bias else "null"
     buffers = {
@@ -256,18 +259,21 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, tokens: int, partial: s
         "partial": partial,
     }
     constants: dict[str, Value] = {
-        **_matmul_constants(spec, launch, launch.down, tokens),
+        **_matmul_constants(spec, launch, launch.down, sm, tokens),
         "BLOCK_H": launch.down.block_n,
         "BLOCK_I": launch.down.block_d,
     }
+    if not launch.prefill:
+        constants |= {"SPLIT": launch.down.split, "AHEAD": launch.down.ahead}
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
     return _step(function, grid, buffers, constants, launch.down.warps, launch.down.stages, {"down_bias": bias})
 
 
-def _combine_step(spec: ExpertsSpec, partial: str) -> Step[Kernel]:
+def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
     block = min(power_of_two(spec.hidden), 512)  # 4 values a thread of 4 warps
-    constants = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden, "BLOCK_H": block}
+    constants: dict[str, Value] = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden, "BLOCK_H": block}
+    constants |= {"SPLIT": launch.down.split, "PROGRAMMATIC": sm >= PROGRAMMATIC_SM}
     buffers = {"partial": partial, "index": "*i64", "output": POINTERS[spec.dtype]}
     return _step("combine_kernel", Grid(per=-(-spec.hidden // block), times=1), buffers, constants, 4)
 
@@ -277,7 +283,9 @@ def _block_t(matmul: MatmulLaunch, tokens: int) -> int:
     return min(matmul.block_t, max(power_of_two(tokens), 16))
 
 
-def _matmul_constants(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch, tokens: int) -> dict[str, Value]:
+def _matmul_constants(
+    spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch, sm: int, tokens: int
+) -> dict[str, Value]:
     constants: dict[str, Value] = {
         "E": spec.experts,
         "K": spec.experts_per_token,
@@ -289,6 +297,7 @@ def _matmul_constants(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLa
         "PRECISION": "ieee" if spec.dtype == "float32" else "tf32",
         "BLOCK_E": _row(spec),
         "BLOCK_T": _block_t(matmul, tokens),
+        "PROGRAMMATIC": sm >= PROGRAMMATIC_SM,
     }
     if launch.prefill:
         return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors}
@@ -300,7 +309,7 @@ def _matmul_grid(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch,
     block_t = _block_t(matmul, tokens)
     one_tile = not launch.prefill and tokens <= block_t
     return Grid(
-        per=-(-rows // matmul.block_n),
+        per=-(-rows // matmul.block_n) * matmul.split,
         cap=spec.experts,
         slots=spec.experts_per_token,
         times=0 if one_tile else spec.experts_per_token,

@@ -27,7 +27,9 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
                 (128 if dict(kernel.constants).get("DESCRIPTORS") else 0),
             )
             entry = f"{kernel.function}_{number}"
-            cubins[kernel, sm] = Cubin(sm, kernel.function, entry, 32 * kernel.warps, shared, scratch, 9, 0, image)
+            cubins[kernel, sm] = Cubin(
+                sm, kernel.function, entry, 32 * kernel.warps, shared, scratch, int(kernel.programmatic), 9, 0, image
+            )
         return cubins[kernel, sm]
 
     def filled(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
@@ -67,5 +69,6 @@ class FakeDriver:
                 "shared": launch.shared,
                 "stream": stream,
                 "words": words,
+                "programmatic": launch.programmatic,
             }
         )

@@ -236,6 +236,7 @@ def test_launches(built, tmp_path, name):
     assert lines_of(lines, "launch") == [
         f"launch {numbers[it['entry']]} {it['programs']} {it['threads']} {it['shared']} 77 "
         + " ".join(map(str, it["words"]))
+        + (" attribute 6 1" if it["programmatic"] else "")
         for it in driver.launched
     ]
     assert len(driver.launched) >= len(tokens)

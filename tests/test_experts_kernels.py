@@ -28,10 +28,12 @@ GPT_OSS = ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=1.5,
 _TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)
 DECODE = ExpertsLaunch(False, _TILE, _TILE, "")
 SWAPPED = ExpertsLaunch(False, replace(_TILE, swap=True), replace(_TILE, swap=True), "")
+# Three programs share a sum over I, in pieces that don't come out even.
+SPLIT = ExpertsLaunch(False, _TILE, replace(_TILE, split=3, ahead=64), "")
 PREFILL = ExpertsLaunch(True, replace(_TILE, per_multiprocessor=1), replace(_TILE, per_multiprocessor=1), "")
 _COPIED = replace(_TILE, descriptors=True, per_multiprocessor=1)
 DESCRIPTORS = ExpertsLaunch(True, _COPIED, _COPIED, "")
-LAUNCHES = {"decode": DECODE, "swapped": SWAPPED, "prefill": PREFILL, "descriptors": DESCRIPTORS}
+LAUNCHES = {"decode": DECODE, "swapped": SWAPPED, "split": SPLIT, "prefill": PREFILL, "descriptors": DESCRIPTORS}
 
 # Of PyTorch's error in that precision, that of rounding the result alone.
 EPSILON = {torch.float32: 1e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -139,7 +141,7 @@ def test_intermediates(form: ExpertsForm, launch: str) -> None:
 
     got = regions["inner"].view(torch.bfloat16).reshape(40, 40)
     _check(got[:used], inner(layer.double())[:used], inner(layer)[:used])
-    got = regions["partial"].view(torch.float32).reshape(40, 48)
+    got = regions["partial"].view(torch.float32).reshape(40, -1, 48).sum(dim=1)
     slots = layer.index.reshape(-1) >= 0
     _check(got[slots], partial(layer.double())[slots], partial(layer)[slots])
     _check(combine_twin(got.nan_to_num(), experts_per_token=2), layer.double().twin(), layer.twin())

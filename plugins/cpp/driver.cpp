@@ -17,6 +17,23 @@ constexpr int kMajor = 75;
 constexpr int kMinor = 76;
 constexpr int kMaxDynamicSharedSize = 8;
 constexpr int64_t kSharedByDefault = 48 * 1024;
+constexpr int kProgrammaticStreamSerialization = 6;
+
+// CUlaunchAttribute and CUlaunchConfig. The value is a union of 64 bytes; the one used here is an int at its start.
+struct LaunchAttribute {
+    int id;
+    int padding;
+    int value[16];
+};
+struct LaunchConfig {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned shared;
+    void* stream;
+    LaunchAttribute* attributes;
+    unsigned attributeCount;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56);
 
 struct Driver {
     int (*ctxGetCurrent)(void**);
@@ -26,8 +43,7 @@ struct Driver {
     int (*moduleLoadData)(void**, void const*);
     int (*moduleGetFunction)(void**, void*, char const*);
     int (*funcSetAttribute)(void*, int, int);
-    int (*launchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-        void**);
+    int (*launchKernel)(LaunchConfig const*, void*, void**, void**);
     int (*getErrorName)(int, char const**);
 };
 
@@ -54,7 +70,7 @@ Driver const& driver() {
         find(library, "cuModuleLoadData", result.moduleLoadData);
         find(library, "cuModuleGetFunction", result.moduleGetFunction);
         find(library, "cuFuncSetAttribute", result.funcSetAttribute);
-        find(library, "cuLaunchKernel", result.launchKernel);
+        find(library, "cuLaunchKernelEx", result.launchKernel);
         find(library, "cuGetErrorName", result.getErrorName);
         return result;
     }();
@@ -109,9 +125,10 @@ void* loadFunction(Cubin const& cubin, Device const& device) {
 }
 
 void launch(Launch& launch, void* stream) {
-    check(driver().launchKernel(launch.function, launch.programs, 1, 1, launch.threads, 1, 1, launch.shared, stream,
-              launch.addresses.data(), nullptr),
-        "cuLaunchKernel");
+    LaunchAttribute programmatic{kProgrammaticStreamSerialization, 0, {1}};
+    LaunchConfig const config{{launch.programs, 1, 1}, {launch.threads, 1, 1}, launch.shared, stream, &programmatic,
+        launch.programmatic ? 1U : 0U};
+    check(driver().launchKernel(&config, launch.function, launch.addresses.data(), nullptr), "cuLaunchKernelEx");
 }
 
 }  // namespace lynx

@@ -22,8 +22,9 @@ struct Launch {
     unsigned programs;
     unsigned threads;
     unsigned shared;
+    bool programmatic;  // it may start while the launch before it runs
     std::vector<uint64_t> words;
-    std::vector<void*> addresses;  // of the words, as cuLaunchKernel takes them
+    std::vector<void*> addresses;  // of the words, as cuLaunchKernelEx takes them
 };
 
 // The GPU of the current context. All functions here throw std::runtime_error with CUDA's name of the error.

@@ -15,7 +15,7 @@ constexpr int64_t kAlignment = 256;
 constexpr int64_t kMostPrograms = 1024;
 // Of SM 86 to 89, which run the kernels of a lower SM 8 if they need no more than this.
 constexpr int64_t kSharedMemory86 = 101376;
-constexpr char kFormat[] = "lynx-kernels 1 ";
+constexpr char kFormat[] = "lynx-kernels 2 ";
 
 int64_t ceilDivide(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -83,7 +83,7 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
         int64_t registers = 0, spills = 0;
         std::size_t offset = 0, length = 0;
         words >> cubin.sm >> cubin.function >> cubin.entry >> cubin.threads >> cubin.shared >> cubin.scratch >>
-            registers >> spills >> offset >> length;
+            cubin.programmatic >> registers >> spills >> offset >> length;
         if (!words || offset > size || length > size - offset) {
             damaged("a cubin is cut off");
         }

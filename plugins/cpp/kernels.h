@@ -17,6 +17,7 @@ struct Cubin {
     int64_t threads;
     int64_t shared;
     int64_t scratch;
+    int64_t programmatic;  // 1 if it may start while the launch before it runs: it waits itself
     char const* image;
 };
 

@@ -33,12 +33,22 @@ int cuFuncSetAttribute(void* function, int kind, int value) {
     return 0;
 }
 
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** parameters, void** extra) {
+/* CUlaunchConfig; an attribute is an id, padding and a union of 64 bytes. */
+struct config {
+    unsigned gx, gy, gz, bx, by, bz, shared;
+    void* stream;
+    int (*attributes)[18];
+    unsigned count;
+};
+
+int cuLaunchKernelEx(struct config const* config, void* function, void** parameters, void** extra) {
     int image, count;
-    if (sscanf(function, "%d %d", &image, &count) != 2 || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return 1;
-    printf("launch %d %u %u %u %llu", image, gx, bx, shared, (unsigned long long)(uintptr_t)stream);
+    if (sscanf(function, "%d %d", &image, &count) != 2 || extra || config->count > 1) return 1;
+    if (config->gy != 1 || config->gz != 1 || config->by != 1 || config->bz != 1) return 1;
+    printf("launch %d %u %u %u %llu", image, config->gx, config->bx, config->shared,
+           (unsigned long long)(uintptr_t)config->stream);
     for (int i = 0; i < count; ++i) printf(" %llu", (unsigned long long)*(uint64_t*)parameters[i]);
+    if (config->count) printf(" attribute %d %d", config->attributes[0][0], config->attributes[0][2]);
     printf("\n");
     return 0;
 }
