@@ -263,25 +263,43 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _sms(options: BuildOptions) -> list[int]:
-    """The SMs that the engine is to have kernels for. Raises UsageError: one that there are none for."""
+    """The SMs that the engine is to have kernels for. Raises UsageError: one that it can't run on."""
     from importlib.util import find_spec
 
     from lynx_trt.plugins.aot import INSTALL
     from lynx_trt.plugins.launch import SMS
-    from lynx_trt.tensorrt.gpu import compute_capabilities
+    from lynx_trt.tensorrt.gpu import unbuildable
+    from lynx_trt.tensorrt.loader import likely
 
     known = ", ".join(map(str, SMS))
     words = [] if options.sm in ("auto", "none") else options.sm.split(",")
     if not all(word.strip().isdecimal() and int(word) in SMS for word in words):
-        raise UsageError(f"--sm is {options.sm!r}: it has to be auto, none or numbers of {known}, as in 80,90")
+        raise UsageError(f"--sm is {options.sm!r}: it has to be auto, none or numbers of {known}, as in 80,89")
     if options.sm == "none" or options.tensorrt == "none":
         return []
     compiler = find_spec("triton") is not None
     if words and not compiler:
         raise UsageError(f"--sm {options.sm} needs the Triton language, which compiles the GPU kernels: {INSTALL}")
-    found = sorted({int(word) for word in words} or {sm for sm in compute_capabilities() if sm in SMS})
-    if not found:
-        note("no GPU here to make kernels for, so the engine won't run; --sm 90, for one, makes those of an H100")
+    asked = sorted({int(word) for word in words})
+    flavor = likely(options.tensorrt)
+    if flavor and (reason := unbuildable(flavor, asked)):
+        raise UsageError(f"--sm {options.sm}: {reason}; or name others with --sm")
+    return asked or _sms_here(flavor, compiler=compiler)
+
+
+def _sms_here(flavor: str | None, *, compiler: bool) -> list[int]:
+    """The SMs of this machine's GPUs that the engine can run on; without any, a note says why it won't run."""
+    from lynx_trt.plugins.aot import INSTALL
+    from lynx_trt.plugins.launch import SMS
+    from lynx_trt.tensorrt.gpu import compute_capabilities, unbuildable
+
+    here = sorted({sm for sm in compute_capabilities() if sm in SMS})
+    reasons = {sm: unbuildable(flavor, [sm]) if flavor else None for sm in here}
+    found = [sm for sm in here if reasons[sm] is None]
+    if not here:
+        note("no GPU here to make kernels for, so the engine won't run; --sm 89, for one, makes those of an L40S")
+    elif not found:
+        note(f"the engine gets no GPU kernels and won't run: {reasons[here[0]]}")
     elif not compiler:
         note(f"the engine gets no GPU kernels and won't run: their compiler is not installed: {INSTALL}")
         return []
@@ -496,7 +514,8 @@ def main(
     sm: Annotated[
         str,
         typer.Option(
-            help="GPUs to make kernels for: numbers such as 80,90 (A100, H100), none, or auto: those of this machine."
+            help="GPUs to make kernels for: numbers such as 80,89 (A100, L40S), none, or auto: those of this machine. "
+            "An H100 or B200 (90, 100) needs full TensorRT, on its own machine."
         ),
     ] = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if not the checkpoint's.")] = None,
@@ -549,6 +568,7 @@ def _kernels_line(engine: EngineRecord) -> str:
 
 def _tell(artifact: Artifact) -> None:
     from lynx_trt.budgets import in_words
+    from lynx_trt.tensorrt.gpu import PRODUCTS
 
     manifest, engine = artifact.manifest, artifact.manifest.engine
     layers = len(manifest.model.moe_layers)
@@ -559,7 +579,7 @@ def _tell(artifact: Artifact) -> None:
     limits = in_words(chosen.restriction, [layer.experts for layer in manifest.model.moe_layers])
     typer.echo("; ".join([f"Selection: {chosen.preset}", *(f"{name} {words}" for name, words in limits.items())]))
     if engine:
-        product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+        product = PRODUCTS[engine.flavor]
         typer.echo(
             f"Engine: {artifact.path('engine.plan')} ({size(engine.plan_bytes)}), built by {product} {engine.tensorrt} "
             f"in {engine.seconds:.1f} s with {size(engine.peak_bytes)} of memory at its peak"

@@ -77,7 +77,7 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
 
 def engine_problems(artifact: Artifact) -> list[str]:
     """Why this machine can't run the artifact's engine, a sentence each; empty if nothing is known to hinder it."""
-    from lynx_trt.tensorrt.gpu import compute_capabilities
+    from lynx_trt.tensorrt.gpu import PRODUCTS, compute_capabilities, unsupported
     from lynx_trt.tensorrt.loader import describe
 
     engine = artifact.manifest.engine
@@ -86,8 +86,11 @@ def engine_problems(artifact: Artifact) -> list[str]:
     capabilities = sorted(set(compute_capabilities()))
     if not capabilities:
         return ["there is no GPU that the CUDA driver reports"]
+    # Neither another version nor other kernels would help then.
+    if reason := unsupported(engine.flavor, capabilities):
+        return [reason]
     problems = []
-    product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+    product = PRODUCTS[engine.flavor]
     here = describe()[engine.flavor]
     if here is None:
         problems.append(f"the engine needs {product} {engine.tensorrt}, which is not installed")

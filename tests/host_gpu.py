@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lynx_trt.plugins.blob import Cubin
 
 STREAM = 7
+SM = 120  # one that TensorRT for RTX runs on: it builds the engines of the tests
 
 
 class HostGpu:
@@ -131,11 +132,12 @@ class HostDriver:
     def __init__(self, gpu: HostGpu) -> None:
         self.gpu = gpu
         self.vocabulary = 0
+        self.sm = SM
         self.loaded: list[Cubin] = []
         self.drawn: list[str] = []  # what was launched
 
     def device(self) -> Device:
-        return Device(90, 132, context=1)
+        return Device(self.sm, 132, context=1)
 
     def load(self, cubin: Cubin, device: Device) -> int:
         self.loaded.append(cubin)

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 import tiny_models
 
+from lynx_trt import build as command_module
 from lynx_trt.artifact import MANIFEST
 from lynx_trt.budgets import Restriction, parse_budget, with_floor
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
+from lynx_trt.tensorrt import gpu, loader
 
 Build = Callable[..., Any]
 
@@ -250,7 +252,7 @@ def test_disk_that_fills_up(
         ({"floor": float("nan")}, ["nan", "from 0"]),
         ({"floor": 0.1, "preset": "lynx-latency"}, ["floor of 0.1", "guarantees none"]),
         ({"sm": "75"}, ["'75'", "numbers of 80, 86, 89, 90, 100, 120"]),
-        ({"sm": "80,"}, ["'80,'", "as in 80,90"]),
+        ({"sm": "80,"}, ["'80,'", "as in 80,89"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -258,6 +260,84 @@ def test_options_out_of_range(
     options: dict[str, Any], words: list[str], build_quietly: Build, own_checkpoint: Path, tmp_path: Path
 ) -> None:
     refuse(build_quietly, UsageError, own_checkpoint, tmp_path, *words, **options)
+
+
+class Installed:
+    """A machine with these GPUs, and with TensorRT of either product, or of none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sms: list[int], product: str | None) -> None:
+        monkeypatch.setattr(gpu, "compute_capabilities", lambda: sms)
+        monkeypatch.setattr(loader, "describe", lambda: {"auto": product})
+
+
+@pytest.mark.parametrize(
+    ("sms", "product", "options", "words"),
+    [
+        # What this product builds without complaint and no GPU runs: Hopper, and Blackwell of data centres.
+        ([], "rtx", {"sm": "90"}, ["--sm 90: ", "SM 80, 86, 89, 120 and later, not on SM 90; "]),
+        ([], "rtx", {"sm": "80,90,100"}, ["--sm 80,90,100: ", "not on SM 90, 100; ", "name others with --sm"]),
+        ([90], "rtx", {"sm": "90"}, ["not on SM 90; ", "full TensorRT there: pip install tensorrt"]),
+        ([90], "full", {"sm": "90", "tensorrt": "rtx"}, ["not on SM 90; "]),
+        # Full TensorRT builds for the GPU it finds.
+        ([90], "full", {"sm": "80,90"}, ["SM 90 here, not for SM 80; ", "machine with that GPU"]),
+        ([90, 80], "full", {"sm": "80"}, ["SM 90 here, not for SM 80; "]),
+    ],
+)
+def test_gpus_that_the_engine_would_not_run_on(
+    sms: list[int],
+    product: str,
+    options: dict[str, str],
+    words: list[str],
+    build_quietly: Build,
+    own_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before the model is read."""
+    Installed(monkeypatch, sms, product)
+    monkeypatch.setattr("lynx_trt.export.hf.read_source", lambda *_: pytest.fail("the model was read"))
+    settings = {"tensorrt": "auto", **options}
+    refuse(build_quietly, UsageError, own_checkpoint, tmp_path, *words, **settings)
+
+
+@pytest.mark.parametrize(
+    ("sms", "product", "sm", "expected", "said"),
+    [
+        ([], "rtx", "auto", [], "no GPU here to make kernels for, so the engine won't run; --sm 89"),
+        ([90], "rtx", "auto", [], "won't run: engines of TensorRT for RTX run on SM 80, 86, 89, 120 and later, not on"),
+        ([90, 120], "rtx", "auto", [120], ""),
+        ([89, 86, 89], "rtx", "auto", [86, 89], ""),
+        ([90], "full", "auto", [90], ""),
+        ([90, 80], "full", "auto", [90], ""),
+        ([], "rtx", "120,80", [80, 120], ""),
+        ([], "rtx", "none", [], ""),
+        ([], None, "90", [90], ""),  # that no TensorRT is here is said later, by whoever loads it
+    ],
+)
+def test_gpus_that_kernels_are_made_for(
+    sms: list[int],
+    product: str | None,
+    sm: str,
+    expected: list[int],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is asked for, else the GPUs of this machine that the engine can run on: none is no error but a note."""
+    Installed(monkeypatch, sms, product)
+    assert command_module._sms(command_module.BuildOptions(tmp_path, tmp_path / "out", sm=sm)) == expected
+    error = capsys.readouterr().err
+    assert (said in error) if said else (error == "")
+
+
+def test_the_default_works_with_this_tensorrt() -> None:
+    """`--sm auto`, which `make demo` uses, on whatever this machine is."""
+    from lynx_trt.tensorrt.loader import likely
+
+    chosen = command_module._sms(command_module.BuildOptions(Path(), Path()))
+    flavor = likely("auto")
+    assert flavor is None or gpu.unbuildable(flavor, chosen) is None
 
 
 @pytest.mark.parametrize(

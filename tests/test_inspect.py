@@ -15,7 +15,7 @@ from lynx_trt import preflight as preflights
 from lynx_trt.artifact import DRAWS, MANIFEST, Artifact, CalibrationRecord, read, record_files
 from lynx_trt.errors import ArtifactError
 from lynx_trt.inspect import rows
-from lynx_trt.preflight import preflight
+from lynx_trt.preflight import engine_problems, preflight
 from lynx_trt.tensorrt import gpu, loader
 
 
@@ -148,13 +148,13 @@ def on_a_machine_with(monkeypatch: pytest.MonkeyPatch, *, sms: list[int], tensor
 
 def test_gpu_with_another_tensorrt(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most repeated complaint about engines: built by one version, loaded by another."""
-    on_a_machine_with(monkeypatch, sms=[90], tensorrt="1.6.0")
+    on_a_machine_with(monkeypatch, sms=[89], tensorrt="1.6.0")
     problems = preflight(with_engine).problems
     assert any("1.7.1" in problem and "1.6.0" in problem for problem in problems)
 
 
 def test_gpu_without_tensorrt(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_machine_with(monkeypatch, sms=[90], tensorrt=None)
+    on_a_machine_with(monkeypatch, sms=[89], tensorrt=None)
     assert any("is not installed" in problem for problem in preflight(with_engine).problems)
 
 
@@ -165,18 +165,45 @@ def test_gpu_of_another_sm(with_engine: Artifact, tmp_path: Path, monkeypatch: p
     files = {**with_engine.manifest.files, **record_files(tmp_path)}
     update = {"engine": engine, "files": files}
     built = Artifact(with_engine.folder, with_engine.manifest.model_copy(update=update))
-    on_a_machine_with(monkeypatch, sms=[90], tensorrt=engine.tensorrt)
-    assert any("SM 80, 89" in problem and "SM 90" in problem for problem in preflight(built, verify=False).problems)
+    on_a_machine_with(monkeypatch, sms=[120], tensorrt=engine.tensorrt)
+    assert any("SM 80, 89" in problem and "SM 120" in problem for problem in preflight(built, verify=False).problems)
     on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
     assert preflight(built, verify=False).problems == []
+
+
+@pytest.mark.parametrize(("sm", "runs"), [(80, True), (90, False), (100, False), (110, False), (121, True)])
+def test_gpu_that_this_tensorrt_does_not_run_on(
+    sm: int, runs: bool, with_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT for RTX on Hopper (seen on an H200): one sentence, whatever kernels it has; full TensorRT runs there."""
+    assert with_engine.manifest.engine
+    (tmp_path / DRAWS).write_bytes(b"kernels")
+    files = {**with_engine.manifest.files, **record_files(tmp_path)}
+
+    def built(flavor: str, kernels: list[int]) -> Artifact:
+        update = {"compute_capabilities": kernels, "flavor": flavor, "tensorrt": "1.7.1"}
+        engine = with_engine.manifest.engine.model_copy(update=update)  # type: ignore[union-attr]
+        return Artifact(with_engine.folder, with_engine.manifest.model_copy(update={"engine": engine, "files": files}))
+
+    on_a_machine_with(monkeypatch, sms=[sm], tensorrt="1.7.1")
+    monkeypatch.setattr(loader, "describe", lambda: {"full": "1.7.1", "rtx": "1.7.1"})
+    for kernels in ([sm], [80], []):
+        problems = engine_problems(built("rtx", kernels))
+        said = [f"SM 80, 86, 89, 120 and later, not on SM {sm}" in problem for problem in problems]
+        assert said == ([False] * len(problems) if runs else [True])
+        if not runs:
+            assert "with full TensorRT there: pip install tensorrt" in problems[0]
+    assert engine_problems(built("full", [sm])) == []
+    if not runs:
+        assert preflight(built("rtx", [sm]), verify=False).problems == engine_problems(built("rtx", [sm]))
 
 
 def test_engine_without_its_draws(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built before tokens were drawn on the GPU: `auto` then takes ONNX Runtime, and it is said why."""
     assert with_engine.manifest.engine
-    engine = with_engine.manifest.engine.model_copy(update={"compute_capabilities": [90]})
+    engine = with_engine.manifest.engine.model_copy(update={"compute_capabilities": [89]})
     built = Artifact(with_engine.folder, with_engine.manifest.model_copy(update={"engine": engine}))
-    on_a_machine_with(monkeypatch, sms=[90], tensorrt=engine.tensorrt)
+    on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
     (problem,) = preflight(built).problems
     assert "there is no draws.kernels" in problem
     assert "build it again" in problem

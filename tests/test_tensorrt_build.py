@@ -127,13 +127,13 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "compile_for", compile_for)
     path = make_graph(tmp_path / "model.onnx", "bf16", layers=3, bias=True)
     seen = []
-    report = build(path, sms=(80, 90), on_progress=seen.append)
+    report = build(path, sms=(80, 89), on_progress=seen.append)
     assert [op.ranges for op in asked] == [((1, 64), (1, 4 * CACHE))] * 2  # three equal layers: two ops
     assert [type(op.spec) for op in asked] == [SelectSpec, ExpertsSpec]
     assert (asked[1].spec.dtype, asked[1].spec.bias, asked[1].spec.inner) == ("bfloat16", True, 32)
     assert (asked[0].spec.dispatch_taken, asked[1].spec.dispatch_given) == (True, True)
-    blob = fake_kernels([op.spec for op in asked], (80, 90), 256).to_bytes()
-    assert (report.kernels.sms, report.kernels.bytes) == ((80, 90), len(blob))
+    blob = fake_kernels([op.spec for op in asked], (80, 89), 256).to_bytes()
+    assert (report.kernels.sms, report.kernels.bytes) == ((80, 89), len(blob))
     plan = path.with_suffix(".plan").read_bytes()
     assert 0 < plan.count(blob) <= 4  # of one node for each of two profiles; TensorRT for RTX keeps attributes as well
     assert plan.count(hashlib.sha256(blob).hexdigest().encode()) >= 12  # of six nodes for each profile
@@ -141,6 +141,14 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
     assert "Compiling GPU kernels" in {progress.phase for progress in seen}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "model.plan"]
     assert build(path).kernels == KernelsReport()
+
+
+def test_a_gpu_that_the_engine_would_not_run_on(tmp_path):
+    """Whoever asks, not the command alone: TensorRT for RTX builds such an engine without a word."""
+    path = make_graph(tmp_path / "model.onnx", "fp16")
+    with pytest.raises(TensorRTError, match=r"could not run: .* 120 and later, not on SM 90, 100; .*full TensorRT"):
+        build(path, sms=(80, 90, 100))
+    assert [each.name for each in tmp_path.iterdir() if "plan" in each.name] == []
 
 
 def test_external_weights(tmp_path):
@@ -335,7 +343,7 @@ def test_engines_with_and_without_the_hand_over(tmp_path, monkeypatch, change, p
 
     monkeypatch.setattr(aot, "compile_for", compile_for)
     path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True)
-    report = build(edit(path, change) if change else path, sms=(90,))
+    report = build(edit(path, change) if change else path, sms=(89,))
     assert report.messages == ()
     assert report.plugin_layers == {SELECT: 2, EXPERTS: 2}
     taken = {spec.dispatch_taken for spec in asked if isinstance(spec, SelectSpec)}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lynx_trt.errors import TensorRTError, UsageError
-from lynx_trt.tensorrt import loader
+from lynx_trt.tensorrt import gpu, loader
 
 WHEELS = (loader.LIBRARIES_WHEEL, loader.BINDINGS_WHEEL)
 
@@ -66,7 +66,7 @@ def no_compiler_needed(monkeypatch):
 def test_load(cache):
     code = """
 import json, sys
-from lynx_trt.tensorrt import loader
+from lynx_trt.tensorrt import gpu, loader
 before = [name for name in sys.modules if name in ("numpy", "onnx", "torch") or "_native" in name]
 loaded = loader.load("rtx")
 again = loader.load("rtx")
@@ -103,7 +103,7 @@ def test_processes_at_once(cache):
 def test_describe_loads_nothing():
     code = """
 import json, sys
-from lynx_trt.tensorrt import loader
+from lynx_trt.tensorrt import gpu, loader
 found = loader.describe()
 assert not [name for name in sys.modules if "_native" in name]
 assert "libtensorrt" not in open("/proc/self/maps").read()
@@ -153,8 +153,17 @@ def test_full_that_does_not_work(monkeypatch, gpus, works, reason):
     monkeypatch.setattr(loader, "count_gpus", lambda: gpus)
     with pytest.raises(TensorRTError, match=f"full TensorRT does not work here: .*{reason}.*pip install tensorrt"):
         loader._load.__wrapped__("full")
-    monkeypatch.setattr(loader, "_rtx_package", lambda reasons: "rtx, because " + reasons[0])
-    assert reason in loader._load.__wrapped__("auto")
+    package = loader.Loaded(types.ModuleType("tensorrt_rtx"), "rtx", "1.8.0", "somewhere", matched=True)
+    monkeypatch.setattr(loader, "_rtx_package", lambda reasons: package)
+    loaded = loader._load.__wrapped__("auto")
+    assert reason in loaded.passed_over
+    # An engine that can't run here: it is said why full TensorRT, which could, was not taken.
+    monkeypatch.setattr(gpu, "compute_capabilities", lambda: [90] * gpus)
+    refused = loader.unbuildable_by(loaded, [90])
+    assert "not on SM 90" in refused
+    assert f"(full TensorRT was not taken here: {loaded.passed_over})" in refused
+    assert loader.unbuildable_by(loaded, [89]) is None
+    assert loader._load.__wrapped__("rtx").passed_over is None  # it was not tried
 
 
 def test_rtx_package_is_taken_before_the_wheels(monkeypatch):

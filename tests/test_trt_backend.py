@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_kernels import fake_kernels
-from host_gpu import HostGpu, tensorrt_for
+from host_gpu import SM, HostGpu, tensorrt_for
 
 from lynx_trt.artifact import DRAWS, Artifact, EngineRecord
 from lynx_trt.budgets import Restriction
@@ -36,13 +36,13 @@ def with_engine(artifact: Artifact, folder: Path, limits: dict[str, Any] | None 
     shutil.copytree(artifact.folder, folder)
     (folder / "engine.plan").write_bytes(b"plan")
     draws = [DrawSpec(artifact.manifest.model.vocabulary, nucleus) for nucleus in (False, True)]
-    (folder / DRAWS).write_bytes(fake_kernels(draws, [90], 64).to_bytes())
+    (folder / DRAWS).write_bytes(fake_kernels(draws, [SM], 64).to_bytes())
     record = EngineRecord(
         **{
             "flavor": "rtx",
             "tensorrt": "1.7.1",
             "expert_weights": "engine",
-            "compute_capabilities": [90],
+            "compute_capabilities": [SM],
             "seconds": 1.0,
             "peak_bytes": 1,
             "plan_bytes": 4,
@@ -270,6 +270,24 @@ def test_engine_that_tensorrt_refuses(engined: Artifact, tmp_path: Path) -> None
         backend_of(broken, 1)
 
 
+def test_a_gpu_that_this_tensorrt_does_not_run_on(engined: Artifact) -> None:
+    """Said before TensorRT is asked, in our words; an engine of full TensorRT has no such limit."""
+    gpu = HostGpu()
+    gpu.driver.sm = 90
+    asked: list[bytes] = []
+    tensorrt = tensorrt_for(engined, gpu)
+    tensorrt.Runtime.deserialize_cuda_engine = lambda _, plan: asked.append(bytes(plan))
+    with pytest.raises(ArtifactError, match=r"can't run here: .* SM 80, 86, 89, 120 and later, not on SM 90; .*full"):
+        TensorRTBackend(engined, 1, gpu=gpu, tensorrt=tensorrt)
+    assert asked == []
+    assert engined.manifest.engine
+    engine = engined.manifest.engine.model_copy(update={"flavor": "full"})
+    full = Artifact(engined.folder, engined.manifest.model_copy(update={"engine": engine}))
+    with pytest.raises(ArtifactError, match="TensorRT can't load"):
+        TensorRTBackend(full, 1, gpu=gpu, tensorrt=tensorrt)
+    assert asked == [b"plan"]
+
+
 def test_draws_that_are_none(engined: Artifact, tmp_path: Path) -> None:
     """Their file is missing, cut off, or of another GPU's kernels."""
     folder = Path(shutil.copytree(engined.folder, tmp_path / "artifact"))
@@ -278,7 +296,7 @@ def test_draws_that_are_none(engined: Artifact, tmp_path: Path) -> None:
     data = path.read_bytes()
     for written, words in (
         (data[:-40], "GPU kernels can't be read"),
-        (fake_kernels([DrawSpec(engined.manifest.model.vocabulary, False)], [80], 64).to_bytes(), "SM 80.* SM 90"),
+        (fake_kernels([DrawSpec(engined.manifest.model.vocabulary, False)], [80], 64).to_bytes(), f"SM 80.* SM {SM}"),
     ):
         path.write_bytes(written)
         with pytest.raises(ArtifactError, match=words):

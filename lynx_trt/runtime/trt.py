@@ -19,6 +19,7 @@ from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
 from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
 from lynx_trt.runtime.buffers import Buffers
 from lynx_trt.runtime.draws import DeviceDraws
+from lynx_trt.tensorrt.gpu import unsupported
 
 if TYPE_CHECKING:
     from lynx_trt.runtime.cuda import Gpu
@@ -62,7 +63,8 @@ class TensorRTBackend:
             graphs: capture decode steps in CUDA graphs.
 
         Raises:
-            ArtifactError: there is no engine, it doesn't take this many sequences, or TensorRT refuses it.
+            ArtifactError: there is no engine, it doesn't take this many sequences, it is of a TensorRT that does not
+                run on this GPU, or TensorRT refuses it.
             TensorRTError: TensorRT or the GPU is missing, or has no room.
         """
         engine = artifact.manifest.engine
@@ -80,6 +82,9 @@ class TensorRTBackend:
 
             gpu = Cuda()
         self._gpu = gpu
+        # Asked first: TensorRT reads the whole engine before it says so, in words of its own.
+        if reason := unsupported(engine.flavor, [gpu.driver.device().sm]):
+            raise ArtifactError(f"the engine of {artifact.folder} can't run here: {reason}")
         self._rt = _Runtime(artifact, tensorrt or _tensorrt(engine.flavor))
         self._rows = artifact.manifest.model.cache_rows
         self._caches = self._allocate_caches()

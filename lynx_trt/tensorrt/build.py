@@ -105,7 +105,8 @@ def build_engine(
 ) -> EngineReport:
     """Build an engine from a lynx ONNX file and write it to `plan_path`, replacing what is there.
 
-    `sms` are the GPUs whose kernels it is to carry (90 for an H100); an engine without any can't run.
+    `sms` are the GPUs whose kernels it is to carry (90 for an H100); an engine without any can't run, and one for a GPU
+    that this TensorRT's engines don't run on is refused (`gpu.unbuildable`).
 
     `expert_weights="external"` leaves the expert weights out; the report says what to bind instead.
     `workspace_bytes` limits the scratch memory of a layer on the GPU (None: TensorRT's default, all of it).
@@ -114,8 +115,8 @@ def build_engine(
 
     Memory: about three times the weights that go into the engine, plus 0.2 GB.
 
-    Raises UsageError (profiles that don't fit the graph, an unknown option) and TensorRTError (no TensorRT, files
-    that can't be read or written, a graph that TensorRT refuses, a crash of TensorRT).
+    Raises UsageError (profiles that don't fit the graph, an unknown option) and TensorRTError (no TensorRT, a GPU that
+    it doesn't run on, files that can't be read or written, a graph that TensorRT refuses, a crash of TensorRT).
     """
     onnx_path, plan_path = Path(onnx_path).absolute(), Path(plan_path).absolute()
     _check_options(expert_weights, workspace_bytes)
@@ -129,6 +130,7 @@ def build_engine(
         "expert_weights": expert_weights,
         "workspace_bytes": workspace_bytes,
         "profiles": [asdict(profile) for profile in profiles],
+        "sms": list(sms),
         "kernels": None,
     }
     started = time.perf_counter()

@@ -26,14 +26,15 @@ import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from lynx_trt.errors import TensorRTError, UsageError
-from lynx_trt.tensorrt.gpu import compute_capabilities
+from lynx_trt.tensorrt.gpu import compute_capabilities, unbuildable
 
 Flavor = Literal["auto", "full", "rtx"]
 
@@ -65,7 +66,7 @@ class Loaded:
     or, for RTX, 1.7.1); `origin` says in words where it came from. `matched` is False where the bindings are of the
     other product than the library: the few methods whose places in the two differ must not be called then
     (`INetworkDefinition.add_plugin_v3` crashes, `Builder.build_serialized_network_to_stream` says True at once and
-    writes nothing).
+    writes nothing). `passed_over` says why full TensorRT was not taken, where it was tried first.
     """
 
     module: ModuleType
@@ -73,6 +74,7 @@ class Loaded:
     version: str
     origin: str
     matched: bool
+    passed_over: str | None = None
 
 
 def load(flavor: Flavor = "auto") -> Loaded:
@@ -100,7 +102,21 @@ def _load(flavor: Flavor) -> Loaded:
                 f"full TensorRT does not work here: {reasons[-1]}. Install it with `{INSTALL_FULL}` on a machine with "
                 "an NVIDIA GPU, or choose TensorRT for RTX (`rtx`), whose builder needs no GPU"
             )
-    return _rtx_package(reasons) or _rtx_wheels(reasons)
+    passed_over = reasons[0] if reasons else None
+    return replace(_rtx_package(reasons) or _rtx_wheels(reasons), passed_over=passed_over)
+
+
+def likely(flavor: Flavor) -> Literal["full", "rtx"] | None:
+    """Which product `load` would try first, without loading it; None: none is installed."""
+    found: Literal["full", "rtx"] | None = describe()["auto"] if flavor == "auto" else flavor
+    return found
+
+
+def unbuildable_by(loaded: Loaded, sms: Sequence[int]) -> str | None:
+    """`gpu.unbuildable` of a TensorRT that is loaded, and why it was the one."""
+    reason = unbuildable(loaded.flavor, sms)
+    because = f" (full TensorRT was not taken here: {loaded.passed_over})" if loaded.passed_over else ""
+    return f"{reason}{because}" if reason else None
 
 
 def describe() -> dict[str, Any]:

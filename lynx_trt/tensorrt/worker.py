@@ -114,6 +114,8 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
     plugins, external, model = prepared.plugins, prepared.external, prepared.model
     channel.progress("Loading TensorRT")
     loaded = loader.load(request["flavor"])
+    if reason := loader.unbuildable_by(loaded, request["sms"]):
+        raise TensorRTError(f"this engine could not run: {reason}")
     python_plugin.register(loaded.module)
     builder = _Builder(loaded.module, channel)
     channel.progress("Parsing")
