@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_end_to_end.py --kit build/gpu-kit --output end_to_end.json
 
-The graph comes from the kit (`gpu_kit.py`); the weights are made up here: those in the engine are written to the file
-that the graph names, the experts' (57 GB) are filled in on the device. The engine is built here. Then decode steps of
-each batch size, with all experts and under budgets, interleaved, in CUDA graphs; the time is the device's, between
-events around the step, without copying the logits to the host. Beside it the floor: the bytes of weights that such a
-step reads, over the copy bandwidth measured in the same run.
+Whether the TensorRT that is here runs on this GPU is asked first. The graph comes from the kit (`gpu_kit.py`); the
+weights are made up here: those in the engine are written to the file that the graph names, the experts' (57 GB) are
+filled in on the device. The engine is built here. Then decode steps of each batch size, with all experts and under
+budgets, interleaved, in CUDA graphs; the time is the device's, between events around the step, without copying the
+logits to the host. Beside it the floor: the bytes of weights that such a step reads, over the copy bandwidth measured
+in the same run.
 
 Then whole steps as a decoding loop sees them, from the call to the tokens on the host, drawn on the device in each way
 that there is; beside them a step that copies its logits to the host, and draws nothing.
@@ -17,19 +18,19 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from gpu_build import ONNX, Machine, add_engine, inputs_of, machine
 
-from lynx_trt.artifact import Artifact, read
+from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
-from lynx_trt.build import engine_record
 from lynx_trt.console import new_app, run
 from lynx_trt.runtime.sampling import Sampling, draws_of
+from lynx_trt.tensorrt.profiles import Range, decode_and_prefill
 
 LARGE = "qwen3-30b-a3b"
 BATCHES = (1, 4, 16, 32, 64)
@@ -77,35 +78,29 @@ def write_weights(folder: Path, experts: frozenset[str]) -> None:
                     memory[begin:end] = random_bytes(entry["shape"], entry["dtype"], name, generator)
 
 
-def build(folder: Path, sm: int, say: Any) -> Artifact:
+def build(folder: Path, where: Machine, say: Any) -> Artifact:
     """The artifact with its engine."""
-    from lynx_trt.artifact import DRAWS
-    from lynx_trt.tensorrt.build import build_engine
-    from lynx_trt.tensorrt.kernels import write_draws
-    from lynx_trt.tensorrt.prepare import input_dims, prepare
-    from lynx_trt.tensorrt.prepare import read as read_onnx
-    from lynx_trt.tensorrt.profiles import Range, decode_and_prefill
+    from lynx_trt.tensorrt.prepare import prepare
 
-    path = folder / "model.onnx"
     about = json.loads((folder / "weights.json").read_text())
     if not (folder / about["file"]).exists():  # the names of the experts come from the graph, which wants its file
         with (folder / about["file"]).open("wb") as stream:
             stream.truncate(about["bytes"])
-    experts = frozenset(item.name for item in prepare(path, expert_weights="external").external)
+    experts = frozenset(item.name for item in prepare(folder / ONNX, expert_weights="external").external)
     started = time.perf_counter()
     write_weights(folder, experts)
     say(f"weights: {time.perf_counter() - started:.1f} s")
     profiles = decode_and_prefill(
-        input_dims(read_onnx(path)),
+        inputs_of(folder),
         decode_batch=Range(1, min(16, max(BATCHES)), max(BATCHES)),
         prefill_batch=Range(1, 1, 4),
         prefill_length=Range(*PREFILL),
     )
-    report = build_engine(path, folder / "engine.plan", profiles, expert_weights="external", sms=[sm])
-    say(f"engine: {report.seconds:.1f} s, {report.plan_bytes / 1e9:.2f} GB, peak {report.peak_bytes / 1e9:.1f} GB")
-    artifact = read(folder)
-    write_draws(folder / DRAWS, artifact.manifest.model.vocabulary, [sm], lambda _: None)
-    return Artifact(folder, artifact.manifest.model_copy(update={"engine": engine_record(report, "external")}))
+    artifact = add_engine(folder, where, profiles, "external")
+    engine = artifact.manifest.engine
+    assert engine
+    say(f"engine: {engine.seconds:.1f} s, {engine.plan_bytes / 1e9:.2f} GB, peak {engine.peak_bytes / 1e9:.1f} GB")
+    return artifact
 
 
 def backend_of(artifact: Artifact, slots: int, **where: Any) -> Any:
@@ -261,16 +256,13 @@ def main(
     rounds: Annotated[int, typer.Option(help="Steps of each setting.", min=1)] = 30,
 ) -> None:
     """Measure decoding end to end on GPU 0."""
+    where = machine()
+    typer.echo(str(where))
     import torch
 
-    from lynx_trt.tensorrt.gpu import compute_capabilities
-
-    capabilities = compute_capabilities()
-    if not capabilities:
-        sys.exit("there is no GPU here")
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
-    artifact = build(kit / LARGE, capabilities[0], typer.echo)
+    artifact = build(kit / LARGE, where, typer.echo)
     started = time.perf_counter()
     backend = backend_of(artifact, max(BATCHES))
     typer.echo(f"loaded in {time.perf_counter() - started:.1f} s")
@@ -279,8 +271,15 @@ def main(
     drawn = measure_draws(backend, artifact, rounds)
     typer.echo("whole steps, ms:\n" + draws_table(drawn))
     if output:
-        report = {"model": LARGE, "context": CONTEXT, "copy_bandwidth": bandwidth, "rows": rows, "draws": drawn,
-                  "graphs_refused": backend.graphs_refused}  # fmt: skip
+        report = {
+            "model": LARGE,
+            "tensorrt": str(where),
+            "context": CONTEXT,
+            "copy_bandwidth": bandwidth,
+            "rows": rows,
+            "draws": drawn,
+            "graphs_refused": backend.graphs_refused,
+        }
         output.write_text(json.dumps(report, indent=1) + "\n")
 
 

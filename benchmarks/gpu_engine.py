@@ -2,14 +2,20 @@
 
     python benchmarks/gpu_engine.py --kit build/gpu-kit --output engine.json
 
-The kit is made by `gpu_kit.py` where there is no GPU. The first line answers whether this TensorRT runs on this SM at
-all. Each entry is checked in a process of its own, since TensorRT may end it; one that fails is a row with its error,
-and the rest goes on. The file is written after each entry. Exit code 1 if any check failed.
+The kit is made by `gpu_kit.py` where there is no GPU; it holds no engines. The first line answers whether the TensorRT
+that is here runs on this SM at all; if it doesn't, that is the end. Each entry's engine is built and checked in a
+process of its own, since TensorRT may end it; one that fails is a row with its error, and the rest goes on. The file is
+written after each entry. Exit code 1 if any check failed.
+
+    python benchmarks/gpu_engine.py --kit build/gpu-kit --build-only 86
+
+builds all of them where there is no GPU, with TensorRT for RTX and the kernels of an SM: is the kit whole?
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +27,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from gpu_build import Machine, add_planned_engine, ask
 from gpu_models import PROMPTS, decode, draws, forced_logits, greedy_tokens, restrictions
 
-from lynx_trt.artifact import Artifact, read
+from lynx_trt.artifact import Artifact
 from lynx_trt.console import new_app, run
 from lynx_trt.errors import LynxError
 
@@ -47,8 +54,9 @@ class Row:
         return self.error is None and bool(self.checks) and all(self.checks.values())
 
 
+Build = Callable[[Path], Artifact]
 Make = Callable[[Artifact, bool], Any]
-SECONDS = 180  # for one entry
+SECONDS = 300  # for one entry
 
 
 def tensorrt_backend(artifact: Artifact, graphs: bool) -> Any:
@@ -58,20 +66,26 @@ def tensorrt_backend(artifact: Artifact, graphs: bool) -> Any:
     return TensorRTBackend(artifact, len(PROMPTS), graphs=graphs)
 
 
-def check(folder: Path, make: Make) -> Row:
-    """Everything about one entry of the kit."""
+def check(folder: Path, build: Build, make: Make | None) -> Row:
+    """Everything about one entry of the kit: build the engine of a copy of it, and unless `make` is None check that."""
     row = Row(folder.name)
     try:
-        _check(row, folder, make)
+        with tempfile.TemporaryDirectory() as scratch:
+            artifact = build(Path(shutil.copytree(folder, Path(scratch) / folder.name)))
+            if engine := artifact.manifest.engine:
+                row.figures |= {"build_seconds": engine.seconds, "plan_bytes": engine.plan_bytes}
+            if make is None:
+                row.checks["built"] = True
+            else:
+                _check(row, artifact, make)
     except Exception as error:
         known = isinstance(error, LynxError)
         row.error = str(error) if known else f"{type(error).__name__}: {error}"
     return row
 
 
-def _check(row: Row, folder: Path, make: Make) -> None:
-    artifact = read(folder)
-    with np.load(folder / "expected.npz") as file:
+def _check(row: Row, artifact: Artifact, make: Make) -> None:
+    with np.load(artifact.path("expected.npz")) as file:
         want = dict(file)
     ends = np.cumsum(PROMPTS)
     prompts = [part.tolist() for part in np.split(want["prompts"], ends[:-1])]
@@ -154,20 +168,30 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         failed = [name for name, passed in row.checks.items() if not passed]
         said = row.error or (f"failed: {', '.join(failed)}" if failed else "passed")
+        seconds = row.figures.get("build_seconds", 0)
         ratio = row.figures.get("rms_error", 0) / max(row.figures.get("rms_error_of_eager_in_this_precision", 1), 1e-30)
-        lines.append(f"{row.name:<28} error / eager's {ratio:5.2f}   {said}")
+        lines.append(f"{row.name:<28} built in {seconds:5.1f} s   error / eager's {ratio:5.2f}   {said}")
     return "\n".join(lines)
 
 
-def first_answer(rows: list[Row]) -> str:
+def first_answer(where: Machine, rows: list[Row]) -> str:
     """Does TensorRT run here?"""
     ran = [row for row in rows if "rms_error" in row.figures]
     if ran:
-        return f"TensorRT runs here: {len(ran)} of {len(rows)} engines gave numbers"
-    return f"TensorRT runs no engine here; the first one: {rows[0].error if rows else 'the kit is empty'}"
+        return f"{where} runs: {len(ran)} of {len(rows)} engines gave numbers"
+    return f"{where} runs no engine; the first one: {rows[0].error if rows else 'the kit is empty'}"
 
 
-def check_kit(kit: Path, one: Callable[[Path], Row], say: Callable[[str], None], output: Path | None) -> list[Row]:
+def write(output: Path | None, answer: str, rows: list[Row]) -> None:
+    """What was seen so far."""
+    if output:
+        record = {"answer": answer, "rows": [{**vars(row), "passed": row.passed} for row in rows]}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_kit(
+    kit: Path, where: Machine, one: Callable[[Path], Row], say: Callable[[str], None], output: Path | None
+) -> list[Row]:
     """All entries, the plainest first."""
     found = (each.parent for each in kit.glob("*/expected.npz"))
     folders = sorted(found, key=lambda folder: (not folder.name.startswith("mixtral"), folder.name))
@@ -175,18 +199,17 @@ def check_kit(kit: Path, one: Callable[[Path], Row], say: Callable[[str], None],
     for folder in folders:
         rows.append(one(folder))
         if len(rows) == 1:
-            say(first_answer(rows))
-        if output:
-            record = {"answer": first_answer(rows), "rows": [{**vars(row), "passed": row.passed} for row in rows]}
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            say(first_answer(where, rows))
+        write(output, first_answer(where, rows), rows)
     return rows
 
 
-def in_a_process(folder: Path, plugin: Path | None) -> Row:
+def in_a_process(folder: Path, where: Machine, plugin: Path | None) -> Row:
     """An entry in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "row.json"
-        command = [sys.executable, __file__, "--kit", str(folder), "--entry", "--output", str(answer)]
+        command = [sys.executable, __file__, "--kit", str(folder), "--output", str(answer)]
+        command += ["--entry", json.dumps(vars(where))]
         command += ["--plugin", str(plugin)] if plugin else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)  # noqa: S603
@@ -199,6 +222,32 @@ def in_a_process(folder: Path, plugin: Path | None) -> Row:
             return Row(folder.name, error=f"it was not done after {SECONDS} seconds")
 
 
+def build_only(kit: Path, sm: int) -> list[Row]:
+    """Build every engine for an SM that need not be here."""
+    from lynx_trt.tensorrt.loader import load
+
+    where = Machine(sm, "rtx", load("rtx").version)
+    rows = [
+        check(each.parent, lambda folder: add_planned_engine(folder, where), None)
+        for each in sorted(kit.glob("*/expected.npz"))
+    ]
+    typer.echo(f"{sum(row.passed for row in rows)} of {len(rows)} engines built by {where}; none was run")
+    return rows
+
+
+def check_all(kit: Path, plugin: Path | None, output: Path | None) -> list[Row]:
+    """Check every engine here, if TensorRT runs here at all."""
+    where = ask()
+    if isinstance(where, str):
+        answer = f"TensorRT runs no engine here: {where}"
+        typer.echo(answer)
+        write(output, answer, [])
+        return []
+    rows = check_kit(kit, where, lambda folder: in_a_process(folder, where, plugin), typer.echo, output)
+    typer.echo(first_answer(where, rows))
+    return rows
+
+
 @app.command()
 def main(
     kit: Annotated[Path, typer.Option(help="Folder that gpu_kit.py made.")] = Path("build/gpu-kit"),
@@ -206,20 +255,24 @@ def main(
     plugin: Annotated[
         Path | None, typer.Option(help="The C++ plugin's library, to be used instead of the Python plugin.")
     ] = None,
-    entry: Annotated[bool, typer.Option("--entry", hidden=True, help="The folder is one entry.")] = False,
+    only_build: Annotated[
+        int | None, typer.Option("--build-only", help="An SM: build the engines for it with no GPU, and run none.")
+    ] = None,
+    entry: Annotated[str | None, typer.Option("--entry", hidden=True, help="The kit is one entry, for this.")] = None,
 ) -> None:
-    """Check every engine of the kit on GPU 0."""
+    """Build and check every engine of the kit on GPU 0."""
     if entry:
         assert output
+        where = Machine(**json.loads(entry))
         if plugin:
             from lynx_trt.tensorrt.loader import load
 
-            load("auto").module.get_plugin_registry().load_library(str(plugin))
-        output.write_text(json.dumps(vars(check(kit, tensorrt_backend))))
+            load(where.flavor).module.get_plugin_registry().load_library(str(plugin))
+        row = check(kit, lambda folder: add_planned_engine(folder, where), tensorrt_backend)
+        output.write_text(json.dumps(vars(row)))
         return
-    rows = check_kit(kit, lambda folder: in_a_process(folder, plugin), typer.echo, output)
+    rows = check_all(kit, plugin, output) if only_build is None else build_only(kit, only_build)
     typer.echo(table(rows))
-    typer.echo(first_answer(rows))
     if not rows or not all(row.passed for row in rows):
         sys.exit(1)
 

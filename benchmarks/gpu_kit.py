@@ -1,10 +1,10 @@
-"""What the engine's part of `make gpu` needs and a GPU machine can't make: engines of small models, and what is right.
+"""What the engine's part of `make gpu` needs and a GPU machine can't make: exported small models, and what is right.
 
-    python benchmarks/gpu_kit.py -o build/gpu-kit --sm 90
+    python benchmarks/gpu_kit.py -o build/gpu-kit
 
-Runs where there is no GPU. For each model: the artifact with its engine (the ONNX file and weights that are in the
-engine left out, so that the kit is small), and `expected.npz`: a ragged batch of prompts, tokens to force, Hugging Face
-eager's logits in float64, the error of eager in the engine's own precision, and ONNX Runtime's greedy tokens and
+Runs where there is no GPU. For each model: the artifact without an engine (`gpu_engine.py` builds it on the machine
+with the GPU, by the TensorRT that is there), and `expected.npz`: a ragged batch of prompts, tokens to force, Hugging
+Face eager's logits in float64, the error of eager in the engine's own precision, and ONNX Runtime's greedy tokens and
 active experts with all experts, under a budget and under a floor. And the graph of Qwen3-30B-A3B's form without
 weights, for `gpu_end_to_end.py`.
 """
@@ -74,7 +74,6 @@ ENTRIES = [
 @app.command()
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the kit.")] = Path("build/gpu-kit"),
-    sm: Annotated[str, typer.Option(help="GPUs to make kernels for.")] = "90",
     only: Annotated[list[str] | None, typer.Option(help="Names of entries; repeatable.")] = None,
     large: Annotated[bool, typer.Option(help=f"Make the graph of {LARGE} too.")] = True,
 ) -> None:
@@ -84,14 +83,14 @@ def main(
         for entry in ENTRIES:
             if not only or entry.name in only:
                 progress.say(f"{entry.name}: {entry.why}" if entry.why else entry.name)
-                make(entry, output / entry.name, sm, progress)
+                make(entry, output / entry.name, progress)
         if large and (not only or LARGE in only):
             progress.say(f"{LARGE}: the graph alone")
             make_large(output / LARGE, progress)
 
 
-def make(entry: Entry, folder: Path, sm: str, progress: Progress) -> Artifact:
-    """One entry; a folder that is there already is made anew."""
+def make(entry: Entry, folder: Path, progress: Progress) -> Artifact:
+    """One entry; a folder that is there already is made anew. The ranges are for the engine, see `gpu_build.py`."""
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint = _checkpoint(entry, folder.with_name(f"{folder.name}.checkpoint"))
     options = BuildOptions(
@@ -103,7 +102,7 @@ def make(entry: Entry, folder: Path, sm: str, progress: Progress) -> Artifact:
         prefill_length="1:16:32",
         prefill_batch="1:1:4",
         decode_batch="1:4:16",
-        sm=sm,
+        tensorrt="none",
     )
     built = build(options, progress)
     beside = folder.with_name(f"{folder.name}.fp32")
@@ -113,10 +112,6 @@ def make(entry: Entry, folder: Path, sm: str, progress: Progress) -> Artifact:
     shutil.rmtree(reference.folder)
     if entry.architecture:
         shutil.rmtree(checkpoint)
-    kept = {item["file"] for item in built.manifest.engine.external} if built.manifest.engine else set()
-    for path in folder.iterdir():
-        if path.name in ("model.onnx", "weights.safetensors") and path.name not in kept:
-            path.unlink()
     manifest = built.manifest.model_copy(update={"files": record_files(folder)})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Artifact(folder, manifest)
