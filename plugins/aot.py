@@ -9,12 +9,14 @@ Compiled kernels are kept in the cache (`kernels` in `loader.cache_root()`), by 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,13 +71,19 @@ def compile_for(
     return Kernels(tuple(cubins.values()), built, (__version__, _triton_version()))
 
 
-def compile_each(kernels: Iterable[Kernel], sm: int, *, jobs: int | None = None) -> dict[Kernel, Cubin]:
+def compile_each(
+    kernels: Iterable[Kernel],
+    sm: int,
+    *,
+    jobs: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[Kernel, Cubin]:
     """Compile kernels for one SM, for the tuner: those that don't compile are not in the result.
 
     Raises TensorRTError: the compiler is missing.
     """
     wanted = [(kernel, sm) for kernel in dict.fromkeys(kernels)]
-    found = _compile_all(wanted, jobs or os.cpu_count() or 1, lambda _: None, keep_going=True)
+    found = _compile_all(wanted, jobs or os.cpu_count() or 1, progress or (lambda _: None), keep_going=True)
     return {kernel: cubin for (kernel, _), cubin in found.items()}
 
 
@@ -234,20 +242,25 @@ class _Worker:
 
 
 def _cache_name(kernel: Kernel, sm: int) -> str:
-    description = {"kernel": asdict(kernel), "sm": sm, "sources": _sources_hash(), "triton": _triton_version()}
+    description = {"kernel": asdict(kernel), "sm": sm, "triton": _triton_version()}
+    description["sources"] = _sources_hash(MODULES[kernel.function])
     text = json.dumps({"version": _CACHE_VERSION, **description}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sources_hash() -> str:
-    """A hash of the files that kernels are made from."""
+@functools.cache
+def _sources_hash(module: str) -> str:
+    """A hash of the files that a module's kernels are made from: itself, what it imports of ours, the worker."""
     folder = Path(__file__).parent
-    files = sorted(
-        {f"{module}.py" for module in MODULES.values()} | {"dependent_launch.py", "experts_parts.py", "aot_worker.py"}
-    )
+    files, found = ["aot_worker"], [module]
+    while found:
+        files.append(name := found.pop())
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"^from lynx_trt\.plugins\.(\w+) import", text, re.MULTILINE)
+        found += [each for each in imported if each not in files + found]
     digest = hashlib.sha256()
-    for name in files:
-        digest.update((folder / name).read_bytes())
+    for name in sorted(files):
+        digest.update((folder / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

@@ -168,8 +168,11 @@ def prepare(
 
 def prepare_compiled(
     plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver
-) -> Callable[[], None]:
-    """The same as `prepare`, of kernels compiled ahead of time: launched by the CUDA driver, on the current stream."""
+) -> Callable[..., None]:
+    """The same as `prepare`, of kernels compiled ahead of time: launched by the CUDA driver, on the current stream.
+
+    The function takes a slice of the launches, by default all.
+    """
     device = driver.device()
     where = next(iter(tensors.values())).device
     workspace = torch.full((plan.workspace_bytes(tokens),), 255, dtype=torch.uint8, device=where)
@@ -180,10 +183,10 @@ def prepare_compiled(
     return functools.partial(_launch_compiled, driver, launches, (workspace, held))
 
 
-def _launch_compiled(driver: Driver, launches: Sequence[Launch], _alive: object) -> None:
+def _launch_compiled(driver: Driver, launches: Sequence[Launch], _alive: object, chosen: slice = slice(None)) -> None:
     """Launch; `_alive` are the tensors, which have to live as long as their addresses are used."""
     stream = torch.cuda.current_stream().cuda_stream
-    for each in launches:
+    for each in launches[chosen]:
         driver.launch(each, stream)
 
 

@@ -1,9 +1,8 @@
 """Which tiles and how many warps a kernel runs with: frozen dataclasses, picked by pure functions.
 
-The experts' kernels are chosen by the tokens per expert, in power-of-two buckets, because that decides whether their
-weights are read or multiplied most of the time. What a GPU has measured is in `launch_table.py`, which
-`python -m lynx_trt.plugins.tune` writes; for everything else the estimates below stand, each with its reason. They
-have not been measured: treat their numbers as a start for the tuner.
+What a GPU has measured is in `launch_table.py`, by layer and tokens: `python -m lynx_trt.plugins.tune` writes it. For
+everything else the estimates below stand, each with its reason: by the tokens per expert, in power-of-two buckets,
+because that decides whether weights are read or multiplied most of the time.
 
 Nothing here needs a GPU or the compiler.
 """
@@ -19,6 +18,10 @@ from lynx_trt.plugins.specs import BYTES
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 SMS = tuple(SHARED_MEMORY)
+
+# In the tables of measured launches: SM, E, K, H, I, below it by tokens; SM, E, K, tokens.
+ExpertsKey = tuple[int, int, int, int, int]
+SelectKey = tuple[int, int, int, int]
 
 # Programs of a persistent launch: an upper bound over all GPUs, which bounds the scratch memory of their descriptors.
 MOST_PROGRAMS = 1024
@@ -81,10 +84,17 @@ def tokens_bucket(tokens: int, experts: int, experts_per_token: int) -> int:
     return power_of_two(-(-tokens * experts_per_token // experts))
 
 
-def experts_launch(bucket: int, experts: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
-    """The launch for some tokens per expert (`tokens_bucket`): measured where the table has it, else an estimate."""
-    measured = _experts_table().get((sm, dtype, experts, hidden, inner, bucket))
-    return measured or experts_estimate(bucket, hidden, inner, dtype, sm)
+def experts_launch(
+    tokens: int, experts: int, experts_per_token: int, hidden: int, inner: int, dtype: str, sm: int
+) -> ExpertsLaunch:
+    """The launch for a batch of up to `tokens` tokens (a power of two): measured, else an estimate.
+
+    More tokens than any measured of a layer take the launch of the most. The types of 2 bytes share their measurements.
+    """
+    measured = _experts_table().get((sm, experts, experts_per_token, hidden, inner), {}) if BYTES[dtype] == 2 else {}
+    if measured and (launch := measured.get(min(tokens, max(measured)))):
+        return launch
+    return experts_estimate(tokens_bucket(tokens, experts, experts_per_token), hidden, inner, dtype, sm)
 
 
 def select_launch(tokens: int, experts: int, experts_per_token: int, sm: int) -> SelectLaunch:
@@ -94,14 +104,14 @@ def select_launch(tokens: int, experts: int, experts_per_token: int, sm: int) ->
 
 
 @cache
-def _experts_table() -> dict[tuple[int, str, int, int, int, int], ExpertsLaunch]:
+def _experts_table() -> dict[ExpertsKey, dict[int, ExpertsLaunch]]:
     from lynx_trt.plugins.launch_table import EXPERTS
 
     return EXPERTS
 
 
 @cache
-def _select_table() -> dict[tuple[int, int, int, int], SelectLaunch]:
+def _select_table() -> dict[SelectKey, SelectLaunch]:
     from lynx_trt.plugins.launch_table import SELECT
 
     return SELECT

@@ -6,40 +6,43 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch, SelectLaunch
-
-ExpertsKey = tuple[int, str, int, int, int, int]
-SelectKey = tuple[int, int, int, int]
+from lynx_trt.plugins.launch import ExpertsKey, ExpertsLaunch, MatmulLaunch, SelectKey, SelectLaunch
 
 
-def render_table(gpu: str, experts: dict[ExpertsKey, ExpertsLaunch], select: dict[SelectKey, SelectLaunch]) -> str:
+def render_table(
+    gpu: str, experts: Mapping[ExpertsKey, Mapping[int, ExpertsLaunch]], select: Mapping[SelectKey, SelectLaunch]
+) -> str:
     """The source of `launch_table.py`."""
+    matmul = "MatmulLaunch, " if experts else ""
     lines = [
         '"""Measured launches, written by `python -m lynx_trt.plugins.tune`: edit nothing here, run it again.',
         "",
-        "EXPERTS is keyed by (SM, dtype, E, H, I, tokens per expert bucket), SELECT by (SM, E, K, tokens bucket). Last",
-        f"measured on: {gpu}.",
+        "EXPERTS is keyed by (SM, E, K, H, I), then by tokens; SELECT by (SM, E, K, tokens). Last measured on:",
+        f"{gpu}.",
         '"""',
         "",
         "from __future__ import annotations",
         "",
-        f"from lynx_trt.plugins.launch import ExpertsLaunch, {'MatmulLaunch, ' if experts else ''}SelectLaunch",
+        f"from lynx_trt.plugins.launch import ExpertsKey, ExpertsLaunch, {matmul}SelectKey, SelectLaunch",
         "",
-        f"EXPERTS: dict[tuple[int, str, int, int, int, int], ExpertsLaunch] = {_entries(experts)}",
-        f"SELECT: dict[tuple[int, int, int, int], SelectLaunch] = {_entries(select)}",
+        f"EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {_entries(experts)}",
+        f"SELECT: dict[SelectKey, SelectLaunch] = {_entries(select)}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _entries(table: Mapping[Any, object]) -> str:
-    rows = [f"    {_source(key)}: {_source(launch)},\n" for key, launch in sorted(table.items())]
-    return "{\n" + "".join(rows) + "}" if rows else "{}"
+def _entries(table: Mapping[Any, object], indent: int = 4) -> str:
+    margin = " " * indent
+    rows = [f"{margin}{_source(key)}: {_source(value, indent)},\n" for key, value in sorted(table.items())]
+    return "{\n" + "".join(rows) + margin[4:] + "}" if rows else "{}"
 
 
 def _source(value: object, indent: int = 4) -> str:
     """A value as formatted Python source; of a launch, a line for each field that is not at its default."""
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, Mapping):
+        return _entries(value, indent + 4)
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_source, value)) + ")"
     if isinstance(value, MatmulLaunch | ExpertsLaunch | SelectLaunch):

@@ -17,7 +17,6 @@ from lynx_trt.plugins.launch import (
     experts_launch,
     power_of_two,
     select_launch,
-    tokens_bucket,
 )
 from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Grid, Kernel, Plan, Region, Step
 from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSpec, SelectSpec, Spec, Value
@@ -206,8 +205,8 @@ def _dispatch_steps(spec: ExpertsSpec, tokens: int) -> tuple[list[Step[Kernel]],
 def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch | None = None) -> Plan[Kernel]:
     """LynxExperts for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     if launch is None:
-        bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
-        launch = experts_launch(bucket, spec.experts, spec.hidden, spec.inner, spec.dtype, sm)
+        layer = spec.experts, spec.experts_per_token, spec.hidden, spec.inner
+        launch = experts_launch(tokens, *layer, spec.dtype, sm)
     steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, tokens)
     partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
     steps += [

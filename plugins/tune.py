@@ -1,9 +1,10 @@
 """Find the fastest launches on this machine's GPU and write the table that ships: `python -m lynx_trt.plugins.tune`.
 
-For each model and number of tokens, the estimate and its neighbours run in CUDA graphs on random weights and routing,
+For each model and number of tokens, the candidates (`candidates.py`) run in CUDA graphs on random weights and routing,
 and the fastest goes into `launch_table.py` with its time and the share that it reached of the memory bandwidth measured
 in the same run. Entries of other SMs and sizes stay. Candidates are compiled ahead of time, many at once, and launched
-as an engine launches them; those that spill or find no room are left out.
+as an engine launches them; those that spill or find no room are left out. Compiling takes the longest: `--compile-for`
+does that where there is no GPU.
 
 Routing is even: each token's K experts are drawn at random, as a well balanced router's are over many tokens. A graph
 has several batches one after another, so that a small one does not find its experts in L2.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,21 +24,23 @@ import typer
 
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
+from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.blob import Cubin
+from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families
 from lynx_trt.plugins.cuda_driver import CudaError
 from lynx_trt.plugins.launch import (
     PREFILL_BUCKET,
     SHARED_MEMORY,
     ExpertsLaunch,
     MatmulLaunch,
+    SelectKey,
     SelectLaunch,
     experts_estimate,
     power_of_two,
     select_estimate,
-    shared_bytes,
     tokens_bucket,
 )
-from lynx_trt.plugins.launch_source import ExpertsKey, SelectKey, render_table
+from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import Kernel, Plan, Step
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
@@ -50,12 +53,13 @@ DEVICE = "cuda"  # a name, so that the tests can run all but the timing without 
 TABLE = Path(__file__).with_name("launch_table.py")
 
 _ROUNDS = 5
-# Batches in a graph.
-BATCHES = 4
-# Long enough that the clock's resolution and a graph's start are below a hundredth.
-_MICROSECONDS_A_ROUND = 5000.0
+# Batches in a graph; of many tokens, whose weights are read for all of them anyway, one.
+BATCHES, BATCHES_UP_TO = 4, 512
+# Each matmul's candidates are timed alone, in short rounds; the best of both then together, in all combinations.
+_SCREENING = {"rounds": 3, "microseconds": 1500.0}
+_FINALISTS = {"gate_up": 3, "down": 5}
 
-# A neighbour replaces the estimate only if it is clearly faster: the spread of two runs is about a hundredth.
+# Another launch replaces the estimate only if it is clearly faster: the spread of two runs is about a hundredth.
 _CLEARLY = 0.99
 
 
@@ -87,8 +91,8 @@ def machine() -> Machine:
     return Machine(sm, torch.cuda.get_device_name(), 2 * source.numel() / seconds)
 
 
-def time_graph(function: Callable[[], Any]) -> float:
-    """Microseconds of a call, replayed in a CUDA graph: the median of some rounds."""
+def time_graph(function: Callable[[], Any], *, rounds: int = _ROUNDS, microseconds: float = 5000.0) -> float:
+    """Microseconds of a call, replayed in a CUDA graph: the median of some rounds of about so many microseconds."""
     import torch
 
     function()
@@ -97,8 +101,8 @@ def time_graph(function: Callable[[], Any]) -> float:
     with torch.cuda.graph(graph):
         function()
     replays = 1
-    rounds: list[float] = []
-    while len(rounds) < _ROUNDS:
+    times: list[float] = []
+    while len(times) < rounds:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(replays):
@@ -106,67 +110,11 @@ def time_graph(function: Callable[[], Any]) -> float:
         end.record()
         end.synchronize()
         total = begin.elapsed_time(end) * 1000
-        if total < _MICROSECONDS_A_ROUND / 2:
-            replays = max(replays * 2, int(replays * _MICROSECONDS_A_ROUND / max(total, 1.0)))
+        if total < microseconds / 2:
+            replays = max(replays * 2, int(replays * microseconds / max(total, 1.0)))
             continue
-        rounds.append(total / replays)
-    return statistics.median(rounds)
-
-
-def matmul_choices(launch: MatmulLaunch) -> dict[str, tuple[int | bool, ...]]:
-    """What is tried for each field of a launch, the most telling field first."""
-    prefill = launch.per_multiprocessor > 0
-    choices: dict[str, tuple[int | bool, ...]] = {
-        "block_n": (launch.block_n // 2, launch.block_n * 2),
-        "stages": (2, 3, 4, 5, 6),
-        "warps": (4, 8),
-        "block_d": (launch.block_d // 2, launch.block_d * 2),
-    }
-    return choices | ({"per_multiprocessor": (1, 2)} if prefill else {"swap": (False, True)})
-
-
-def fits(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> bool:
-    """Whether a launch can run: tiles that the matrix units take, in an SM's shared memory."""
-    room = SHARED_MEMORY[sm] // max(launch.per_multiprocessor, 1)
-    # The copy engine's boxes have at most 256 rows.
-    return (
-        launch.block_n >= 16
-        and launch.block_d >= 32
-        and rows_a_value * launch.block_n <= 256
-        and shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value) <= room
-    )
-
-
-def improve(
-    best: ExpertsLaunch,
-    part: str,
-    measure: Callable[[ExpertsLaunch], float],
-    allowed: Callable[[MatmulLaunch], bool],
-) -> ExpertsLaunch:
-    """Change one field of a part ("gate_up" or "down") after the other, and keep what is clearly faster.
-
-    One at a time, because each candidate costs a compilation: all together would be 100 times as many.
-    """
-    fastest = measure(best)
-    for name in matmul_choices(getattr(best, part)):
-        for launch in neighbours(best, part, allowed, name):
-            time = measure(launch)
-            if time < fastest * _CLEARLY:
-                best, fastest = launch, time
-    return best
-
-
-def neighbours(
-    launch: ExpertsLaunch, part: str, allowed: Callable[[MatmulLaunch], bool], field: str | None = None
-) -> list[ExpertsLaunch]:
-    """What is one change of a part away (of one field, if it is named) and can run."""
-    found = []
-    for name, values in matmul_choices(getattr(launch, part)).items():
-        for value in values:
-            matmul = replace(getattr(launch, part), **{name: value})
-            if field in (None, name) and matmul != getattr(launch, part) and allowed(matmul):
-                found.append(replace(launch, **{part: matmul}))
-    return found
+        times.append(total / replays)
+    return statistics.median(times)
 
 
 def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
@@ -190,7 +138,7 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     if spec.bias:
         weights |= {"gate_up_bias": normal(spec.experts, rows), "down_bias": normal(spec.experts, spec.hidden)}
     batches = []
-    for _ in range(BATCHES):
+    for _ in range(BATCHES if tokens <= BATCHES_UP_TO else 1):
         scores = torch.rand((tokens, spec.experts), device=DEVICE, generator=generator)
         weight, index = scores.topk(spec.experts_per_token, dim=1)
         batch = {"hidden": normal(tokens, spec.hidden), "index": index, "weight": weight}
@@ -210,14 +158,23 @@ class Bench:
 
     def compile(self, plans: Iterable[Plan[Kernel]]) -> None:
         """Compile what some plans need and is not there yet, all at once."""
-        from lynx_trt.plugins.aot import compile_each
-
-        wanted = [step.kernel for plan in plans for step in plan.steps if step.kernel not in self._cubins]
+        kernels = (step.kernel for plan in plans for step in plan.steps)
+        wanted = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._cubins]
         found = compile_each(wanted, self._sm) if wanted else {}
         self._cubins.update((kernel, found.get(kernel)) for kernel in wanted)
 
-    def time(self, plan: Plan[Kernel], batches: Sequence[Mapping[str, Tensor]], tokens: int) -> float:
-        """Microseconds for a batch; infinite if a kernel does not compile, spills or finds no room on the GPU."""
+    def time(
+        self,
+        plan: Plan[Kernel],
+        batches: Sequence[Mapping[str, Tensor]],
+        tokens: int,
+        function: str | None = None,
+        **how: Any,
+    ) -> float:
+        """Microseconds of a plan for a batch, or of the one step of it whose kernel's name begins with `function`.
+
+        Infinite if a kernel does not compile, spills or finds no room on the GPU.
+        """
         from lynx_trt.plugins.execute import prepare_compiled
 
         self.compile([plan])
@@ -226,7 +183,12 @@ class Bench:
             return float("inf")
         try:
             launches = [prepare_compiled(compiled, batch, tokens, self._driver) for batch in batches]
-            return time_graph(lambda: [launch() for launch in launches]) / len(launches)
+            for launch in launches:
+                launch()  # what a step alone reads has been written once
+            if function is not None:
+                number = next(n for n, step in enumerate(plan.steps) if step.kernel.function.startswith(function))
+                launches = [functools.partial(launch, slice(number, number + 1)) for launch in launches]
+            return time_graph(lambda: [launch() for launch in launches], **how) / len(launches)
         except CudaError:
             return float("inf")
 
@@ -242,32 +204,50 @@ def usable(plan: Plan[Kernel], cubins: Mapping[Kernel, Cubin | None], sm: int) -
     return Plan(plan.max_tokens, tuple(steps), plan.regions)
 
 
-def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> tuple[ExpertsKey, ExpertsLaunch]:
-    """The best launch of a layer for a batch: gate_up's tiles first, then down's."""
-    spec = replace(spec, dispatch_given=True)
-    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+def experts_plans(spec: ExpertsSpec, sm: int, tokens: int) -> Iterator[Plan[Kernel]]:
+    """All that is tried of a layer for a batch: each candidate of one matmul beside the estimate of the other."""
+    for prefill in families(spec, tokens):
+        start = estimate(spec, sm, tokens, prefill=prefill)
+        for part in PARTS:
+            for each in candidates(spec, sm, tokens, part, prefill=prefill):
+                yield experts_plan(spec, sm, tokens, replace(start, **{part: each}))
+
+
+def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> ExpertsLaunch:
+    """The best launch of a layer for a batch, a power of two."""
     batches = experts_inputs(spec, tokens)
-    start = experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, gpu.sm)
-    allowed = {
-        part: functools.partial(fits, dtype=spec.dtype, sm=gpu.sm, rows_a_value=rows)
-        for part, rows in (("gate_up", 2 if spec.form.gated else 1), ("down", 1))
+    bench.compile(experts_plans(spec, gpu.sm, tokens))
+    times: dict[ExpertsLaunch, float] = {}
+    for prefill in families(spec, tokens):
+        start = estimate(spec, gpu.sm, tokens, prefill=prefill)
+        finalists = {part: _screened(bench, spec, gpu.sm, batches, start, part) for part in PARTS}
+        for gate_up, down in itertools.product(*finalists.values()):
+            launch = replace(start, gate_up=gate_up, down=down)
+            times[launch] = bench.time(experts_plan(spec, gpu.sm, tokens, launch), batches, tokens)
+    usual = experts_estimate(
+        tokens_bucket(tokens, spec.experts, spec.experts_per_token), spec.hidden, spec.inner, spec.dtype, gpu.sm
+    )
+    before = bench.time(experts_plan(spec, gpu.sm, tokens, usual), batches, tokens)
+    best = min(times, key=lambda launch: times[launch])
+    fastest = times[best]
+    if fastest > before * _CLEARLY:
+        best, fastest = usual, before
+    reason = f"{tokens} tokens: {_share(spec, batches[0]['index'], fastest, gpu)}, the estimate took {before:.1f} us"
+    return replace(best, reason=reason, microseconds=round(fastest, 2))
+
+
+def _screened(
+    bench: Bench, spec: ExpertsSpec, sm: int, batches: Sequence[Mapping[str, Tensor]], start: ExpertsLaunch, part: str
+) -> list[MatmulLaunch]:
+    """The fastest candidates of a matmul, each timed alone."""
+    tokens = len(batches[0]["hidden"])
+    times = {
+        each: bench.time(
+            experts_plan(spec, sm, tokens, replace(start, **{part: each})), batches, tokens, part, **_SCREENING
+        )
+        for each in candidates(spec, sm, tokens, part, prefill=start.prefill)
     }
-
-    def plan(launch: ExpertsLaunch) -> Plan[Kernel]:
-        return experts_plan(spec, gpu.sm, power_of_two(tokens), launch)
-
-    def measure(launch: ExpertsLaunch) -> float:
-        return bench.time(plan(launch), batches, tokens)
-
-    # All that is one change away, at once on all cores; what is further comes one by one.
-    bench.compile(plan(each) for part in allowed for each in [start, *neighbours(start, part, allowed[part])])
-    best = start
-    for part, check in allowed.items():
-        best = improve(best, part, measure, check)
-    estimate, fastest = measure(start), measure(best)
-    reason = f"{tokens} tokens: {_share(spec, batches[0]['index'], fastest, gpu)}, the estimate took {estimate:.1f} us"
-    key = (gpu.sm, spec.dtype, spec.experts, spec.hidden, spec.inner, bucket)
-    return key, replace(best, reason=reason, microseconds=round(fastest, 2))
+    return sorted(times, key=lambda each: times[each])[: _FINALISTS[part]]
 
 
 def _share(spec: ExpertsSpec, index: Tensor, microseconds: float, gpu: Machine) -> str:
@@ -343,43 +323,65 @@ app = new_app()
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="A known model's sizes; repeat for several (all).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "bfloat16",
-    decode: Annotated[str, typer.Option(help="Decode batches, in tokens.")] = "1,2,4,8,16,32,64,128",
-    prefill: Annotated[str, typer.Option(help="Prefills, in tokens.")] = "512,2048,8192",
+    tokens: Annotated[str, typer.Option(help="Batches, in tokens.")] = ",".join(str(1 << n) for n in range(15)),
+    selection: Annotated[bool, typer.Option(help="Tune LynxSelect too.")] = True,
+    compile_for: Annotated[
+        int | None, typer.Option("--compile-for", help="Only compile all candidates for this SM, into the cache.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write.")] = TABLE,
 ) -> None:
-    """Measure launches on this machine's GPU and write the table; some minutes a model."""
-    from lynx_trt.plugins import launch_table
+    """Measure launches on this machine's GPU and write the table; about half a minute a model.
 
+    With --compile-for no GPU is needed: what it compiles is found in the cache where the measuring is done.
+    """
     unknown = sorted(set(shape or ()) - set(SHAPES))
     if unknown:
         raise UsageError(f"unknown shape {', '.join(unknown)}: choose from {', '.join(SHAPES)}")
-    if dtype not in BYTES:
+    if dtype not in ("float16", "bfloat16"):
         raise UsageError(f"--dtype is {dtype!r}: choose float16 or bfloat16")
-    sizes = sorted({power_of_two(_number(word)) for word in (*decode.split(","), *prefill.split(","))})
+    sizes = sorted({power_of_two(_number(word)) for word in tokens.split(",")})
+    names = list(shape or SHAPES)
+    if compile_for is not None:
+        _compile_only(names, dtype, sizes, compile_for)
+    else:
+        _measure(names, dtype, sizes, output, selection=selection)
+
+
+def _compile_only(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: int) -> None:
+    if sm not in SHARED_MEMORY:
+        raise UsageError(f"--compile-for is {sm}: launches are tuned for {', '.join(map(str, SHARED_MEMORY))}")
+    plans = (plan for name in names for size in sizes for plan in experts_plans(experts_spec(name, dtype), sm, size))
+    kernels = dict.fromkeys(step.kernel for plan in plans for step in plan.steps)
+    with Progress() as bars:
+        found = compile_each(kernels, sm, progress=bars.phase(f"Compiling {len(kernels)} kernels for SM {sm}"))
+    typer.echo(f"{len(found)} of {len(kernels)} kernels compile")
+
+
+def _measure(names: Sequence[str], dtype: str, sizes: Sequence[int], output: Path, *, selection: bool) -> None:
+    from lynx_trt.plugins import launch_table
+
     gpu = machine()
     bench = Bench(gpu.sm)
-    experts, select = dict(launch_table.EXPERTS), dict(launch_table.SELECT)
+    experts = {layer: dict(by_tokens) for layer, by_tokens in launch_table.EXPERTS.items()}
+    select = dict(launch_table.SELECT)
     with Progress() as bars:
-        for name in shape or SHAPES:
+        for name in names:
             update = bars.phase(f"Tuning {name} on {gpu.name}")
+            spec = experts_spec(name, dtype)
+            layer = gpu.sm, spec.experts, spec.experts_per_token, spec.hidden, spec.inner
             for number, tokens in enumerate(sizes, start=1):
-                bucket = _bucket(name, tokens)
-                if bucket not in [_bucket(name, later) for later in sizes[number:]]:
-                    key, launch = tune_experts(gpu, bench, experts_spec(name, dtype), tokens)
-                    experts[key] = launch
-                    bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
-                chosen, selection = tune_select(gpu, bench, name, tokens)
-                select[chosen] = selection
-                bars.say(f"{name}, {tokens} tokens, selection: {selection.microseconds} us; {selection.reason}")
+                launch = tune_experts(gpu, bench, spec, tokens)
+                experts.setdefault(layer, {})[tokens] = launch
+                bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
+                if selection:
+                    chosen, quick = tune_select(gpu, bench, name, tokens)
+                    select[chosen] = quick
+                    bars.say(f"{name}, {tokens} tokens, selection: {quick.microseconds} us; {quick.reason}")
                 # Written as it grows: what has been measured survives an interruption.
                 aside = output.with_name(f"{output.name}.part")
                 aside.write_text(render_table(gpu.name, experts, select), encoding="utf-8")
                 aside.replace(output)
                 update(number / len(sizes))
-
-
-def _bucket(name: str, tokens: int) -> int:
-    return tokens_bucket(tokens, SHAPES[name].experts, SHAPES[name].experts_per_token)
 
 
 def _number(word: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import runpy
 from collections.abc import Callable, Iterable
@@ -19,12 +20,12 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import experts_attributes, select_attributes
 from lynx_trt.plugins import aot, launch_table, tune
 from lynx_trt.plugins.blob import Cubin
+from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, fits, rows_a_value
 from lynx_trt.plugins.launch import (
     FLOAT32_TOKENS,
     MOST_PROGRAMS,
     SHARED_MEMORY,
     SMS,
-    ExpertsLaunch,
     experts_estimate,
     experts_launch,
     select_launch,
@@ -81,8 +82,9 @@ def test_buckets(tokens: int, experts: int, width: int, bucket: int) -> None:
 def test_tiles_fit_shared_memory(dtype: str, sm: int) -> None:
     for model in MODELS:
         shape = SHAPES[model]
-        for bucket in (1 << power for power in range(13)):
-            launch = experts_launch(bucket, shape.experts, shape.hidden, shape.inner, dtype, sm)
+        for tokens in (1 << power for power in range(16)):
+            layer = shape.experts, shape.experts_per_token, shape.hidden, shape.inner
+            launch = experts_launch(tokens, *layer, dtype, sm)
             assert shared_bytes(launch.gate_up, dtype, sm, rows_a_value=2) <= SHARED_MEMORY[sm]
             assert shared_bytes(launch.down, dtype, sm, rows_a_value=1) <= SHARED_MEMORY[sm]
             assert launch.reason
@@ -90,15 +92,20 @@ def test_tiles_fit_shared_memory(dtype: str, sm: int) -> None:
 
 def test_launches_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
-        experts_launch(1, 8, 64, 64, "float16", 90).prefill = True  # type: ignore[misc]
+        experts_launch(1, 8, 2, 64, 64, "float16", 90).prefill = True  # type: ignore[misc]
 
 
 def test_a_measured_launch_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = experts_estimate(4, 64, 64, "float16", 90)
     measured = replace(estimate, gate_up=replace(estimate.gate_up, warps=8), microseconds=12.5)
-    monkeypatch.setitem(launch_table.EXPERTS, (90, "float16", 8, 64, 64, 4), measured)
-    assert experts_launch(4, 8, 64, 64, "float16", 90) == measured
-    assert experts_launch(8, 8, 64, 64, "float16", 90).microseconds is None
+    layer = 8, 2, 64, 64
+    monkeypatch.setitem(launch_table.EXPERTS, (90, *layer), {1: estimate, 16: measured})
+    assert experts_launch(16, *layer, "float16", 90) == measured
+    assert experts_launch(16, *layer, "bfloat16", 90) == measured
+    assert experts_launch(64, *layer, "float16", 90) == measured  # more than was measured
+    assert experts_launch(8, *layer, "float16", 90).microseconds is None
+    assert experts_launch(16, *layer, "float32", 90).microseconds is None
+    assert experts_launch(16, *layer, "float16", 80).microseconds is None
     quick = replace(select_launch(16, 128, 8, 90), warps=2, microseconds=5.0)
     monkeypatch.setitem(launch_table.SELECT, (90, 128, 8, 16), quick)
     assert select_launch(16, 128, 8, 90) == quick
@@ -108,12 +115,12 @@ def test_tokens_per_expert_decide() -> None:
     """Decode kernels while weights are read, prefill kernels when they are multiplied; the copy engine from SM 90."""
     for model in MODELS:
         shape = SHAPES[model]
-        chosen = [experts_launch(1 << p, shape.experts, shape.hidden, shape.inner, "bfloat16", 90) for p in range(12)]
+        chosen = [experts_estimate(1 << p, shape.hidden, shape.inner, "bfloat16", 90) for p in range(12)]
         assert [each.prefill for each in chosen] == [False] * 6 + [True] * 6
         assert all(each.gate_up.descriptors for each in chosen if each.prefill)
-    assert not experts_launch(64, 8, 4096, 4096, "bfloat16", 80).gate_up.descriptors
+    assert not experts_estimate(64, 4096, 4096, "bfloat16", 80).gate_up.descriptors
     # Rows that are no multiple of 16 bytes are nothing for the copy engine.
-    assert not experts_launch(64, 8, 4096, 1001, "bfloat16", 90).down.descriptors
+    assert not experts_estimate(64, 4096, 1001, "bfloat16", 90).down.descriptors
 
 
 @pytest.mark.parametrize("sm", SMS)
@@ -241,35 +248,44 @@ def test_equal_layers_share_plans() -> None:
 # ------------------------------------------------------------------------------------------------ the tuner
 
 
-def test_the_tuner_keeps_what_is_clearly_faster() -> None:
-    """A made-up GPU that likes 5 stages best and 8 warps next, and says so within the noise for other changes."""
-    start = experts_estimate(4, 2048, 768, "bfloat16", 90)
-    measured = []
+def test_the_tuner_tries_what_can_run() -> None:
+    """The estimate first, nothing twice, nothing that finds no room; both kinds of kernels where either may win."""
+    for name, tokens in itertools.product(SHAPES, (1, 16, 64, 256, 4096)):
+        spec = experts_spec(name, "bfloat16")
+        for prefill, part in itertools.product(families(spec, tokens), PARTS):
+            tried = candidates(spec, 90, tokens, part, prefill=prefill)
+            assert len(tried) == len(set(tried)) > 10
+            assert tried[0] == getattr(estimate(spec, 90, tokens, prefill=prefill), part)
+            for each in tried[1:]:
+                assert fits(each, "bfloat16", 90, rows_a_value=rows_a_value(spec, part))
+                assert bool(each.per_multiprocessor) == prefill
+            splits = {each.split for each in tried}
+            assert splits == ({1, 2, 4} if part == "down" and not prefill and tokens <= 64 else {1}), (name, tokens)
+    mixtral = experts_spec("mixtral-8x7b", "bfloat16")
+    assert [families(mixtral, tokens) for tokens in (16, 64, 4096)] == [(False,), (False, True), (True,)]
 
-    def measure(launch: ExpertsLaunch) -> float:
-        measured.append(launch)
-        return 100.0 - 10 * (launch.gate_up.stages == 5) - 5 * (launch.gate_up.warps == 8) - 0.5 * launch.gate_up.swap
 
-    best = tune.improve(start, "gate_up", measure, lambda matmul: matmul.block_n < 64)
-    assert best == replace(start, gate_up=replace(start.gate_up, stages=5, warps=8))
-    assert all(launch.down == start.down and launch.gate_up.block_n < 64 for launch in measured)
-
-
-def test_the_tuner_tries_only_what_can_run() -> None:
+def test_what_does_not_fit_is_not_tried() -> None:
     matmul = experts_estimate(64, 4096, 14336, "bfloat16", 90).gate_up
-    assert tune.fits(matmul, "bfloat16", 90, rows_a_value=2)
-    assert not tune.fits(replace(matmul, block_n=256), "bfloat16", 90, rows_a_value=2)
-    assert not tune.fits(replace(matmul, stages=6), "bfloat16", 90, rows_a_value=2)
-    assert not tune.fits(replace(matmul, block_n=8), "bfloat16", 90, rows_a_value=2)
+    assert fits(matmul, "bfloat16", 90, rows_a_value=2)
+    assert not fits(replace(matmul, block_n=256), "bfloat16", 90, rows_a_value=2)
+    assert not fits(replace(matmul, stages=6), "bfloat16", 90, rows_a_value=2)
+    assert not fits(replace(matmul, block_n=8), "bfloat16", 90, rows_a_value=2)
+    large = experts_estimate(128, 4096, 14336, "bfloat16", 90).gate_up
+    assert fits(large, "bfloat16", 90, rows_a_value=2)
+    assert not fits(replace(large, warps=4), "bfloat16", 90, rows_a_value=2)  # 256 sums a thread
     assert all(select.block_t >= 1 for select in tune.select_neighbours(select_launch(1, 512, 10, 90), 1))
 
 
 def test_the_table_is_python(tmp_path: Path) -> None:
     experts = {
-        (90, "bfloat16", 8, 4096, 14336, bucket): replace(
-            experts_estimate(bucket, 4096, 14336, "bfloat16", 90), reason='12% of "it"', microseconds=1.25
-        )
-        for bucket in (1, 64)
+        (90, 8, 2, 4096, 14336): {
+            tokens: replace(
+                experts_estimate(bucket, 4096, 14336, "bfloat16", 90), reason='12% of "it"', microseconds=1.25
+            )
+            for tokens, bucket in ((1, 1), (256, 64))
+        },
+        (90, 8, 2, 64, 64): {1: experts_estimate(1, 64, 64, "bfloat16", 90)},
     }
     select = {(90, 8, 2, 16): replace(select_launch(16, 8, 2, 90), microseconds=5.5)}
     path = tmp_path / "table.py"
@@ -299,7 +315,7 @@ def test_kernels_that_do_not_compile_are_left_out(tmp_path: Path, monkeypatch: p
 
 def test_what_spills_or_has_no_room_is_not_tried() -> None:
     plan = experts_plan(experts_spec("mixtral-8x7b", "bfloat16"), 90, 1)
-    cubins = {step.kernel: Cubin(90, step.kernel.function, "entry", 128, 1000, 0, 9, 0, b"") for step in plan.steps}
+    cubins = {step.kernel: Cubin(90, step.kernel.function, "entry", 128, 1000, 0, 0, 9, 0, b"") for step in plan.steps}
     compiled = tune.usable(plan, cubins, 90)
     assert compiled is not None
     assert [step.kernel.function for step in compiled.steps] == [step.kernel.function for step in plan.steps]
@@ -310,45 +326,70 @@ def test_what_spills_or_has_no_room_is_not_tried() -> None:
 
 
 def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but a GPU: a made-up one on which more stages are faster, and a compiler that never fails."""
+    """All but a GPU: a made-up one on which more stages and split sums are faster, and a compiler that never fails."""
     driver, compiled = FakeDriver(), []
 
-    def compile_each(kernels: Iterable[Kernel], sm: int) -> dict[Kernel, Cubin]:
-        compiled.append(len(set(kernels)))
+    def compile_each(kernels: Iterable[Kernel], sm: int, **_: object) -> dict[Kernel, Cubin]:
+        kernels = set(kernels)
+        compiled.append(len(kernels))
 
         def cubin(kernel: Kernel) -> Cubin:
-            return Cubin(sm, kernel.function, "", 128, 1000, 0, 9, 0, f"0 {len(kernel.parameters) + 2}\0".encode())
+            return Cubin(sm, kernel.function, "", 128, 1000, 0, 1, 9, 0, f"0 {len(kernel.parameters) + 2}\0".encode())
 
         return {kernel: cubin(kernel) for kernel in kernels}
 
-    def time_graph(function: Callable[[], object]) -> float:
+    def time_graph(function: Callable[[], object], **_: object) -> float:
         function()
-        return 100.0
+        return 400.0
 
-    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 32))
+    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 128))
     monkeypatch.setattr(tune, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "machine", lambda: tune.Machine(90, "a GPU", 1e12))
     monkeypatch.setattr(tune, "time_graph", time_graph)
+    monkeypatch.setattr(tune, "compile_each", compile_each)
     monkeypatch.setattr("lynx_trt.plugins.cuda_driver.cuda_driver", lambda: driver)
-    monkeypatch.setattr("lynx_trt.plugins.aot.compile_each", compile_each)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: argparse.Namespace(cuda_stream=0))
     bench_time = tune.Bench.time
 
-    def time(self: tune.Bench, plan: Plan[Kernel], batches: Any, tokens: int) -> float:
-        return bench_time(self, plan, batches, tokens) - sum(step.kernel.stages for step in plan.steps)
+    def time(self: tune.Bench, plan: Plan[Kernel], *others: Any, **how: Any) -> float:
+        gain = sum(step.kernel.stages + dict(step.kernel.constants).get("SPLIT", 0) for step in plan.steps)  # type: ignore[misc, operator]
+        return bench_time(self, plan, *others, **how) - gain
 
     monkeypatch.setattr(tune.Bench, "time", time)
     path = tmp_path / "table.py"
-    tune.main(shape=["tiny"], dtype="bfloat16", decode="1,2", prefill="256", output=path)
+    tune.main(shape=["tiny"], tokens="1,2,1024", output=path)
     table = runpy.run_path(str(path))
-    assert set(table["SELECT"]) == {(90, 8, 2, tokens) for tokens in (1, 2, 256)}
-    assert set(table["EXPERTS"]) == {(90, "bfloat16", 8, 64, 32, bucket) for bucket in (1, 64)}
-    for (*_, bucket), launch in table["EXPERTS"].items():
-        # Of 64 tokens an expert, 6 stages of gate_up find no room.
-        assert (launch.gate_up.stages, launch.down.stages) == ((6, 6) if bucket == 1 else (4, 6))
-        assert launch.microseconds
-    # All that is one change away was compiled at once.
-    assert max(compiled) > 10
+    assert set(table["SELECT"]) == {(90, 8, 2, tokens) for tokens in (1, 2, 1024)}
+    assert set(table["EXPERTS"]) == {(90, 8, 2, 64, 128)}
+    launches = table["EXPERTS"][90, 8, 2, 64, 128]
+    assert {tokens: launch.prefill for tokens, launch in launches.items()} == {1: False, 2: False, 1024: True}
+    assert all(launch.microseconds for launch in launches.values())
+    assert launches[1].gate_up.stages == 6
+    assert launches[1].down.split > 1
+    assert launches[1024].down.stages == 5
+    # All candidates were compiled at once.
+    assert max(compiled) > 50
+
+
+def test_candidates_are_compiled_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[Kernel] = []
+
+    def compile_each(kernels: Iterable[Kernel], sm: int, **_: object) -> dict[Kernel, None]:
+        compiled.extend(kernels)
+        assert sm == 90
+        return dict.fromkeys(compiled)
+
+    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 128))
+    monkeypatch.setattr(tune, "compile_each", compile_each)
+    tune.main(shape=["tiny"], tokens="1,1024", compile_for=90)
+    functions = {kernel.function for kernel in compiled}
+    assert {"gate_up_decode_kernel", "down_decode_kernel", "gate_up_prefill_kernel", "down_prefill_kernel"} < functions
+    assert len(compiled) == len(set(compiled))
+    assert f"{len(compiled)} of {len(compiled)} kernels compile" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"--compile-for is 75: launches are tuned for 80"):
+        tune.main(compile_for=75)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,109 @@
+"""Which launches of the experts' matmuls a tuner tries: pure functions of a layer, an SM and a number of tokens.
+
+Every combination that can run and might be good, in one list a matmul, so that all of them can be compiled before
+anything is measured, where there need be no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+from lynx_trt.plugins.launch import (
+    PREFILL_BUCKET,
+    SHARED_MEMORY,
+    ExpertsLaunch,
+    MatmulLaunch,
+    experts_estimate,
+    power_of_two,
+    shared_bytes,
+    tokens_bucket,
+)
+from lynx_trt.plugins.specs import ExpertsSpec
+
+PARTS = ("gate_up", "down")
+
+# Around the bucket from which on the prefill kernels are estimated to be better, both kinds are tried.
+_BOTH = (PREFILL_BUCKET // 4, PREFILL_BUCKET)
+
+# Accumulators of a thread, in float32: with more of them than half of its registers it spills.
+_ACCUMULATORS = 128
+
+
+def families(spec: ExpertsSpec, tokens: int) -> tuple[bool, ...]:
+    """Whether the decode kernels (False), the prefill ones (True) or both are tried for a batch."""
+    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+    return tuple(each for each in (False, True) if (bucket >= _BOTH[0] if each else bucket <= _BOTH[1]))
+
+
+def estimate(spec: ExpertsSpec, sm: int, tokens: int, *, prefill: bool) -> ExpertsLaunch:
+    """The estimate for a batch, of the kind of kernels that is asked for."""
+    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+    bucket = max(bucket, PREFILL_BUCKET) if prefill else min(bucket, PREFILL_BUCKET // 2)
+    return experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, sm)
+
+
+def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: bool) -> list[MatmulLaunch]:
+    """What is tried for a matmul, the estimate first."""
+    first: MatmulLaunch = getattr(estimate(spec, sm, tokens, prefill=prefill), part)
+    rows = rows_a_value(spec, part)
+    summed = spec.hidden if part == "gate_up" else spec.inner
+    made = _prefill(first, rows) if prefill else _decode(tokens, rows, summed, part)
+    usable = (each for each in made if fits(each, spec.dtype, sm, rows_a_value=rows))
+    return list(dict.fromkeys([first, *usable]))
+
+
+def rows_a_value(spec: ExpertsSpec, part: str) -> int:
+    """Rows of weights that make a value: gate and up are two."""
+    return 2 if part == "gate_up" and spec.form.gated else 1
+
+
+def fits(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> bool:
+    """Whether a launch can run: tiles that the matrix units take, registers for their sums, an SM's shared memory."""
+    programs = launch.per_multiprocessor or 2
+    return (
+        launch.block_n >= 16
+        and launch.block_d >= 32
+        # The copy engine's boxes have at most 256 rows.
+        and rows_a_value * launch.block_n <= 256
+        and launch.block_t * rows_a_value * launch.block_n <= _ACCUMULATORS * 32 * launch.warps
+        and 32 * launch.warps * programs <= 2048
+        and shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value) * programs <= SHARED_MEMORY[sm]
+    )
+
+
+def _decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[MatmulLaunch]:
+    """Tiles of 32 to 128 rows and of 64 to 256 of the sum; for larger batches with 16 to 64 pairs."""
+    most = min(max(power_of_two(tokens), 16), 64)
+    depths = [depth for depth in (64, 128, 256) if summed % depth == 0] or [64]
+    pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
+    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), depths, (3, 4, 6)):
+        one_tile = tokens <= block_t
+        for warps, swap in ((4, False), (8, False), (4, True)):
+            if (warps == 8 and rows < 128) or (swap and (rows < 64 or depth > 128)):
+                continue
+            tile = MatmulLaunch(block_t, rows // rows_a_value, depth, warps, stages, swap)
+            if part == "gate_up":
+                yield tile
+                continue
+            splits = (1, 2, 4) if one_tile and stages == 4 and not swap else (1,)
+            for split, ahead in itertools.product(splits, (0, 256) if one_tile else (0,)):
+                if split * depth <= summed:
+                    yield MatmulLaunch(block_t, rows, depth, warps, stages, swap, split=split, ahead=ahead)
+
+
+def _prefill(first: MatmulLaunch, rows_a_value: int) -> Iterator[MatmulLaunch]:
+    """Tiles of 64 or 128 pairs and 128 or 256 rows, one or two programs a multiprocessor."""
+    for block_t, rows, depth in itertools.product((64, 128), (128, 256), (32, 64, 128)):
+        for stages, warps, programs in itertools.product((3, 4, 5), (4, 8), (1, 2)):
+            # A tile that 8 warps share is to be worth it; one program a multiprocessor needs them to fill it.
+            if (warps == 8) == (block_t * rows >= 128 * 128) or programs == 2:
+                yield MatmulLaunch(
+                    block_t,
+                    rows // rows_a_value,
+                    depth,
+                    warps,
+                    stages,
+                    descriptors=first.descriptors,
+                    per_multiprocessor=programs,
+                )
