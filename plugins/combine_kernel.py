@@ -25,12 +25,16 @@ def combine_kernel(
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // N_TILES).to(tl.int64)
     column = tl.program_id(0) % N_TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    wait_for_earlier(PROGRAMMATIC)
-    let_next_start(PROGRAMMATIC)
+    # Which slots count is of before the launch that is waited for.
+    used = tl.full([], 0, tl.int64)  # a bit a slot: K is at most 64
     for k in tl.static_range(K):
         expert = tl.load(index + token * K + k)
-        width = tl.where((expert >= 0) & (expert < E), H, 0)
+        used |= ((expert >= 0) & (expert < E)).to(tl.int64) << k
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for k in tl.static_range(K):
+        width = tl.where((used >> k) & 1 != 0, H, 0)
         for part in tl.static_range(SPLIT):
             at = partial + ((token * K + k) * SPLIT + part) * H
             total += tl.load(at + column, mask=column < width, other=0.0).to(tl.float32)
