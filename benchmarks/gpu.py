@@ -77,6 +77,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
         script("select", 1.0, *peers),
         *(script("experts_decode", 1.5, "--model", name, *peers, part=f"decode-{name}") for name in models),
         *(script("experts_prefill", 1.0, "--model", name, *peers, part=f"prefill-{name}") for name in models),
+        script("decode_model", 2.0, *peers, part="model"),
         engines("end_to_end", 3.0),
     ]
     if options.tune:
@@ -278,7 +279,7 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where results go (benchmarks/results/gpu/<gpu>-<date>)")
     parser.add_argument("--minutes", type=float, default=20.0, help="for everything together")
-    names = ("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "end_to_end", "tune")
+    names = ("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end", "tune")
     parser.add_argument("--part", action="append", choices=names, help="only this part; repeat for several")
     parser.add_argument("--tune", action="store_true", help="measure launches too, into launch_table.py in the folder")
     parser.add_argument("--kit", type=Path, default=ROOT / "build" / "gpu-kit", help="the engines' kit (build/gpu-kit)")

@@ -3,7 +3,8 @@
     python benchmarks/gpu_plots.py FOLDER [-o FOLDER]
 
 decode.png: a layer's time by batch, beside the floor. active.png: time by active experts at one batch. prefill.png: the
-share of the matmul rate by tokens. select.png: the selection's time by tokens. What was not recorded has no plot.
+share of the matmul rate by tokens. select.png: the selection's time by tokens. model.png: tokens a second of a whole
+model by batch. What was not recorded has no plot.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ NAMES = {
     "dense": "all experts",
     "vllm": "vLLM's kernel",
     "sort": "sort and count (PyTorch)",
+    "nothing": "without experts",
 }
 COLOURS = {
     **{"lynx": "#1b6ca8", "lynx_layer": "#7fb3d5", "lynx_metadata": "#1b6ca8"},
-    **{"grouped_mm": "#c0392b", "dense": "#7f8c8d", "vllm": "#d68910", "sort": "#7f8c8d"},
+    **{"grouped_mm": "#c0392b", "dense": "#7f8c8d", "vllm": "#d68910", "sort": "#7f8c8d", "nothing": "#bdc3c7"},
 }
 Rows = Sequence[dict[str, Any]]
 
@@ -105,6 +107,21 @@ def select(axis: Any, rows: Rows, _: str) -> None:
     axis.set(xlabel="tokens", ylabel="us", ylim=(0, None))
 
 
+def model(axis: Any, rows: Rows, _: str) -> None:
+    """Tokens a second by batch; ours by share of the active experts."""
+    styles = {1.0: "-", 0.75: "--", 0.5: "-.", 0.25: ":"}
+    for name in ("lynx", "vllm", "grouped_mm", "nothing"):
+        for fraction, style in styles.items():
+            found = sorted((row for row in of(rows, name) if row["fraction"] == fraction), key=lambda row: row["batch"])
+            if not found:
+                continue
+            label = NAMES["lynx_layer"] + f", {fraction:.0%} of the experts" if name == "lynx" else NAMES[name]
+            at = [row["batch"] for row in found], [row["tokens_per_second"] for row in found]
+            axis.plot(*at, style, marker="o", ms=3, label=label, color=COLOURS[name])
+    axis.set(xscale="log", yscale="log", xlabel="batch, sequences", ylabel="tokens a second")
+    axis.set_xscale("log", base=2)
+
+
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     """All plots that there are rows for."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +136,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
             ("active", "decode", active, "batch 16 by active experts"),
             ("prefill", "prefill", prefill, "an MoE layer in prefill"),
             ("select", "select", select, "the selection alone"),
+            ("model", "model", model, "decoding a whole model, PyTorch around the experts"),
         )
     ]
     return [path for path in drawn if path is not None]

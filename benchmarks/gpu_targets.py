@@ -49,6 +49,7 @@ def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
         least("layer at 50% of the active experts against the fastest unrestricted one", 1.6, gains(decode), "x"),
         right("error against float64 at most twice that of same-dtype PyTorch", [*decode, *prefill]),
         right("the selection's choice is its twin's", select),
+        whole_model(rows_of(parts, "model")),
         *end_to_end(parts.get("end_to_end", {})),
     ]
 
@@ -216,6 +217,32 @@ def right(target: str, rows: Iterable[Row]) -> Verdict:
             f"; not {place(wrong[0])} ({wrong[0]['contender']}: {wrong[0].get('failed', wrong[0].get('error', ''))})"
         )
     return Verdict(target, "everywhere", words, not wrong)
+
+
+def whole_model(rows: Sequence[Row]) -> Verdict:
+    """Decoding a whole model in PyTorch, no target. By batch: tokens/s, what half of the experts gain, the best peer."""
+    words = []
+    for batch in sorted({row["batch"] for row in rows}):
+        here = [row for row in rows if row["batch"] == batch]
+        ours = {row["fraction"]: row for row in of(here, "lynx")}
+        if 1.0 not in ours:
+            failed = next((row["failed"] for row in here if row["contender"] == "lynx" and "failed" in row), "no time")
+            words.append(f"batch {batch}: {failed}")
+            continue
+        said = f"batch {batch}: {ours[1.0]['tokens_per_second']:.0f} tokens/s"
+        if 0.5 in ours:
+            said += f", {ours[1.0]['us'] / ours[0.5]['us']:.2f}x at half"
+        peers = [row for name in PEERS for row in of(here, name)]
+        if peers:
+            best = min(peers, key=lambda row: row["us"])
+            said += f", {best['us'] / ours[1.0]['us']:.2f}x the best peer ({best['contender']})"
+        words.append(said)
+    checked = [row for row in of(rows, "lynx") if "error" in row]
+    if checked:
+        worst = max(checked, key=lambda row: row["error"])
+        words.append(f"logits off by at most {worst['error']:.2%}, PyTorch's two ways by {worst['noise']:.2%}")
+    target = "decoding a whole model (PyTorch around the kernels)"
+    return Verdict(target, "recorded", "; ".join(words) or "not measured", None)
 
 
 def end_to_end(part: Row) -> list[Verdict]:

@@ -155,7 +155,7 @@ def test_every_part_has_its_script(tmp_path: Path) -> None:
     assert all(part.script is None or part.script.exists() for part in parts)
     names = [part.name.split("-")[0] for part in parts]
     assert list(dict.fromkeys(names)) == [
-        *("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "end_to_end", "tune"),
+        *("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end", "tune"),
     ]
     assert [part.name for part in gpu.parts(argparse.Namespace(**{**vars(options), "part": ["decode"]}))] == [
         f"decode-{model}" for model in gpu_layer.MODELS
