@@ -27,12 +27,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from gpu_build import Machine, add_planned_engine, ask
+from gpu_build import ONNX, Machine, add_planned_engine, ask
 from gpu_models import PROMPTS, decode, draws, forced_logits, greedy_tokens, restrictions
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.console import new_app, run
-from lynx_trt.errors import LynxError
+from lynx_trt.errors import LynxError, UsageError
 
 # TensorRT multiplies float32 matrices in TF32, which eager on a CPU doesn't: its rounding, relative to the logits.
 TF32_ROUNDING = 2.0**-11
@@ -189,14 +189,21 @@ def write(output: Path | None, answer: str, rows: list[Row]) -> None:
         output.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def entries(kit: Path) -> list[Path]:
+    """Their folders, the plainest first. Raises UsageError: the kit is of the time when it held engines."""
+    found = (each.parent for each in kit.glob("*/expected.npz"))
+    folders = sorted(found, key=lambda folder: (not folder.name.startswith("mixtral"), folder.name))
+    if old := [folder.name for folder in folders if not (folder / ONNX).is_file()]:
+        raise UsageError(f"{kit} has no {ONNX} of {', '.join(old)}, so there is nothing to build: make gpu-kit again")
+    return folders
+
+
 def check_kit(
     kit: Path, where: Machine, one: Callable[[Path], Row], say: Callable[[str], None], output: Path | None
 ) -> list[Row]:
-    """All entries, the plainest first."""
-    found = (each.parent for each in kit.glob("*/expected.npz"))
-    folders = sorted(found, key=lambda folder: (not folder.name.startswith("mixtral"), folder.name))
+    """All entries."""
     rows: list[Row] = []
-    for folder in folders:
+    for folder in entries(kit):
         rows.append(one(folder))
         if len(rows) == 1:
             say(first_answer(where, rows))
@@ -227,10 +234,7 @@ def build_only(kit: Path, sm: int) -> list[Row]:
     from lynx_trt.tensorrt.loader import load
 
     where = Machine(sm, "rtx", load("rtx").version)
-    rows = [
-        check(each.parent, lambda folder: add_planned_engine(folder, where), None)
-        for each in sorted(kit.glob("*/expected.npz"))
-    ]
+    rows = [check(each, lambda folder: add_planned_engine(folder, where), None) for each in entries(kit)]
     typer.echo(f"{sum(row.passed for row in rows)} of {len(rows)} engines built by {where}; none was run")
     return rows
 

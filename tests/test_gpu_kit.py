@@ -17,7 +17,7 @@ from host_gpu import SM, HostGpu, tensorrt_for
 
 from lynx_trt.artifact import Artifact, open_artifact, read
 from lynx_trt.console import Progress
-from lynx_trt.errors import TensorRTError
+from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.runtime.trt import TensorRTBackend
 from lynx_trt.tensorrt import gpu, loader
@@ -111,6 +111,9 @@ def test_build_only(kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 of 2 engines built by TensorRT for RTX 1.7.1 on SM 86; none was run" in capsys.readouterr().out
     (row,) = gpu_engine.build_only(kit, 90)
     assert "not on SM 90" in str(row.error)
+    (whole / "other" / "model.onnx").unlink()  # as in a kit made before, which held engines
+    with pytest.raises(UsageError, match=r"has no model\.onnx of other, .*make gpu-kit again"):
+        gpu_engine.check_kit(whole, WHERE, lambda _: pytest.fail("it began"), print, None)
 
 
 def test_right_numbers_pass(kit: Path, artifact: Callable[..., Artifact], tmp_path: Path) -> None:
