@@ -14,12 +14,17 @@ from benchmark_path import BENCHMARKS
 
 # isort: split
 import gpu
+import gpu_decode_model
 import gpu_plots
 import gpu_qwen3_moe
 import gpu_targets
+import gpu_vllm
 from gpu_common import Options
-from gpu_layer import specs_of
+from gpu_decode_model import Contender
+from gpu_layer import Batch, Layer, specs_of
 from gpu_qwen3_moe import MODEL, Decoder
+
+from lynx_trt.plugins.twins import experts_twin
 
 CHOSEN = Options(Path("x.json"), 0.0, True, (MODEL,), "bfloat16", False, None)
 
@@ -108,6 +113,24 @@ def test_no_experts_are_not_the_same(model: Any) -> None:
     whole = decoder.step()
     model.set_experts_implementation("nothing")
     assert (decoder.step() - whole).double().norm() > 0.1 * whole.double().norm()
+
+
+def test_a_peer_is_prepared_on_the_routing_that_was_written_down(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer's own, which stays though the next contender's router writes another; its input is the step's."""
+
+    def peer(layer: Layer, batches: list[Batch], _folder: object) -> Any:
+        (batch,) = batches
+        weights = layer.weights["gate_up"], layer.weights["down"]
+        return lambda: [experts_twin(layer.experts.form, batch.hidden, batch.index, batch.weight, *weights)]
+
+    monkeypatch.setattr(gpu_vllm, "fused_moe", peer)
+    decoder = Decoder(model, 3)
+    layers = gpu_qwen3_moe.layers_of(model, *specs_of(MODEL, "bfloat16", dry=True))
+    point = gpu_decode_model.Point(decoder, layers, None, {})  # type: ignore[arg-type]
+    want = point.run(Contender("grouped_mm", "grouped_mm"))
+    written = gpu_decode_model.vllm(point, None)
+    point.run(Contender("nothing", "nothing"))
+    assert gpu_decode_model.compared(point.run(written), want)["error"] < 0.02
 
 
 def row(contender: str, us: float, batch: int = 16, fraction: float = 1.0, **values: Any) -> dict[str, Any]:
