@@ -120,16 +120,21 @@ def test_a_peer_is_prepared_on_the_routing_that_was_written_down(model: Any, mon
 
     def peer(layer: Layer, batches: list[Batch], _folder: object) -> Any:
         (batch,) = batches
+        given.append(batch.index)
         weights = layer.weights["gate_up"], layer.weights["down"]
         return lambda: [experts_twin(layer.experts.form, batch.hidden, batch.index, batch.weight, *weights)]
 
+    given: list[torch.Tensor] = []
     monkeypatch.setattr(gpu_vllm, "fused_moe", peer)
     decoder = Decoder(model, 3)
     layers = gpu_qwen3_moe.layers_of(model, *specs_of(MODEL, "bfloat16", dry=True))
     point = gpu_decode_model.Point(decoder, layers, None, {})  # type: ignore[arg-type]
     want = point.run(Contender("grouped_mm", "grouped_mm"))
     written = gpu_decode_model.vllm(point, None)
+    chosen = [place.index.clone() for place in decoder.places]
     point.run(Contender("nothing", "nothing"))
+    assert not torch.equal(decoder.places[-1].index, chosen[-1])
+    assert all(map(torch.equal, given, chosen))
     assert gpu_decode_model.compared(point.run(written), want)["error"] < 0.02
 
 
