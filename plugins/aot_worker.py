@@ -5,8 +5,7 @@ interprets, and because what it prints is not for a user. Requests and answers a
 output:
 
     {"kernel": {...}, "sm": 90, "image": PATH}
-    {"entry": str, "threads": int, "shared": bytes, "scratch": bytes, "programmatic": 0 or 1,
-     "registers": int, "spills": bytes}    or
+    {"entry": str, "threads": int, "shared": bytes, "scratch": bytes, "registers": int, "spills": bytes}    or
     {"error": str}
 
 The cubin is written to PATH. The worker ends with its standard input.
@@ -71,7 +70,6 @@ def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
         "threads": 32 * compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
         "scratch": compiled.metadata.global_scratch_size,
-        "programmatic": int(kernel.programmatic),
         "registers": _number(r"Used (\d+) registers", log.getvalue()),
         "spills": _number(r"(\d+) bytes spill stores", log.getvalue()),
     }

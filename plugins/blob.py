@@ -4,16 +4,16 @@ The blob is the line `lynx-kernels 2 BYTES`, BYTES of text, then the cubins one 
 words separated by single spaces, so that a launcher in any language reads it with no parser to speak of:
 
     versions LYNX_TRT COMPILER
-    cubin SM FUNCTION ENTRY THREADS SHARED SCRATCH PROGRAMMATIC REGISTERS SPILLS OFFSET SIZE SHA256
+    cubin SM FUNCTION ENTRY THREADS SHARED SCRATCH REGISTERS SPILLS OFFSET SIZE SHA256
     op KEY
     plan SM MAX_TOKENS
     region NAME FIXED PER TOKENS
-    step CUBIN FIXED PER CAP SLOTS TIMES OVER PER_MULTIPROCESSOR ARGUMENT...
+    step CUBIN FIXED PER CAP SLOTS TIMES OVER PER_MULTIPROCESSOR PROGRAMMATIC ARGUMENT...
 
 Cubins are numbered from 0 as they come; OFFSET is from the first cubin's first byte. A plan belongs to the op above
 it, a region and a step to the plan above. SHARED is the dynamic shared memory, and SCRATCH the global scratch memory
-of a program, both in bytes; PROGRAMMATIC is 1 if it may start before the launch before it has ended. A KEY is made by
-`specs.py`.
+of a program, both in bytes; PROGRAMMATIC is 1 for a step that may start before the launch before it has ended, else 0.
+A KEY is made by `specs.py`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ FORMAT = "lynx-kernels 2"
 
 @dataclass(frozen=True)
 class Cubin:
-    """A kernel compiled for an SM, and how to launch it; sizes in bytes, scratch for each program.
-
-    programmatic: 1 if it may start while the launch before it runs (`plan.Kernel.programmatic`), else 0.
-    """
+    """A kernel compiled for an SM, and how to launch it; sizes in bytes, scratch for each program."""
 
     sm: int
     function: str
@@ -44,7 +41,6 @@ class Cubin:
     threads: int
     shared: int
     scratch: int
-    programmatic: int
     registers: int
     spills: int
     image: bytes
@@ -79,7 +75,13 @@ class Kernels:
                     lines.append(_words("plan", sm, plan.max_tokens))
                     lines += [_words("region", *astuple(region)) for region in plan.regions]
                     lines += [
-                        _words("step", numbers[id(step.kernel)], *astuple(step.grid), *step.arguments)
+                        _words(
+                            "step",
+                            numbers[id(step.kernel)],
+                            *astuple(step.grid),
+                            int(step.programmatic),
+                            *step.arguments,
+                        )
                         for step in plan.steps
                     ]
         text = ("\n".join(lines) + "\n").encode()
@@ -152,7 +154,8 @@ def _read(data: bytes) -> Kernels:
         elif kind == "region":
             regions.append(Region(words[0], *map(int, words[1:4])))
         elif kind == "step":
-            steps.append(Step(cubins[int(words[0])], Grid(*map(int, words[1:8])), tuple(words[8:])))
+            grid, programmatic = Grid(*map(int, words[1:8])), words[8] != "0"
+            steps.append(Step(cubins[int(words[0])], grid, tuple(words[9:]), programmatic))
         else:
             raise ValueError(f"it has a line {kind!r}")
     plans_of = {
@@ -163,10 +166,10 @@ def _read(data: bytes) -> Kernels:
 
 
 def _read_cubin(words: Sequence[str], images: bytes) -> Cubin:
-    sm, function, entry, *numbers = words[:9]
-    offset, size, digest = int(words[9]), int(words[10]), words[11]
+    sm, function, entry, *numbers = words[:8]
+    offset, size, digest = int(words[8]), int(words[9]), words[10]
     image = images[offset : offset + size]
     if hashlib.sha256(image).hexdigest() != digest:
         raise ValueError(f"the cubin of {function} for SM {sm} is damaged")
-    threads, shared, scratch, programmatic, registers, spills = map(int, numbers)
-    return Cubin(int(sm), function, entry, threads, shared, scratch, programmatic, registers, spills, image)
+    threads, shared, scratch, registers, spills = map(int, numbers)
+    return Cubin(int(sm), function, entry, threads, shared, scratch, registers, spills, image)

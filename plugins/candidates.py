@@ -86,10 +86,9 @@ def _decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[
             if part == "gate_up":
                 yield tile
                 continue
-            splits = (1, 2, 4) if one_tile and stages == 4 and not swap else (1,)
-            for split, ahead in itertools.product(splits, (0, 256) if one_tile else (0,)):
+            for split in (1, 2, 4) if one_tile and stages == 4 and not swap else (1,):
                 if split * depth <= summed:
-                    yield MatmulLaunch(block_t, rows, depth, warps, stages, swap, split=split, ahead=ahead)
+                    yield MatmulLaunch(block_t, rows, depth, warps, stages, swap, split=split)
 
 
 def _prefill(first: MatmulLaunch, rows_a_value: int) -> Iterator[MatmulLaunch]:

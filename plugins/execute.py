@@ -205,7 +205,7 @@ def _launch(kernel: Kernel, programs: int, arguments: list[Tensor | int], device
     constants: dict[str, Any] = dict(kernel.constants)
     if device.type == "cpu":
         _prepare_interpreter()
-        if kernel.programmatic:  # the interpreter runs one launch after another, and knows no other way
+        if kernel.waits:  # the interpreter runs one launch after another, and knows no other way
             constants["PROGRAMMATIC"] = False
     if constants.get("DESCRIPTORS"):
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))

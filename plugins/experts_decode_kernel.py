@@ -53,31 +53,6 @@ def program_work(
 
 
 @triton.jit
-def fetch_ahead(
-    w,  # pointer to the expert's matrix [N,D], transposed [D,N]
-    rows,  # some of its output rows, [ROWS]
-    begin,  # the first of the summed dimension
-    N: tl.constexpr,
-    D: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """Fetch some rows of AHEAD values each into L2, a line of 128 bytes (64 values of 2 bytes) at a time."""
-    row = tl.minimum(rows, N - 1)
-    if TRANSPOSED:
-        d = tl.minimum(begin + tl.arange(0, AHEAD), D - 1)
-        lines = tl.minimum(tl.min(row, axis=0) + 64 * tl.arange(0, ROWS // 64 if ROWS > 64 else 1), N - 1)
-        at = w + d[:, None] * N + lines[None, :]
-    else:
-        lines = tl.minimum(begin + 64 * tl.arange(0, AHEAD // 64), D - 1)
-        at = w + row[:, None] * D + lines[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def gate_up_decode_kernel(
     hidden,  # [T,H] float
     gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I
@@ -167,13 +142,11 @@ def down_decode_kernel(
     ONE_TILE: tl.constexpr,
     SWAP: tl.constexpr,
     SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (items,), items = SPLIT x ceil(H / BLOCK_H) x active experts (ONE_TILE), or x tiles of their pairs.
 
-    Each of SPLIT programs has a part of the sum over I, so that a few experts too occupy the whole GPU. Of its weights
-    the first AHEAD of the sum are fetched into L2 while gate_up still runs, which leaves the memory idle as it ends.
+    Each of SPLIT programs has a part of the sum over I, so that a few experts too occupy the whole GPU.
     """
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     PIECE: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + SPLIT - 1) // SPLIT * BLOCK_I
@@ -181,9 +154,6 @@ def down_decode_kernel(
     expert, item, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES * SPLIT, ONE_TILE)
     begin = item % SPLIT * PIECE
     rows = item // SPLIT * BLOCK_H + tl.arange(0, BLOCK_H)
-    if AHEAD > 0 and PROGRAMMATIC:  # noqa: SIM102 -- `exists` is known at run time only
-        if exists:
-            fetch_ahead(down + expert * (H * I), rows, begin, H, I, TRANSPOSED, BLOCK_H, AHEAD)
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
     if not exists:

@@ -147,10 +147,10 @@ def gate_up_prefill_kernel(
     R: tl.constexpr = 2 * I if GATED else I
     HALVES: tl.constexpr = DESCRIPTORS and GATED and not INTERLEAVED
     ROWS: tl.constexpr = 2 * BLOCK_I if GATED and not HALVES else BLOCK_I
-    if DESCRIPTORS:
-        descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
+    if DESCRIPTORS:  # in scratch memory, where those of the launch before were
+        descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
@@ -228,10 +228,10 @@ def down_prefill_kernel(
     """Grid: (programs,), any number: each takes every programs-th item."""
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
-    if DESCRIPTORS:
-        descriptor = matrix_descriptor(down, E, H, I, TRANSPOSED, BLOCK_H, BLOCK_I)
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
+    if DESCRIPTORS:  # in scratch memory, where those of the launch before were
+        descriptor = matrix_descriptor(down, E, H, I, TRANSPOSED, BLOCK_H, BLOCK_I)
     for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
         expert = tl.load(dispatch + 2 + E + slot)

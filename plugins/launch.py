@@ -32,8 +32,8 @@ class MatmulLaunch:
     """Tiles of one matmul: block_t pairs x block_n rows (of gate_up: inner values) x block_d of the summed dimension.
 
     swap: the rows are the matmul's M. descriptors: weights through tensor descriptors. per_multiprocessor: programs of
-    a persistent launch (0: one program an item). Of down in decode, split: programs that share a tile's sum; ahead: how
-    much of it is fetched into L2 before gate_up has ended.
+    a persistent launch (0: one program an item). split: programs that share a tile's sum (of down in decode).
+    programmatic: start while the launch before still runs, where the SM can.
     """
 
     block_t: int
@@ -45,7 +45,7 @@ class MatmulLaunch:
     descriptors: bool = False
     per_multiprocessor: int = 0
     split: int = 1
-    ahead: int = 0
+    programmatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -221,21 +221,21 @@ def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> Matm
     return launch
 
 
-# Values of rows of E that one program of LynxSelect holds at a time: 4 a thread of 16 warps; 8 spill.
+# Values of rows of E that one program of LynxSelect holds at most: 8 a thread of 8 warps.
 ROW_VALUES = 2048
 
 
 def select_estimate(tokens: int, experts: int, experts_per_token: int) -> SelectLaunch:
-    """A launch by reasoning, for what no GPU has measured.
+    """A launch by reasoning, for what no GPU has measured, from what was seen on an H200.
 
-    One program spends about 600 instructions of a warp on a token of E = 128, K = 8: some 150 cycles of a
-    multiprocessor, so 32 tokens are 3 us, 128 would be 11. A launch in a CUDA graph is 2 us, and blocks take three.
+    Time is that of dependent instructions and exchanges between warps, not of data: the fewest tokens a program and
+    few warps are best. At E = 128 and K = 8 one program takes 4 us for a token, 10 for 16 and 15 for 32.
     """
     row = max(power_of_two(experts), 2)
-    block_t = min(max(ROW_VALUES // row, 1), 256)
-    if tokens <= 2 * block_t:
-        return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, "one program: fewer launches than blocks")
-    block_t = min(block_t, 16)
+    if tokens * row <= ROW_VALUES:
+        reason = "one program: fewer launches than blocks"
+        return SelectLaunch(True, tokens, _row_warps(tokens, row), tokens, reason)
+    block_t = min(max(ROW_VALUES // row, 1), 16)
     # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
     fewest = max(power_of_two(-(-experts // (4 * experts_per_token))), block_t)
     block = fewest if tokens <= 1024 else max(fewest, 64)
@@ -244,5 +244,5 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
 
 
 def _row_warps(block_t: int, row: int) -> int:
-    """4 values a thread: with 8 the choice spills 24 bytes on SM 86 and 89 (E = 128), with 4 it takes 117 registers."""
-    return min(max(block_t * row // 128, 4), 16)
+    """8 values a thread, in 4 or 8 warps."""
+    return min(max(block_t * row // 256, 4), 8)

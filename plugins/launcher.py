@@ -103,9 +103,9 @@ class Launch:
     pointers, and T, an int32 in the lower half.
     """
 
-    def __init__(self, function: int, cubin: Cubin, programs: int, arguments: Sequence[int]) -> None:
+    def __init__(self, function: int, step: Step[Cubin], programs: int, arguments: Sequence[int]) -> None:
         self.function, self.programs = function, programs
-        self.threads, self.shared, self.programmatic = cubin.threads, cubin.shared, bool(cubin.programmatic)
+        self.threads, self.shared, self.programmatic = step.kernel.threads, step.kernel.shared, step.programmatic
         self.words = (ctypes.c_uint64 * len(arguments))(*arguments)
         start = ctypes.addressof(self.words)
         self._addresses = (ctypes.c_void_p * len(arguments))(*(start + 8 * n for n in range(len(arguments))))
@@ -173,7 +173,7 @@ def launches_of(
             cubin = step.kernel
             names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
             words = [found[name] for name in names]
-            launches.append(Launch(driver.load(cubin, device), cubin, programs, words))
+            launches.append(Launch(driver.load(cubin, device), step, programs, words))
     return launches
 
 
@@ -219,7 +219,7 @@ class Launcher:
         cubin = step.kernel
         names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
         words = [tokens if name == "T" else 0 for name in names]
-        launch = Launch(self._driver.load(cubin, device), cubin, programs, words)
+        launch = Launch(self._driver.load(cubin, device), step, programs, words)
         launches.append(launch)
         offsets = plan.offsets(tokens)
         for word, name in enumerate(names):

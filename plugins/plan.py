@@ -6,7 +6,7 @@ pure: nothing here needs a GPU or the compiler.
 
 To run a plan for T tokens: give each region of the workspace its bytes, one after another, each from a multiple of
 ALIGNMENT; then launch the steps in order on one stream, each with `grid.programs(T, multiprocessors)` programs (0:
-leave it out) of 32 x warps threads; a programmatic kernel with CUDA's attribute of that name, which lets it start while
+leave it out) of 32 x warps threads; a programmatic step with CUDA's attribute of that name, which lets it start while
 the one before it still runs. A step's arguments are, in order, pointers by name (an input, an output or a
 region; "null" is a null pointer) and "T", the number of tokens as int32; every pointer is a multiple of 16. After them
 each kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else null), and
@@ -64,8 +64,8 @@ class Kernel:
         return not MODULES[self.function].startswith("select")
 
     @property
-    def programmatic(self) -> bool:
-        """Whether it may be launched while the launch before it still runs: it waits itself (dependent_launch.py)."""
+    def waits(self) -> bool:
+        """Whether it waits itself for the launch before it (dependent_launch.py), and so may start while that runs."""
         return bool(dict(self.constants).get("PROGRAMMATIC"))
 
 
@@ -112,11 +112,15 @@ class Region:
 
 @dataclass(frozen=True)
 class Step(Generic[Launchable]):
-    """One launch: the arguments are names of inputs, outputs or regions, "null" or "T", as the kernel takes them."""
+    """One launch: the arguments are names of inputs, outputs or regions, "null" or "T", as the kernel takes them.
+
+    programmatic: it may start while the launch before it still runs; its kernel waits itself.
+    """
 
     kernel: Launchable
     grid: Grid
     arguments: tuple[str, ...]
+    programmatic: bool = False
 
 
 @dataclass(frozen=True)

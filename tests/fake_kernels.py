@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lynx_trt.plugins.blob import Cubin, Kernels
 from lynx_trt.plugins.launcher import Device, Launch
-from lynx_trt.plugins.plan import Kernel, Plan, Step
+from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import Spec
 
@@ -27,13 +28,11 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
                 (128 if dict(kernel.constants).get("DESCRIPTORS") else 0),
             )
             entry = f"{kernel.function}_{number}"
-            cubins[kernel, sm] = Cubin(
-                sm, kernel.function, entry, 32 * kernel.warps, shared, scratch, int(kernel.programmatic), 9, 0, image
-            )
+            cubins[kernel, sm] = Cubin(sm, kernel.function, entry, 32 * kernel.warps, shared, scratch, 9, 0, image)
         return cubins[kernel, sm]
 
     def filled(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
-        steps = tuple(Step(cubin(step.kernel, sm), step.grid, step.arguments) for step in plan.steps)
+        steps = tuple(replace(step, kernel=cubin(step.kernel, sm)) for step in plan.steps)
         return Plan(plan.max_tokens, steps, plan.regions)
 
     ops = {spec.key: {sm: tuple(filled(p, sm) for p in plans(spec, sm, max_tokens)) for sm in sms} for spec in specs}

@@ -29,7 +29,7 @@ _TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)
 DECODE = ExpertsLaunch(False, _TILE, _TILE, "")
 SWAPPED = ExpertsLaunch(False, replace(_TILE, swap=True), replace(_TILE, swap=True), "")
 # Three programs share a sum over I, in pieces that don't come out even.
-SPLIT = ExpertsLaunch(False, _TILE, replace(_TILE, split=3, ahead=64), "")
+SPLIT = ExpertsLaunch(False, _TILE, replace(_TILE, split=3), "")
 PREFILL = ExpertsLaunch(True, replace(_TILE, per_multiprocessor=1), replace(_TILE, per_multiprocessor=1), "")
 _COPIED = replace(_TILE, descriptors=True, per_multiprocessor=1)
 DESCRIPTORS = ExpertsLaunch(True, _COPIED, _COPIED, "")

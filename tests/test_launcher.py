@@ -72,7 +72,7 @@ def prescribed(kernels: Kernels, spec, tokens: int, driver: FakeDriver) -> list[
         scratch = places["scratch"] if cubin.scratch else 0
         words = [*(places[name] for name in step.arguments), scratch, 0]
         entry = {"entry": cubin.entry, "programs": programs, "threads": cubin.threads, "shared": cubin.shared}
-        entry |= {"stream": STREAM, "words": words, "programmatic": bool(cubin.programmatic)}
+        entry |= {"stream": STREAM, "words": words, "programmatic": step.programmatic}
         launches.append(entry)
     return [launch for launch in launches if launch["programs"]]
 

@@ -83,7 +83,7 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
         int64_t registers = 0, spills = 0;
         std::size_t offset = 0, length = 0;
         words >> cubin.sm >> cubin.function >> cubin.entry >> cubin.threads >> cubin.shared >> cubin.scratch >>
-            cubin.programmatic >> registers >> spills >> offset >> length;
+            registers >> spills >> offset >> length;
         if (!words || offset > size || length > size - offset) {
             damaged("a cubin is cut off");
         }
@@ -107,7 +107,7 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
         Step step{};
         Grid& grid = step.grid;
         words >> step.cubin >> grid.fixed >> grid.per >> grid.cap >> grid.slots >> grid.times >> grid.over >>
-            grid.perMultiprocessor;
+            grid.perMultiprocessor >> step.programmatic;
         if (!words || step.cubin >= cubins_.size()) {
             damaged("a step has no cubin");
         }

@@ -17,7 +17,6 @@ struct Cubin {
     int64_t threads;
     int64_t shared;
     int64_t scratch;
-    int64_t programmatic;  // 1 if it may start while the launch before it runs: it waits itself
     char const* image;
 };
 
@@ -39,6 +38,7 @@ struct Region {
 struct Step {
     std::size_t cubin;
     Grid grid;
+    int64_t programmatic;  // 1 if it may start while the launch before it runs: its kernel waits itself
     std::vector<std::string> arguments;
 };
 
