@@ -243,7 +243,7 @@ def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int
     grid = _matmul_grid(spec, launch, launch.gate_up, tokens, spec.inner)
     function = "gate_up_prefill_kernel" if launch.prefill else "gate_up_decode_kernel"
     names = {"gate_up_bias": bias}
-    return _step(function, grid, buffers, constants, launch.gate_up.warps, launch.gate_up.stages, names)
+    return _matmul_step(function, grid, buffers, constants, launch.gate_up, names)
 
 
 def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, partial: str) -> Step[Kernel]:
@@ -263,10 +263,22 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
         "BLOCK_I": launch.down.block_d,
     }
     if not launch.prefill:
-        constants |= {"SPLIT": launch.down.split, "AHEAD": launch.down.ahead}
+        constants["SPLIT"] = launch.down.split
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
-    return _step(function, grid, buffers, constants, launch.down.warps, launch.down.stages, {"down_bias": bias})
+    return _matmul_step(function, grid, buffers, constants, launch.down, {"down_bias": bias})
+
+
+def _matmul_step(
+    function: str,
+    grid: Grid,
+    buffers: Mapping[str, str],
+    constants: Mapping[str, Value],
+    matmul: MatmulLaunch,
+    names: Mapping[str, str],
+) -> Step[Kernel]:
+    how = matmul.warps, matmul.stages, names
+    return _step(function, grid, buffers, constants, *how, programmatic=matmul.programmatic)
 
 
 def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
@@ -356,13 +368,16 @@ def _step(
     warps: int,
     stages: int = 3,
     names: Mapping[str, str] | None = None,
+    *,
+    programmatic: bool = True,
 ) -> Step[Kernel]:
     """A launch whose parameters are `buffers` (name to type) in the kernel's order, then T where it takes it.
 
-    `names` gives the argument of a parameter that has another name.
+    `names` gives the argument of a parameter that has another name. It is programmatic if its kernel can be.
     """
     parameters = dict(buffers)
     if MODULES[function] in ("select_kernel", "select_blocks_kernel", "dispatch_kernel", "draw_kernel"):
         parameters["T"] = "i32"
     kernel = Kernel(function, tuple(parameters.items()), tuple(sorted(constants.items())), warps, stages)
-    return Step(kernel, grid, tuple((names or {}).get(name, name) for name in parameters))
+    arguments = tuple((names or {}).get(name, name) for name in parameters)
+    return Step(kernel, grid, arguments, programmatic and kernel.waits)
