@@ -83,12 +83,9 @@ class CudaDriver:
         if key not in self._functions:
             module = call("cuModuleLoadData", cubin.image)
             function = call("cuModuleGetFunction", module, cubin.entry.encode())
-            kinds = self._cuda.CUfunction_attribute
             if cubin.shared > _SHARED_BY_DEFAULT:
-                kind = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                kind = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 call("cuFuncSetAttribute", function, kind, cubin.shared)
-            # The same for all: a multiprocessor has to be empty before its L1 and shared memory are divided anew.
-            call("cuFuncSetAttribute", function, kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
             self._functions[key] = cubin, function
         return int(self._functions[key][1])
 

@@ -343,6 +343,8 @@ def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         function()
         return 400.0
 
+    monkeypatch.setattr(launch_table, "EXPERTS", {})
+    monkeypatch.setattr(launch_table, "SELECT", {})
     monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 128))
     monkeypatch.setattr(tune, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "machine", lambda: tune.Machine(90, "a GPU", 1e12))

@@ -16,7 +16,6 @@ constexpr int kMultiprocessorCount = 16;
 constexpr int kMajor = 75;
 constexpr int kMinor = 76;
 constexpr int kMaxDynamicSharedSize = 8;
-constexpr int kPreferredSharedMemoryCarveout = 9;
 constexpr int64_t kSharedByDefault = 48 * 1024;
 constexpr int kProgrammaticStreamSerialization = 6;
 
@@ -120,8 +119,6 @@ void* loadFunction(Cubin const& cubin, Device const& device) {
             check(driver().funcSetAttribute(found, kMaxDynamicSharedSize, static_cast<int>(cubin.shared)),
                 "cuFuncSetAttribute");
         }
-        // The same for all: a multiprocessor has to be empty before its L1 and shared memory are divided anew.
-        check(driver().funcSetAttribute(found, kPreferredSharedMemoryCarveout, 100), "cuFuncSetAttribute");
         function = found;
     }
     return function;
