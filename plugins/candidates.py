@@ -1,4 +1,4 @@
-"""Which launches of the experts' matmuls a tuner tries: pure functions of a layer, an SM and a number of tokens.
+"""Which launches a tuner tries, of the experts' matmuls and of the selection: pure functions of sizes and an SM.
 
 Every combination that can run and might be good, in one list a matmul, so that all of them can be compiled before
 anything is measured, where there need be no GPU.
@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 
 from lynx_trt.plugins.launch import (
     PREFILL_BUCKET,
+    ROW_VALUES,
     SHARED_MEMORY,
     ExpertsLaunch,
     MatmulLaunch,
+    SelectLaunch,
     experts_estimate,
     power_of_two,
+    select_estimate,
     shared_bytes,
     tokens_bucket,
 )
@@ -51,6 +54,21 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     made = _prefill(first, rows) if prefill else _decode(tokens, rows, summed, part)
     usable = (each for each in made if fits(each, spec.dtype, sm, rows_a_value=rows))
     return list(dict.fromkeys([first, *usable]))
+
+
+def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list[SelectLaunch]:
+    """What is tried for LynxSelect, the estimate first: one program, and blocks of 4 to 64 tokens, with few warps."""
+    first = select_estimate(tokens, experts, experts_per_token)
+    row = max(power_of_two(experts), 2)
+    made = []
+    if tokens * row <= 2 * ROW_VALUES:
+        made += [SelectLaunch(True, tokens, warps, tokens, first.reason) for warps in (2, 4, 8, 16)]
+    for block in (4, 8, 16, 32, 64):
+        if block < tokens and 4 * block * experts_per_token >= experts and tokens <= 64 * block:
+            block_t = min(block, max(ROW_VALUES // row, 1))
+            ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
+            made += [SelectLaunch(False, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
+    return list(dict.fromkeys([first, *made]))
 
 
 def rows_a_value(spec: ExpertsSpec, part: str) -> int:

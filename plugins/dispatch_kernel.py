@@ -24,6 +24,8 @@ No atomics anywhere: the same index gives the same bits.
 import triton
 import triton.language as tl
 
+from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
+
 # Slots whose places are found by comparing each with each: 128 x 128 fits the registers of 8 warps.
 CHUNK = tl.constexpr(128)
 
@@ -40,18 +42,23 @@ def count_slots(index, first, last, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOC
 
 
 @triton.jit
-def write_header(dispatch, active, counts, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Write all but the pairs; returns where each expert's pairs begin, [BLOCK_E]."""
-    expert = tl.arange(0, BLOCK_E)
+def write_header(dispatch, active, counts, block, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Write all but the pairs, in block 0; returns where each expert's pairs begin. `counts` and what is returned are
+    [rows, BLOCK_E], all rows alike: one, or as many as what follows wants.
+    """
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    once = tl.arange(0, counts.shape[0])[:, None] + block == 0
     used = counts > 0
-    number = tl.sum(used.to(tl.int32), axis=0)
-    place = tl.cumsum(used.to(tl.int32), axis=0) - 1
-    ends = tl.cumsum(counts, axis=0)
-    tl.store(active, number)
-    tl.store(dispatch, number)
-    tl.store(dispatch + 1, 0)
-    tl.store(dispatch + 2 + place, ends, mask=used)
-    tl.store(dispatch + 2 + E + place, expert, mask=used)
+    # One running sum of both: the pairs so far in the lower half, the experts in use so far in the upper one.
+    both = tl.cumsum(counts.to(tl.int64) | (used.to(tl.int64) << 32), axis=1)
+    ends = both.to(tl.int32)
+    number = (both >> 32).to(tl.int32)
+    nothing = number * 0
+    tl.store(active + nothing, number, mask=once & (expert == BLOCK_E - 1))
+    tl.store(dispatch + nothing, number, mask=once & (expert == BLOCK_E - 1))
+    tl.store(dispatch + 1 + nothing, nothing, mask=once & (expert == 0))
+    tl.store(dispatch + 1 + number, ends, mask=once & used)
+    tl.store(dispatch + 1 + E + number, tl.broadcast_to(expert, number.shape), mask=once & used)
     return ends - counts
 
 
@@ -81,10 +88,13 @@ def dispatch_kernel(
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (1,). The whole metadata of a decode batch: one program, since its work is a few thousand compares."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     counts = count_slots(index, 0, T * K, E, BLOCK_E, BLOCK)
-    begins = write_header(dispatch, active, counts, E, BLOCK_E)
+    begins = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E), [BLOCK_E])
     place_slots(index, dispatch, 0, T * K, begins, E, BLOCK_E)
 
 
@@ -98,8 +108,11 @@ def dispatch_count_kernel(
     BLOCK_E: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (ceil(TK / SLOTS),). A histogram a block of slots."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     counts = count_slots(index, block * SLOTS, tl.minimum(block * SLOTS + SLOTS, T * K), E, BLOCK_E, BLOCK)
@@ -118,11 +131,14 @@ def dispatch_scan_kernel(
     BLOCK_E: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (1,). Totals, then running sums down the blocks, ROWS of them at a time.
 
     One program: the table is at most T K + E entries, and some tens of kB in practice.
     """
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     blocks = tl.cdiv(T * K, SLOTS)
     expert = tl.arange(0, BLOCK_E)[None, :]
     row = tl.arange(0, ROWS)[:, None]
@@ -130,7 +146,7 @@ def dispatch_scan_kernel(
     for start in range(0, blocks, ROWS):
         here = (start + row < blocks) & (expert < E)
         counts += tl.sum(tl.load(table + (start + row) * E + expert, mask=here, other=0), axis=0)
-    places = write_header(dispatch, active, counts, E, BLOCK_E)
+    places = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E), [BLOCK_E])
     for start in range(0, blocks, ROWS):
         here = (start + row < blocks) & (expert < E)
         at = (start + row) * E + expert
@@ -152,8 +168,11 @@ def dispatch_place_kernel(
     SLOTS: tl.constexpr,
     SCAN_HERE: tl.constexpr,
     ROWS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (ceil(TK / SLOTS),). Each block writes its pairs where the scan says."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     if SCAN_HERE:
@@ -166,9 +185,7 @@ def dispatch_place_kernel(
             counts = tl.load(table + (start + row) * E + expert[None, :], mask=here, other=0)
             totals += tl.sum(counts, axis=0)
             before += tl.sum(tl.where(start + row < block, counts, 0), axis=0)
-        begins = tl.cumsum(totals, axis=0) - totals + before
-        if block == 0:
-            write_header(dispatch, active, totals, E, BLOCK_E)
+        begins = tl.reshape(write_header(dispatch, active, totals[None, :], block, E, BLOCK_E), [BLOCK_E]) + before
     else:
         begins = tl.load(table + block * E + expert, mask=expert < E, other=0)
     place_slots(index, dispatch, block * SLOTS, tl.minimum(block * SLOTS + SLOTS, T * K), begins, E, BLOCK_E)

@@ -64,7 +64,10 @@ class ExpertsLaunch:
 
 @dataclass(frozen=True)
 class SelectLaunch:
-    """How LynxSelect runs: in one program, or in blocks of `tokens` tokens; `block_t` tokens at a time in registers."""
+    """How LynxSelect runs: in one program, or in blocks of `tokens` tokens; `block_t` tokens at a time in registers.
+
+    warps: of the one program, or of what has the kept set; narrow: of a block's other launches.
+    """
 
     one_program: bool
     block_t: int
@@ -72,6 +75,7 @@ class SelectLaunch:
     tokens: int
     reason: str
     microseconds: float | None = None
+    narrow: int = 4
 
 
 def power_of_two(number: int) -> int:
@@ -245,10 +249,13 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     if tokens * row <= ROW_VALUES:
         reason = "one program: fewer launches than blocks"
         return SelectLaunch(True, tokens, _row_warps(tokens, row), tokens, reason)
-    block_t = min(max(ROW_VALUES // row, 1), 16)
     # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
-    fewest = max(power_of_two(-(-experts // (4 * experts_per_token))), block_t)
-    block = fewest if tokens <= 1024 else max(fewest, 64)
+    fewest = power_of_two(-(-experts // (4 * experts_per_token)))
+    # Small blocks, up to 64 of them; those of up to 32 tokens need the fewest launches.
+    block = max(fewest, min(max(512 // row, 8), 32), power_of_two(-(-tokens // 64)))
+    if block > 32:
+        block = max(fewest, 64)
+    block_t = min(block, max(ROW_VALUES // row, 1))
     reason = "blocks: tokens in parallel on many multiprocessors"
     return SelectLaunch(False, block_t, _row_warps(block_t, row), block, reason)
 

@@ -34,6 +34,7 @@ MODULES = {
     "select_votes_kernel": "select_blocks_kernel",
     "select_keep_kernel": "select_blocks_kernel",
     "select_choice_kernel": "select_blocks_kernel",
+    "select_place_kernel": "select_blocks_kernel",
     "dispatch_kernel": "dispatch_kernel",
     "dispatch_count_kernel": "dispatch_kernel",
     "dispatch_scan_kernel": "dispatch_kernel",

@@ -25,12 +25,14 @@ from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSp
 DISPATCH_SLOTS = 512
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
+# Tokens of a block of the selection whose table is bits of an int32.
+MASK_BITS = 32
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
 # From this SM on a launch may start before the one before it has ended.
 PROGRAMMATIC_SM = 90
 # Rows of a table that are added at a time.
-TABLE_ROWS = 8
+TABLE_ROWS = 32
 
 
 def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:
@@ -69,13 +71,14 @@ def workspace_bytes(spec: Spec, max_tokens: int) -> int:
 def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | None = None) -> Plan[Kernel]:
     """LynxSelect for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     launch = launch or select_launch(tokens, spec.experts, spec.experts_per_token, sm)
-    steps = _select_in_one(spec, launch, tokens) if launch.one_program else _select_in_blocks(spec, launch, tokens)
+    make = _select_in_one if launch.one_program else _select_in_blocks
+    steps = make(spec, launch, sm, tokens)
     regions = [] if spec.dispatch_taken else [_dispatch_region(spec)]
     if not launch.one_program:
         regions += [
             Region("voting", per=4, tokens=launch.tokens),
             Region("votes", per=8 * spec.experts, tokens=launch.tokens),
-            Region("forced", per=4 * spec.experts, tokens=launch.tokens),
+            Region("marks", per=4 * spec.experts, tokens=launch.tokens),
             Region("kept", fixed=4 * spec.experts),
             *_table_regions(spec, launch.tokens),
         ]
@@ -93,38 +96,52 @@ _SELECT_INPUTS = {
 }
 
 
-def _select_in_one(spec: SelectSpec, launch: SelectLaunch, tokens: int) -> list[Step[Kernel]]:
+def _select_in_one(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
     outputs = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
     constants = {
         **_vote_constants(spec),
         **_choice_constants(spec),
-        "BLOCK_T": launch.block_t,
-        "BLOCK_SLOTS": 256,
-        "ONE_TILE": tokens <= launch.block_t,
+        **_waits(sm),
+        "BLOCK_T": max(launch.block_t, tokens),
     }
     return [_step("select_kernel", Grid(fixed=1), {**_SELECT_INPUTS, **outputs}, constants, launch.warps)]
 
 
-def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, tokens: int) -> list[Step[Kernel]]:
+def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
     grid = Grid(times=1, over=launch.tokens)
-    few = -(-tokens // launch.tokens) <= BLOCKS_HERE
+    number = -(-tokens // launch.tokens)
+    few = number <= BLOCKS_HERE and launch.tokens <= MASK_BITS
     blocks = {"BLOCK_T": launch.block_t, "TOKENS": launch.tokens}
-    sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": _row(spec)}
-    tables = {"voting": "*i32", "votes": "*fp64", "forced": "*i32"}
+    sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": _row(spec), **_waits(sm)}
+    rows = {"ROWS": min(max(power_of_two(number), 2), TABLE_ROWS)}
+    tables = {"votes": "*fp64", "marks": "*i32"}
     steps = []
     if spec.vote == "affinity":
         constants = {**sizes, "K": spec.experts_per_token, **blocks}
-        steps.append(_step("select_voting_kernel", grid, {**_SELECT_INPUTS, "voting": "*i32"}, constants, launch.warps))
-    buffers = {**_SELECT_INPUTS, **tables}
-    steps.append(_step("select_votes_kernel", grid, buffers, {**_vote_constants(spec), **blocks}, launch.warps))
+        buffers = {**_SELECT_INPUTS, "voting": "*i32"}
+        steps.append(_step("select_voting_kernel", grid, buffers, constants, launch.narrow))
+    buffers = {**_SELECT_INPUTS, "voting": "*i32", **tables}
+    constants = {**_vote_constants(spec), **blocks, **_waits(sm)}
+    steps.append(_step("select_votes_kernel", grid, buffers, constants, launch.narrow))
     if not few:
-        constants = {**sizes, "TOKENS": launch.tokens}
+        constants = {**sizes, **rows, "TOKENS": launch.tokens}
         buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
         steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, launch.warps))
     buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
-    constants = {**sizes, **_choice_constants(spec), **blocks, "KEEP_HERE": few}
+    constants = {**sizes, **rows, **_choice_constants(spec), **blocks, "KEEP_HERE": few, "COUNT": not few}
     steps.append(_step("select_choice_kernel", grid, buffers, constants, launch.warps))
-    return steps + _dispatch_ends(spec, launch.tokens, few, pairs=spec.dispatch_taken)
+    if not few:
+        return steps + _dispatch_ends(spec, launch.tokens, few=False, sm=sm, pairs=spec.dispatch_taken)
+    buffers = {"index": "*i64", "table": "*i32", "dispatch": "*i32", "active": "*i32"}
+    constants = {**sizes, **rows, "K": spec.experts_per_token, "BLOCK_K": power_of_two(spec.experts_per_token)}
+    constants |= {"TOKENS": launch.tokens, "PAIRS": spec.dispatch_taken}
+    if not spec.dispatch_taken:
+        grid = Grid(fixed=1)
+    return [*steps, _step("select_place_kernel", grid, buffers, constants, launch.narrow)]
+
+
+def _waits(sm: int) -> dict[str, Value]:
+    return {"PROGRAMMATIC": sm >= PROGRAMMATIC_SM}
 
 
 def _vote_constants(spec: SelectSpec) -> dict[str, Value]:
@@ -164,13 +181,14 @@ def _table_regions(spec: MoeSpec, block: int) -> list[Region]:
     return [Region(name, per=4 * spec.experts, tokens=block) for name in ("table", "begins")]
 
 
-def _dispatch_ends(spec: MoeSpec, block: int, few: bool, *, pairs: bool) -> list[Step[Kernel]]:
+def _dispatch_ends(spec: MoeSpec, block: int, *, few: bool, sm: int, pairs: bool) -> list[Step[Kernel]]:
     """From the table of counts of each block to the metadata, `active` and (if wanted) the pairs."""
     sizes = {
         "E": spec.experts,
         "K": spec.experts_per_token,
         "BLOCK_E": _row(spec),
         "SLOTS": block * spec.experts_per_token,
+        **_waits(sm),
     }
     steps = []
     if not (few and pairs):
@@ -185,10 +203,10 @@ def _dispatch_ends(spec: MoeSpec, block: int, few: bool, *, pairs: bool) -> list
     return steps
 
 
-def _dispatch_steps(spec: ExpertsSpec, tokens: int) -> tuple[list[Step[Kernel]], list[Region]]:
+def _dispatch_steps(spec: ExpertsSpec, sm: int, tokens: int) -> tuple[list[Step[Kernel]], list[Region]]:
     """The metadata from `index`, for a node that is not given it."""
     regions = [_dispatch_region(spec), Region("active", fixed=4)]
-    sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": _row(spec)}
+    sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": _row(spec), **_waits(sm)}
     if tokens * spec.experts_per_token <= DISPATCH_SLOTS:
         buffers = {"index": "*i64", "dispatch": "*i32", "active": "*i32"}
         return [_step("dispatch_kernel", Grid(fixed=1), buffers, {**sizes, "BLOCK": DISPATCH_SLOTS}, 8)], regions
@@ -199,7 +217,7 @@ def _dispatch_steps(spec: ExpertsSpec, tokens: int) -> tuple[list[Step[Kernel]],
     buffers = {"index": "*i64", "table": "*i32"}
     count = _step("dispatch_count_kernel", Grid(times=1, over=block), buffers, constants, 4)
     regions += _table_regions(spec, block)
-    return [count, *_dispatch_ends(spec, block, few, pairs=True)], regions
+    return [count, *_dispatch_ends(spec, block, few=few, sm=sm, pairs=True)], regions
 
 
 def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch | None = None) -> Plan[Kernel]:
@@ -207,7 +225,7 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     if launch is None:
         layer = spec.experts, spec.experts_per_token, spec.hidden, spec.inner
         launch = experts_launch(tokens, *layer, spec.dtype, sm)
-    steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, tokens)
+    steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, sm, tokens)
     partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
     steps += [
         _gate_up_step(spec, launch, sm, tokens),
@@ -284,7 +302,7 @@ def _matmul_step(
 def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
     block = min(power_of_two(spec.hidden), 512)  # 4 values a thread of 4 warps
     constants: dict[str, Value] = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden, "BLOCK_H": block}
-    constants |= {"SPLIT": launch.down.split, "PROGRAMMATIC": sm >= PROGRAMMATIC_SM}
+    constants |= {"SPLIT": launch.down.split, **_waits(sm)}
     buffers = {"partial": partial, "index": "*i64", "output": POINTERS[spec.dtype]}
     return _step("combine_kernel", Grid(per=-(-spec.hidden // block), times=1), buffers, constants, 4)
 
@@ -308,7 +326,7 @@ def _matmul_constants(
         "PRECISION": "ieee" if spec.dtype == "float32" else "tf32",
         "BLOCK_E": _row(spec),
         "BLOCK_T": _block_t(matmul, tokens),
-        "PROGRAMMATIC": sm >= PROGRAMMATIC_SM,
+        **_waits(sm),
     }
     if launch.prefill:
         return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors}

@@ -1,10 +1,11 @@
 """LynxSelect in several launches, for batches too big for one program: the functions of `select_kernel.py` in blocks.
 
-In order: voting (for `affinity` votes only), votes, keep (not if `KEEP_HERE`), choice, and then the last steps of
-`dispatch_kernel.py`: scan (not if `SCAN_HERE`) and place. A block is TOKENS tokens and a program of its own, except
-that keep and scan are one program each. Where there are few blocks, every program of the next launch adds up the few
-tables itself, which is faster than one more launch. The floor is for each voting token of the batch: a block's are
-counted by voting, where that runs, and else by votes.
+In order: voting (for `affinity` votes only), votes, keep (not if `KEEP_HERE`), choice, and place, or where there are
+many blocks the last steps of `dispatch_kernel.py`. A block is TOKENS tokens and a program of its own, except that keep
+and scan are one program each. Where there are few blocks, every program of the next launch adds up the few tables
+itself, which is faster than one more launch. The floor is for each voting token of the batch, which votes counts.
+
+Of what a block uses of each expert the table has a bit a token for `place`, so that a token's rank is a count of bits.
 
 Sums run in a fixed order, so that the same batch gives the same bits.
 """
@@ -15,10 +16,18 @@ Sums run in a fixed order, so that the same batch gives the same bits.
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.select_kernel import is_restricted, kept_set, load_tile, tile_choice, tile_votes
-
-# Rows of a table of votes that are added at a time.
-ROWS = tl.constexpr(8)
+from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
+from lynx_trt.plugins.dispatch_kernel import write_header
+from lynx_trt.plugins.select_kernel import (
+    FORCED,
+    add_both,
+    bits_set,
+    is_restricted,
+    kept_set,
+    load_tile,
+    tile_choice,
+    tile_votes,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -37,15 +46,18 @@ def select_voting_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOKENS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (ceil(T / TOKENS),)."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     if not is_restricted(tl.load(budget), tl.load(floor), E):
         return
     block = tl.program_id(0)
     voters = tl.zeros([BLOCK_T], tl.int32)
     for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        _, _, _, _, counts = load_tile(
+        _, _, _, _, counts, _ = load_tile(
             choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
         )
         voters += counts.to(tl.int32)
@@ -61,9 +73,9 @@ def select_votes_kernel(
     budget,  # [] int32
     floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
-    voting,  # [ceil(T / TOKENS)] int32: read for `affinity`, otherwise out
+    voting,  # [ceil(T / TOKENS)] int32; read for `affinity` alone
     votes,  # [ceil(T / TOKENS), E] float64, out
-    forced,  # [ceil(T / TOKENS), E] int32, out
+    marks,  # [ceil(T / TOKENS), E] int32, out: FORCED if one of the tokens forces the expert, plus those that vote
     T,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -76,8 +88,11 @@ def select_votes_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOKENS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (ceil(T / TOKENS),). What a block's tokens say of each expert; nothing where all are kept."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     if not is_restricted(tl.load(budget), tl.load(floor), E):
         return
     block = tl.program_id(0)
@@ -87,20 +102,20 @@ def select_votes_kernel(
         for start in range(0, tl.cdiv(T, TOKENS), BLOCK_E):
             here = start + expert < tl.cdiv(T, TOKENS)
             number += tl.sum(tl.load(voting + start + expert, mask=here, other=0), axis=0)
-    voters = tl.zeros([BLOCK_T], tl.int32)
-    sums = tl.zeros([BLOCK_E], tl.float64)
-    marks = tl.zeros([BLOCK_E], tl.int32)
+    sums = tl.zeros([BLOCK_T, BLOCK_E], tl.float64)
+    numbers = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        scores, weighing, own_weight, own_slot, counts = load_tile(
+        scores, weighing, own_weight, own, counts, total = load_tile(
             choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
         )
-        some_votes, some_forced = tile_votes(
+        some, others = tile_votes(
             scores,
             weighing,
             own_weight,
-            own_slot,
+            own,
             counts,
+            total,
             number,
             K,
             VOTE,
@@ -111,52 +126,61 @@ def select_votes_kernel(
             BETA,
             BLOCK_E,
         )
-        sums += some_votes
-        marks = tl.maximum(marks, some_forced)
-        voters += counts.to(tl.int32)
-    if VOTE != "affinity":
-        tl.store(voting + block, tl.sum(voters, axis=0))
-    tl.store(votes + block * E + expert, sums, mask=expert < E)
-    tl.store(forced + block * E + expert, marks, mask=expert < E)
+        sums += some
+        numbers += others
+    all_votes, all_marks = tl.reduce((sums, numbers), 0, add_both)
+    all_marks = all_marks % FORCED + tl.where(all_marks >= FORCED, FORCED, 0)
+    tl.store(votes + block * E + expert, all_votes, mask=expert < E)
+    tl.store(marks + block * E + expert, all_marks, mask=expert < E)
 
 
 @triton.jit
-def kept_from_blocks(voting, votes, forced, blocks, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def add_three(a, b, c, d, e, f):
+    """Three sums, which `tl.reduce` takes in one exchange between warps."""
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def kept_from_blocks(votes, marks, blocks, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr):
     """Add up the blocks' tables; 1 for each expert that is kept, int32 [BLOCK_E]."""
     expert = tl.arange(0, BLOCK_E)[None, :]
     row = tl.arange(0, ROWS)[:, None]
-    voters = tl.zeros([ROWS], tl.int32)
-    sums = tl.zeros([BLOCK_E], tl.float64)
-    marks = tl.zeros([BLOCK_E], tl.int32)
+    sums = tl.zeros([ROWS, BLOCK_E], tl.float64)
+    forced = tl.zeros([ROWS, BLOCK_E], tl.int32)
+    voting = tl.zeros([ROWS, BLOCK_E], tl.int32)
     for start in range(0, blocks, ROWS):
         here = (start + row < blocks) & (expert < E)
         at = (start + row) * E + expert
-        sums += tl.sum(tl.load(votes + at, mask=here, other=0.0), axis=0)
-        marks = tl.maximum(marks, tl.max(tl.load(forced + at, mask=here, other=0), axis=0))
-        block = start + tl.arange(0, ROWS)
-        voters += tl.load(voting + block, mask=block < blocks, other=0)
-    return kept_set(sums, marks, limit, floor, tl.sum(voters, axis=0), BLOCK_E)
+        sums += tl.load(votes + at, mask=here, other=0.0)
+        some = tl.load(marks + at, mask=here, other=0)
+        forced += some // FORCED
+        voting += some % FORCED
+    all_votes, all_forced, all_voting = tl.reduce((sums, forced, voting), 0, add_three)
+    return kept_set(all_votes, all_forced > 0, all_voting, limit, floor, BLOCK_E).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["T"])
 def select_keep_kernel(
     budget,  # [] int32
     floor,  # [] float32
-    voting,  # [ceil(T / TOKENS)] int32
     votes,  # [ceil(T / TOKENS), E] float64
-    forced,  # [ceil(T / TOKENS), E] int32
+    marks,  # [ceil(T / TOKENS), E] int32
     kept,  # [E] int32, out
     T,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (1,). The kept set from all blocks' votes."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     limit, least = tl.load(budget), tl.load(floor)
     if not is_restricted(limit, least, E):
         return
     expert = tl.arange(0, BLOCK_E)
-    result = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E)
+    result = kept_from_blocks(votes, marks, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E, ROWS)
     tl.store(kept + expert, result, mask=expert < E)
 
 
@@ -169,13 +193,12 @@ def select_choice_kernel(
     budget,  # [] int32
     floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
-    voting,  # [ceil(T / TOKENS)] int32
     votes,  # [ceil(T / TOKENS), E] float64
-    forced,  # [ceil(T / TOKENS), E] int32
+    marks,  # [ceil(T / TOKENS), E] int32
     kept,  # [E] int32; not read if KEEP_HERE
     index,  # [T,K] int64, out
     weight,  # [T,K] float32, out
-    table,  # [ceil(T / TOKENS), E] int32, out: how many of a block's slots an expert serves
+    table,  # [ceil(T / TOKENS), E] int32, out: the tokens that an expert serves, a bit each; COUNT: how many
     T,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -187,30 +210,40 @@ def select_choice_kernel(
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
     KEEP_HERE: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
-    """Grid: (ceil(T / TOKENS),). Each token's choice and weights, and a histogram a block for the dispatch."""
+    """Grid: (ceil(T / TOKENS),). Each token's choice and weights, and a table a block for the dispatch."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     limit, least = tl.load(budget), tl.load(floor)
     restricted = is_restricted(limit, least, E)
+    token = block * TOKENS + tl.arange(0, BLOCK_T)
+    if TOKENS == BLOCK_T:  # the op's inputs are of before the votes, which this launch waits for
+        scores, _, _, own, counts, _ = load_tile(
+            choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+        )
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
     if restricted:
         if KEEP_HERE:
-            kept_here = kept_from_blocks(voting, votes, forced, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E)
+            kept_here = kept_from_blocks(votes, marks, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E, ROWS)
         else:
             kept_here = tl.load(kept + expert, mask=expert < E, other=0)
-    number = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        scores, weighing, own_weight, own_slot, counts = load_tile(
-            choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
-        )
-        placed = tile_choice(
+    number = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for start in range(0, tl.minimum(TOKENS, T - block * TOKENS), BLOCK_T):
+        if TOKENS > BLOCK_T:
+            token = block * TOKENS + start + tl.arange(0, BLOCK_T)
+            scores, _, _, own, counts, _ = load_tile(
+                choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+            )
+        _, used = tile_choice(
             scores,
-            weighing,
-            own_weight,
-            own_slot,
+            own,
             counts,
+            combine,
             topk_index,
             topk_weight,
             index,
@@ -227,5 +260,52 @@ def select_choice_kernel(
             BLOCK_E,
             BLOCK_K,
         )
-        number += tl.sum((placed >= 0).to(tl.int32), axis=0)
-    tl.store(table + block * E + expert, number, mask=expert < E)
+        number += used if COUNT else used << (token - block * TOKENS)[:, None]
+    tl.store(table + block * E + expert, tl.sum(number, axis=0), mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["T"])
+def select_place_kernel(
+    index,  # [T,K] int64
+    table,  # [ceil(T / TOKENS), E] int32, a bit a token
+    dispatch,  # [2E+2+TK] int32, out (see dispatch_kernel.py); without PAIRS no pairs
+    active,  # [] int32, out
+    T,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    """Grid: (ceil(T / TOKENS),), without PAIRS (1,). Each block adds up all tables and writes its pairs."""
+    block = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    line = tl.arange(0, ROWS)[:, None]
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
+    blocks = tl.cdiv(T, TOKENS)
+    totals = tl.zeros([ROWS, BLOCK_E], tl.int32)
+    before = tl.zeros([ROWS, BLOCK_E], tl.int32)
+    for start in range(0, blocks, ROWS):
+        here = (start + line < blocks) & (expert < E)[None, :]
+        numbers = bits_set(tl.load(table + (start + line) * E + expert[None, :], mask=here, other=0))
+        totals += numbers
+        before += tl.where(start + line < block, numbers, 0)
+    all_totals, all_before = tl.reduce((totals, before), 0, add_both)
+    begins = tl.reshape(write_header(dispatch, active, all_totals[None, :], block, E, BLOCK_E), [BLOCK_E]) + all_before
+    if PAIRS:
+        row = tl.arange(0, TOKENS)
+        token = block * TOKENS + row
+        slot = tl.arange(0, BLOCK_K)[None, :]
+        real = (token < T)[:, None] & (slot < K)
+        mine = tl.load(index + token[:, None] * K + slot, mask=real, other=-1).to(tl.int32)
+        known = (mine >= 0) & (mine < E)
+        safe = tl.where(known, mine, 0)
+        tokens = tl.load(table + block * E + safe, mask=known, other=0)
+        rank = bits_set(tokens & ((1 << row) - 1)[:, None])
+        first = tl.gather(begins, tl.reshape(safe, [TOKENS * BLOCK_K]), axis=0)
+        place = tl.reshape(first, [TOKENS, BLOCK_K]) + rank
+        tl.store(dispatch + 2 * E + 2 + place, token[:, None] * K + slot, mask=known)

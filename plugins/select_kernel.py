@@ -7,8 +7,9 @@ second launch costs more than the work on a few tokens. Larger batches take the 
 Exactness, as in the reference: whatever depends on the order of a sum is float64, rounded to float32 before it is
 compared; a tie goes to the lower index. A row that does not count has a `counts` of False, and nothing of it is used.
 
-Work is laid out for latency. Everything of a token is spread over its row of E at once, E / 32 values a thread, so
-that sums and maxima of a row stay inside a warp; only sums over tokens go through shared memory.
+Work is laid out for latency, which is that of instructions and of exchanges between warps, not of data. Everything of a
+token is spread over its row of E at once, so that sums and maxima of a row stay inside a warp; only sums over tokens
+go through shared memory, several in one exchange. What a token has K of is held as K values a row, and not as E.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -17,11 +18,16 @@ that sums and maxima of a row stay inside a warp; only sums over tokens go throu
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.dispatch_kernel import count_slots, place_slots, write_header
+from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
+from lynx_trt.plugins.dispatch_kernel import write_header
 
 # Below the order of every finite float32.
 LOWEST = tl.constexpr(-(2**31))
 LARGEST = tl.constexpr(2**31 - 1)
+# Of the marks of an expert (tile_votes), what each token that forces it adds; the lower bits count those that vote.
+FORCED = tl.constexpr(1 << 16)
+# Pairs of experts that are compared at a time.
+MOST_PAIRS = tl.constexpr(128 * 128)
 # As in lynx_trt.selection: below any sum of positive float32, above 0.
 TINY = tl.constexpr(1e-300)
 
@@ -52,26 +58,29 @@ def load_tile(
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Some tokens: (choice, combine, topk weight, slot) [BLOCK_T, BLOCK_E] and counts [BLOCK_T].
+    """Some tokens: choice, combine, topk weight (0 if not own) and own, [BLOCK_T, BLOCK_E]; counts and the sum of the
+    topk weights (float64, negative ones as 0), [BLOCK_T].
 
-    The slot of an expert that is not among the token's own is -1. A token counts if it is no padding and all its
-    values are finite. An index out of range is the caller's mistake: it is nobody's expert.
+    A token counts if it is no padding and all its values are finite; of others no expert is their own. An index out of
+    range is the caller's mistake: it is nobody's expert.
     """
     expert = tl.arange(0, BLOCK_E)[None, :]
     here = inside[:, None] & (expert < E)
     scores = tl.load(choice + token[:, None] * E + expert, mask=here, other=0.0)
     weighing = tl.load(combine + token[:, None] * E + expert, mask=here, other=0.0)
     counts = inside & (tl.load(token_mask + token, mask=inside, other=0) != 0)
+    own = here & False
     own_weight = tl.zeros(scores.shape, tl.float32)
-    own_slot = tl.full(scores.shape, -1, tl.int32)
+    total = tl.zeros(token.shape, tl.float64)
     for k in tl.static_range(K):
-        own = tl.load(topk_index + token * K + k, mask=inside, other=-1).to(tl.int32)
+        mine = tl.load(topk_index + token * K + k, mask=inside, other=-1).to(tl.int32)[:, None]
         value = tl.load(topk_weight + token * K + k, mask=inside, other=0.0)
-        own_weight = tl.where(expert == own[:, None], value[:, None], own_weight)
-        own_slot = tl.where(expert == own[:, None], k, own_slot)
+        own_weight = tl.where(expert == mine, value[:, None], own_weight)
+        own |= expert == mine
         counts &= is_finite(value)
+        total += tl.maximum(value, 0.0).to(tl.float64)
     counts &= tl.min((is_finite(scores) & is_finite(weighing)).to(tl.int32), axis=1) > 0
-    return scores, weighing, own_weight, own_slot, counts
+    return scores, weighing, own_weight, own & counts[:, None], counts, tl.where(counts, total, 0.0)
 
 
 @triton.jit
@@ -107,6 +116,7 @@ def forced_experts(
     scores,
     own_weight,
     own,
+    total,
     K: tl.constexpr,
     GUARANTEE: tl.constexpr,
     SENSITIVITY: tl.constexpr,
@@ -126,7 +136,8 @@ def forced_experts(
             order = tl.where(expert == first, LOWEST, order)
         forced &= own
         if SENSITIVITY > 0 and K > 1:
-            confidence = (tl.max(row_shares(own_weight, own), axis=1) * K - 1.0) / (K - 1)
+            most = tl.maximum(tl.max(tl.where(own, own_weight, 0.0), axis=1), 0.0)
+            confidence = (most.to(tl.float64) * (1.0 / tl.maximum(total, TINY)) * K - 1.0) / (K - 1)
             forced |= own & (confidence.to(tl.float32) < SENSITIVITY)[:, None]
     return forced
 
@@ -136,8 +147,9 @@ def tile_votes(
     scores,
     weighing,
     own_weight,
-    own_slot,
+    own,
     counts,
+    total,
     voting,
     K: tl.constexpr,
     VOTE: tl.constexpr,
@@ -148,29 +160,36 @@ def tile_votes(
     BETA: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """What some tokens say of each expert: the sum of their votes (float64) and whether one forces it, [BLOCK_E].
+    """What each of some tokens says of each expert, [BLOCK_T, BLOCK_E]: its vote (float64), and its marks (int32): 1
+    if the token votes at all, and FORCED if it forces the expert.
 
-    `voting` is the number of tokens that vote in the whole batch; only `affinity` asks for it here.
+    `voting` is the number of tokens that vote in the whole batch; only `affinity` asks for it.
     """
-    own = counts[:, None] & (own_slot >= 0)
     if VOTE == "score":
-        votes = tl.sum(row_shares(weighing, counts[:, None]), axis=0)
+        votes = row_shares(weighing, counts[:, None])
     elif VOTE == "count":
-        votes = tl.sum(own.to(tl.int32), axis=0).to(tl.float64)
+        votes = own.to(tl.float64)
     elif VOTE == "affinity":
-        votes = tl.sum(tl.where(own, affinities(weighing, own, voting, ALPHA, BETA), 0.0), axis=0)
+        votes = tl.where(own, affinities(weighing, own, voting, ALPHA, BETA), 0.0)
     else:
-        share = row_shares(own_weight, own)
+        votes = (
+            tl.maximum(tl.where(own, own_weight, 0.0), 0.0).to(tl.float64) * (1.0 / tl.maximum(total, TINY))[:, None]
+        )
         if POWER == 2.0:
-            share = share * share
+            votes = votes * votes
         elif POWER != 1.0:
-            share = tl.where(share > 0, tl.exp(tl.log(tl.where(share > 0, share, 1.0)) * POWER), 0.0)
-        votes = tl.sum(share, axis=0)
-    forced = tl.zeros([BLOCK_E], tl.int32)
+            votes = tl.where(votes > 0, tl.exp(tl.log(tl.where(votes > 0, votes, 1.0)) * POWER), 0.0)
+    marks = tl.broadcast_to(counts.to(tl.int32)[:, None], own.shape)
     if GUARANTEE > 0 or SENSITIVITY > 0:
-        kept = forced_experts(scores, own_weight, own, K, GUARANTEE, SENSITIVITY, BLOCK_E)
-        forced = tl.max(kept.to(tl.int32), axis=0)
-    return votes, forced
+        forced = forced_experts(scores, own_weight, own, total, K, GUARANTEE, SENSITIVITY, BLOCK_E)
+        marks += forced.to(tl.int32) * FORCED
+    return votes, marks
+
+
+@triton.jit
+def add_both(left, other_left, right, other_right):
+    """Two sums, which `tl.reduce` takes in one exchange between warps."""
+    return left + right, other_left + other_right
 
 
 @triton.jit
@@ -180,33 +199,37 @@ def is_restricted(budget, floor, E: tl.constexpr):
 
 
 @triton.jit
-def kept_set(votes, forced, budget, floor, voting, BLOCK_E: tl.constexpr):
-    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long
-    as the vote is above `floor` (float32) for each of the `voting` tokens.
+def kept_set(votes, forced, voting, budget, floor, BLOCK_E: tl.constexpr):
+    """Which experts are kept, [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long as the vote is
+    above `floor` (float32) for each of the `voting` tokens.
     """
     expert = tl.arange(0, BLOCK_E)
     ballots = votes.to(tl.float32)
-    # Votes are not negative, so the bits of the float32 order as it does.
-    bits = ballots.to(tl.int32, bitcast=True).to(tl.int64)
-    key = ((forced.to(tl.int64) << 31) | bits) * BLOCK_E + (BLOCK_E - 1 - expert)
-    # Ranked by counting the higher keys, some at a time: all of E = 512 at once does not fit registers.
-    width: tl.constexpr = BLOCK_E if BLOCK_E < 32 else 32
-    rank = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, BLOCK_E, width):
-        others = tl.gather(key, start + tl.arange(0, width), axis=0)
-        rank += tl.sum((others[:, None] > key[None, :]).to(tl.int32), axis=0)
+    # Votes are not negative, so the bits of the float32 order as it does; below them those of what is not forced.
+    bits = ballots.to(tl.int32, bitcast=True)
+    key = tl.where(forced, bits, bits | LOWEST)
+    # A rank is the number of those before: of equal ones the lower index is before, as if one higher.
+    if BLOCK_E * BLOCK_E <= MOST_PAIRS:
+        others = key[None, :] + (expert[None, :] < expert[:, None]).to(tl.int32)
+        rank = tl.sum((others > key[:, None]).to(tl.int32), axis=1)
+    else:  # some at a time: more pairs do not fit registers
+        width: tl.constexpr = MOST_PAIRS // BLOCK_E
+        rank = tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, BLOCK_E, width):
+            other = start + tl.arange(0, width)
+            others = tl.gather(key, other, axis=0)[:, None] + (other[:, None] < expert[None, :]).to(tl.int32)
+            rank += tl.sum((others > key[None, :]).to(tl.int32), axis=0)
     # Both factors are exact in float32, and the product is rounded once, as in the reference.
     enough = ballots > floor * voting.to(tl.float32)
-    return tl.maximum(forced, ((rank < budget) & enough).to(tl.int32))
+    return forced | ((rank < budget) & enough)
 
 
 @triton.jit
 def tile_choice(
     scores,
-    weighing,
-    own_weight,
-    own_slot,
+    own,
     counts,
+    combine,
     topk_index,
     topk_weight,
     index,
@@ -225,49 +248,78 @@ def tile_choice(
 ):
     """Write the choice and the weights of some tokens, given the kept set [BLOCK_E] (not `restricted`: all are kept).
 
-    Returns the slot that each expert went to, [BLOCK_T, BLOCK_E], -1 for none.
+    Returns the experts that were written, [BLOCK_T, BLOCK_K], and 1 for each that a token uses, [BLOCK_T, BLOCK_E].
     """
     expert = tl.arange(0, BLOCK_E)[None, :]
-    own = counts[:, None] & (own_slot >= 0)
-    placed = tl.where(own, own_slot, -1)
-    lost = counts & False
-    filled = tl.zeros(token.shape, tl.int32)
-    if restricted:
-        lost = tl.max(tl.where(own & (kept == 0)[None, :], 1, 0), axis=1) > 0
-        if tl.max(lost.to(tl.int32), axis=0) > 0:
-            allowed = lost[:, None] & (kept > 0)[None, :] & (expert < E)
-            if not REMAP:
-                allowed &= own
-            # Taken one by one: `place` is the slot that an expert goes to, -1 for none.
-            order = tl.where(allowed, sort_order(scores), LOWEST)
-            place = tl.full(scores.shape, -1, tl.int32)
-            for k in range(K):
-                best = tl.max(order, axis=1)[:, None]
-                # The lowest index of the best; where nothing is left, no expert.
-                first = tl.min(tl.where((order == best) & (order != LOWEST), expert, BLOCK_E), axis=1)[:, None]
-                place = tl.where(expert == first, k, place)
-                order = tl.where(expert == first, LOWEST, order)
-            chosen = place >= 0
-            raw = tl.where(chosen, weighing, 0.0).to(tl.float64)
-            factor = tl.zeros(token.shape, tl.float64) + SCALE
-            if RENORMALIZE:
-                total = tl.sum(raw, axis=1)
-                factor = tl.where(total != 0, factor / tl.where(total != 0, total, 1.0), 0.0)
-            at = token[:, None] * K + place
-            tl.store(index + at, tl.broadcast_to(expert, place.shape).to(tl.int64), mask=chosen)
-            tl.store(weight + at, (raw * factor[:, None]).to(tl.float32), mask=chosen)
-            filled = tl.sum(chosen.to(tl.int32), axis=1)
-            placed = tl.where(lost[:, None], place, placed)
-    # The others keep what they had, bit for bit; slots that nothing went to are empty.
     slot = tl.arange(0, BLOCK_K)[None, :]
     at = token[:, None] * K + slot
-    unchanged = (counts & ~lost)[:, None]
-    own_slots = tl.load(topk_index + at, mask=unchanged & (slot < K), other=-1)
-    own_weights = tl.load(topk_weight + at, mask=unchanged & (slot < K), other=0.0)
-    here = inside[:, None] & (slot < K) & (slot >= filled[:, None])
-    tl.store(index + at, own_slots, mask=here)
-    tl.store(weight + at, own_weights, mask=here)
-    return placed
+    real = inside[:, None] & (slot < K)
+    # A row that loses nothing keeps what it had, bit for bit.
+    had = real & counts[:, None]
+    experts = tl.load(topk_index + at, mask=had, other=-1)
+    weights = tl.load(topk_weight + at, mask=had, other=0.0)
+    used = own.to(tl.int32)
+    if restricted:
+        lost = tl.max((own & (kept == 0)[None, :]).to(tl.int32), axis=1)[:, None] > 0
+        allowed = lost & (kept > 0)[None, :] & (expert < E)
+        if not REMAP:
+            allowed &= own
+        # Taken one by one: the lowest index of the best; where nothing is left, no expert.
+        order = tl.where(allowed, sort_order(scores), LOWEST)
+        taken = tl.zeros(scores.shape, tl.int32)
+        picks = tl.full(at.shape, -1, tl.int32)
+        # Several in one number, since each number goes from one layout to another: to a row of K from one of E.
+        width: tl.constexpr = 8 if BLOCK_E < 256 else 16
+        for group in tl.static_range(0, K, 64 // width):
+            several = tl.zeros(token.shape, tl.int64)
+            for k in range(group, min(group + 64 // width, K)):
+                best = tl.max(order, axis=1)
+                first = tl.min(tl.where(order == best[:, None], expert, BLOCK_E), axis=1)
+                first = tl.where(best == LOWEST, -1, first)
+                several |= (first + 1).to(tl.int64) << ((k - group) * width)
+                taken = tl.where(expert == first[:, None], 1, taken)
+                order = tl.where(expert == first[:, None], LOWEST, order)
+            here = (slot >= group) & (slot < group + 64 // width)
+            one = (several[:, None] >> ((slot - group) * width)) & ((1 << width) - 1)
+            picks = tl.where(here, one.to(tl.int32) - 1, picks)
+        raw = tl.load(combine + token[:, None] * E + picks, mask=picks >= 0, other=0.0).to(tl.float64)
+        factor = tl.zeros(token.shape, tl.float64) + SCALE
+        if RENORMALIZE:
+            total = tl.sum(raw, axis=1)
+            factor = tl.where(total != 0, factor / tl.where(total != 0, total, 1.0), 0.0)
+        experts = tl.where(lost, picks.to(tl.int64), experts)
+        weights = tl.where(lost, (raw * factor[:, None]).to(tl.float32), weights)
+        used = tl.where(lost, taken, used)
+    tl.store(index + at, experts, mask=real)
+    tl.store(weight + at, weights, mask=real)
+    return experts, used
+
+
+@triton.jit
+def bits_set(mask):
+    """How many bits of an int32 are set; the compiler knows this for one instruction."""
+    mask = mask.to(tl.uint32, bitcast=True)
+    mask = mask - ((mask >> 1) & 0x55555555)
+    mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333)
+    mask = (mask + (mask >> 4)) & 0x0F0F0F0F
+    return ((mask * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def count_used(used, BLOCK_T: tl.constexpr):
+    """Of what `tile_choice` returns: how many tokens use an expert [BLOCK_E], and how many of those before each token
+    [BLOCK_T, BLOCK_E].
+    """
+    if BLOCK_T <= 32:
+        # One exchange between warps, of a bit a token: what lies before a token are the lower ones.
+        row = tl.arange(0, BLOCK_T)[:, None]
+        tokens = tl.sum(used << row, axis=0)
+        number = bits_set(tokens)
+        before = bits_set(tokens[None, :] & ((1 << row) - 1))
+    else:
+        number = tl.sum(used, axis=0)
+        before = tl.cumsum(used, axis=0) - used
+    return number, before
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -298,135 +350,66 @@ def select_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
-    """Grid: (1,). Votes over all tokens, the kept set, each token's choice, the metadata.
-
-    ONE_TILE: T is at most BLOCK_T, and the tokens' rows stay in registers from step to step.
-    """
-    rows = tl.arange(0, BLOCK_T)
+    """Grid: (1,). Votes over all tokens, of which there are at most BLOCK_T, the kept set, the choice, the metadata."""
+    wait_for_earlier(PROGRAMMATIC)
+    let_next_start(PROGRAMMATIC)
+    token = tl.arange(0, BLOCK_T)
     limit, least = tl.load(budget), tl.load(floor)
     restricted = is_restricted(limit, least, E)
+    scores, weighing, own_weight, own, counts, total = load_tile(
+        choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+    )
     kept = tl.full([BLOCK_E], 1, tl.int32)
-    voting = 0
-    if ONE_TILE:
-        scores, weighing, own_weight, own_slot, counts = load_tile(
-            choice, combine, topk_index, topk_weight, token_mask, rows, rows < T, E, K, BLOCK_E
-        )
-        if restricted:
+    if restricted:
+        voting = 0
+        if VOTE == "affinity":
             voting = tl.sum(counts.to(tl.int32), axis=0)
-            votes, forced = tile_votes(
-                scores,
-                weighing,
-                own_weight,
-                own_slot,
-                counts,
-                voting,
-                K,
-                VOTE,
-                GUARANTEE,
-                SENSITIVITY,
-                POWER,
-                ALPHA,
-                BETA,
-                BLOCK_E,
-            )
-            kept = kept_set(votes, forced, limit, least, voting, BLOCK_E)
-        placed = tile_choice(
+        votes, marks = tile_votes(
             scores,
             weighing,
             own_weight,
-            own_slot,
+            own,
             counts,
-            topk_index,
-            topk_weight,
-            index,
-            weight,
-            rows,
-            rows < T,
-            kept,
-            restricted,
-            E,
+            total,
+            voting,
             K,
-            REMAP,
-            RENORMALIZE,
-            SCALE,
+            VOTE,
+            GUARANTEE,
+            SENSITIVITY,
+            POWER,
+            ALPHA,
+            BETA,
             BLOCK_E,
-            BLOCK_K,
         )
-        used = (placed >= 0).to(tl.int32)
-        begins = write_header(dispatch, active, tl.sum(used, axis=0), E, BLOCK_E)
-        at = 2 * E + 2 + begins[None, :] + tl.cumsum(used, axis=0) - used
-        tl.store(dispatch + at, rows[:, None] * K + placed, mask=used > 0)
-    else:
-        if restricted:
-            voters = tl.zeros([BLOCK_T], tl.int32)
-            if VOTE == "affinity":
-                for start in range(0, T, BLOCK_T):
-                    token = start + rows
-                    _, _, _, _, counts = load_tile(
-                        choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
-                    )
-                    voters += counts.to(tl.int32)
-                voting = tl.sum(voters, axis=0)
-            votes = tl.zeros([BLOCK_E], tl.float64)
-            forced = tl.zeros([BLOCK_E], tl.int32)
-            for start in range(0, T, BLOCK_T):
-                token = start + rows
-                scores, weighing, own_weight, own_slot, counts = load_tile(
-                    choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
-                )
-                some_votes, some_forced = tile_votes(
-                    scores,
-                    weighing,
-                    own_weight,
-                    own_slot,
-                    counts,
-                    voting,
-                    K,
-                    VOTE,
-                    GUARANTEE,
-                    SENSITIVITY,
-                    POWER,
-                    ALPHA,
-                    BETA,
-                    BLOCK_E,
-                )
-                votes += some_votes
-                forced = tl.maximum(forced, some_forced)
-                if VOTE != "affinity":
-                    voters += counts.to(tl.int32)
-            kept = kept_set(votes, forced, limit, least, tl.sum(voters, axis=0), BLOCK_E)
-        for start in range(0, T, BLOCK_T):
-            token = start + rows
-            scores, weighing, own_weight, own_slot, counts = load_tile(
-                choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
-            )
-            tile_choice(
-                scores,
-                weighing,
-                own_weight,
-                own_slot,
-                counts,
-                topk_index,
-                topk_weight,
-                index,
-                weight,
-                token,
-                token < T,
-                kept,
-                restricted,
-                E,
-                K,
-                REMAP,
-                RENORMALIZE,
-                SCALE,
-                BLOCK_E,
-                BLOCK_K,
-            )
-        # The program reads back what its own threads have written.
-        tl.debug_barrier()
-        counts = count_slots(index, 0, T * K, E, BLOCK_E, BLOCK_SLOTS)
-        begins = write_header(dispatch, active, counts, E, BLOCK_E)
-        place_slots(index, dispatch, 0, T * K, begins, E, BLOCK_E)
+        votes, marks = tl.reduce((votes, marks), 0, add_both)
+        kept = kept_set(votes, marks >= FORCED, marks % FORCED, limit, least, BLOCK_E).to(tl.int32)
+    experts, used = tile_choice(
+        scores,
+        own,
+        counts,
+        combine,
+        topk_index,
+        topk_weight,
+        index,
+        weight,
+        token,
+        token < T,
+        kept,
+        restricted,
+        E,
+        K,
+        REMAP,
+        RENORMALIZE,
+        SCALE,
+        BLOCK_E,
+        BLOCK_K,
+    )
+    number, before = count_used(used, BLOCK_T)
+    # The running sum is made in each token's row, inside a warp.
+    place = write_header(dispatch, active, tl.broadcast_to(number[None, :], used.shape), 0, E, BLOCK_E) + before
+    known = (experts >= 0) & (experts < E)
+    place = tl.gather(place, tl.where(known, experts, 0).to(tl.int32), axis=1)
+    pair = token[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(dispatch + 2 * E + 2 + place, pair, mask=known)

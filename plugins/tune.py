@@ -26,7 +26,7 @@ from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
 from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.blob import Cubin
-from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families
+from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, select_candidates
 from lynx_trt.plugins.cuda_driver import CudaError
 from lynx_trt.plugins.launch import (
     PREFILL_BUCKET,
@@ -37,14 +37,13 @@ from lynx_trt.plugins.launch import (
     SelectLaunch,
     experts_estimate,
     power_of_two,
-    select_estimate,
     tokens_bucket,
 )
 from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
-from lynx_trt.plugins.specs import BYTES, ExpertsSpec
+from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -291,6 +290,12 @@ def _share(spec: ExpertsSpec, index: Tensor, microseconds: float, gpu: Machine) 
     return f"{active} active experts at {share:.0%} of the copy bandwidth"
 
 
+def select_plans(spec: SelectSpec, sm: int, tokens: int) -> Iterator[Plan[Kernel]]:
+    """All that is tried of a selection for a batch."""
+    for launch in select_candidates(tokens, spec.experts, spec.experts_per_token):
+        yield select_plan(spec, sm, tokens, launch)
+
+
 def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[SelectKey, SelectLaunch]:
     """The best launch of a model's selection for a batch, at a budget of half its experts."""
     import torch
@@ -320,28 +325,17 @@ def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[Sel
     def measure(launch: SelectLaunch) -> float:
         return bench.time(select_plan(spec, gpu.sm, tokens, launch), [inputs] * BATCHES, tokens)
 
-    best = select_estimate(tokens, spec.experts, spec.experts_per_token)
-    others = list(select_neighbours(best, tokens))
-    bench.compile(select_plan(spec, gpu.sm, tokens, launch) for launch in [best, *others])
-    estimate = measure(best)
-    fastest = estimate
+    bench.compile(select_plans(spec, gpu.sm, tokens))
+    best, *others = select_candidates(tokens, spec.experts, spec.experts_per_token)
+    before = measure(best)
+    fastest = before
     for launch in others:
         time = measure(launch)
         if time < fastest * _CLEARLY:
             best, fastest = launch, time
     key = (gpu.sm, spec.experts, spec.experts_per_token, tokens)
-    reason = f"{tokens} tokens, half the experts kept: the estimate took {estimate:.1f} us"
+    reason = f"{tokens} tokens, half the experts kept: the estimate took {before:.1f} us"
     return key, replace(best, reason=reason, microseconds=round(fastest, 2))
-
-
-def select_neighbours(launch: SelectLaunch, tokens: int) -> Iterable[SelectLaunch]:
-    """One program and blocks, with other tiles and warps."""
-    for one_program, block_t, warps in itertools.product(
-        (True, False), (launch.block_t // 2, launch.block_t, launch.block_t * 2), (4, 8, 16)
-    ):
-        if block_t >= 1 and not (one_program and tokens > 512):
-            block = max(launch.tokens, block_t)
-            yield replace(launch, one_program=one_program, block_t=block_t, warps=warps, tokens=block)
 
 
 app = new_app()
@@ -352,7 +346,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="A known model's sizes; repeat for several (all).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "bfloat16",
     tokens: Annotated[str, typer.Option(help="Batches, in tokens.")] = ",".join(str(1 << n) for n in range(15)),
-    selection: Annotated[bool, typer.Option(help="Tune LynxSelect too.")] = True,
+    op: Annotated[str, typer.Option(help="experts, select, or both of them.")] = "both",
     compile_for: Annotated[
         int | None, typer.Option("--compile-for", help="Only compile all candidates for this SM, into the cache.")
     ] = None,
@@ -367,25 +361,30 @@ def main(
         raise UsageError(f"unknown shape {', '.join(unknown)}: choose from {', '.join(SHAPES)}")
     if dtype not in ("float16", "bfloat16"):
         raise UsageError(f"--dtype is {dtype!r}: choose float16 or bfloat16")
+    if op not in ("both", "experts", "select"):
+        raise UsageError(f"--op is {op!r}: choose experts, select or both")
     sizes = sorted({power_of_two(_number(word)) for word in tokens.split(",")})
     names = list(shape or SHAPES)
     if compile_for is not None:
-        _compile_only(names, dtype, sizes, compile_for)
+        _compile_only(names, dtype, sizes, compile_for, op)
     else:
-        _measure(names, dtype, sizes, output, selection=selection)
+        _measure(names, dtype, sizes, output, op)
 
 
-def _compile_only(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: int) -> None:
+def _compile_only(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: int, op: str) -> None:
     if sm not in SHARED_MEMORY:
         raise UsageError(f"--compile-for is {sm}: launches are tuned for {', '.join(map(str, SHARED_MEMORY))}")
-    plans = (plan for name in names for size in sizes for plan in experts_plans(experts_spec(name, dtype), sm, size))
+    plans: list[Plan[Kernel]] = []
+    for name, size in itertools.product(names, sizes):
+        plans += experts_plans(experts_spec(name, dtype), sm, size) if op != "select" else ()
+        plans += select_plans(select_spec(name), sm, size) if op != "experts" else ()
     kernels = dict.fromkeys(step.kernel for plan in plans for step in plan.steps)
     with Progress() as bars:
         found = compile_each(kernels, sm, progress=bars.phase(f"Compiling {len(kernels)} kernels for SM {sm}"))
     typer.echo(f"{len(found)} of {len(kernels)} kernels compile")
 
 
-def _measure(names: Sequence[str], dtype: str, sizes: Sequence[int], output: Path, *, selection: bool) -> None:
+def _measure(names: Sequence[str], dtype: str, sizes: Sequence[int], output: Path, op: str) -> None:
     from lynx_trt.plugins import launch_table
 
     gpu = machine()
@@ -398,10 +397,11 @@ def _measure(names: Sequence[str], dtype: str, sizes: Sequence[int], output: Pat
             spec = experts_spec(name, dtype)
             layer = gpu.sm, spec.experts, spec.experts_per_token, spec.hidden, spec.inner
             for number, tokens in enumerate(sizes, start=1):
-                launch = tune_experts(gpu, bench, spec, tokens)
-                experts.setdefault(layer, {})[tokens] = launch
-                bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
-                if selection:
+                if op != "select":
+                    launch = tune_experts(gpu, bench, spec, tokens)
+                    experts.setdefault(layer, {})[tokens] = launch
+                    bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
+                if op != "experts":
                     chosen, quick = tune_select(gpu, bench, name, tokens)
                     select[chosen] = quick
                     bars.say(f"{name}, {tokens} tokens, selection: {quick.microseconds} us; {quick.reason}")

@@ -20,7 +20,7 @@ from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import experts_attributes, select_attributes
 from lynx_trt.plugins import aot, launch_table, tune
 from lynx_trt.plugins.blob import Cubin
-from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, fits, rows_a_value
+from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, fits, rows_a_value, select_candidates
 from lynx_trt.plugins.launch import (
     FLOAT32_TOKENS,
     MOST_PROGRAMS,
@@ -28,6 +28,7 @@ from lynx_trt.plugins.launch import (
     SMS,
     experts_estimate,
     experts_launch,
+    select_estimate,
     select_launch,
     shared_bytes,
     tokens_bucket,
@@ -42,7 +43,7 @@ from lynx_trt.plugins.plan import (
     Region,
     find_plan,
 )
-from lynx_trt.plugins.plans import experts_plan, plans, workspace_bytes
+from lynx_trt.plugins.plans import experts_plan, plans, select_plan, workspace_bytes
 from lynx_trt.plugins.shapes import SHAPES, Shape, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
@@ -274,7 +275,20 @@ def test_what_does_not_fit_is_not_tried() -> None:
     large = experts_estimate(128, 4096, 14336, "bfloat16", 90).gate_up
     assert fits(large, "bfloat16", 90, rows_a_value=2)
     assert not fits(replace(large, warps=4), "bfloat16", 90, rows_a_value=2)  # 256 sums a thread
-    assert all(select.block_t >= 1 for select in tune.select_neighbours(select_launch(1, 512, 10, 90), 1))
+
+
+def test_the_tuner_tries_selections_that_can_run() -> None:
+    """One program only of small batches; blocks whose tables stay small; what the estimate says among them."""
+    for name, tokens in itertools.product(SHAPES, (1, 16, 128, 512, 4096)):
+        shape = SHAPES[name]
+        tried = select_candidates(tokens, shape.experts, shape.experts_per_token)
+        assert tried[0] == select_estimate(tokens, shape.experts, shape.experts_per_token)
+        assert len(set(tried)) == len(tried)
+        assert 1 < len(tried) < 30
+        for launch in tried:
+            assert launch.block_t * shape.experts <= 4096
+            assert launch.one_program or 4 * launch.tokens * shape.experts_per_token >= shape.experts
+            assert select_plan(select_spec(name), 90, tokens, launch).steps
 
 
 def test_the_table_is_python(tmp_path: Path) -> None:

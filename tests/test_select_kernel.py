@@ -24,12 +24,10 @@ from lynx_trt.selection import PRESETS, Selection
 
 Array = NDArray[Any]
 
-# The ways through the kernels: one program that holds the batch, one that takes it in tiles (2 tokens at a time), and
-# blocks of 2 tokens.
-HELD = SelectLaunch(True, 512, 4, 512, "")
-TILED = SelectLaunch(True, 2, 4, 2, "")
+# The ways through the kernels: one program that holds the batch, and blocks of 2 tokens.
+HELD = SelectLaunch(True, 16, 4, 16, "")
 BLOCKS = SelectLaunch(False, 2, 4, 2, "")
-WAYS = {"held": HELD, "tiled": TILED, "blocks": BLOCKS}
+WAYS = {"held": HELD, "blocks": BLOCKS}
 
 
 def _spec(
@@ -132,7 +130,7 @@ def _router(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
     [
         (1, 128, 8),  # one token: nothing to vote against
         (16, 128, 8),  # the decode batch of Qwen3-30B-A3B: one program holds it
-        (20, 128, 8),  # one program, two tiles, the second not full
+        (20, 128, 8),  # blocks, the last not full
         (37, 64, 6),  # DeepSeek-V2-Lite; blocks, the last not full
         (5, 40, 4),  # E is no power of two
         (16, 8, 2),  # Mixtral: a row shorter than a warp
