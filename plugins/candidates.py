@@ -62,10 +62,10 @@ def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list
     row = max(power_of_two(experts), 2)
     made = []
     if tokens * row <= 2 * ROW_VALUES:
-        made += [SelectLaunch(True, tokens, warps, tokens, first.reason) for warps in (2, 4, 8, 16)]
+        made += [SelectLaunch(True, tokens, warps, tokens, first.reason) for warps in (4, 8, 16)]
     for block in (4, 8, 16, 32, 64):
         if block < tokens and 4 * block * experts_per_token >= experts and tokens <= 64 * block:
-            block_t = min(block, max(ROW_VALUES // row, 1))
+            block_t = min(block, max(1024 // row, 1))
             ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
             made += [SelectLaunch(False, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
     return list(dict.fromkeys([first, *made]))

@@ -255,7 +255,7 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     block = max(fewest, min(max(512 // row, 8), 32), power_of_two(-(-tokens // 64)))
     if block > 32:
         block = max(fewest, 64)
-    block_t = min(block, max(ROW_VALUES // row, 1))
+    block_t = min(block, max(1024 // row, 1))
     reason = "blocks: tokens in parallel on many multiprocessors"
     return SelectLaunch(False, block_t, _row_warps(block_t, row), block, reason)
 

@@ -239,7 +239,7 @@ def select_choice_kernel(
             scores, _, _, own, counts, _ = load_tile(
                 choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
             )
-        _, used = tile_choice(
+        _picked, used = tile_choice(
             scores,
             own,
             counts,
