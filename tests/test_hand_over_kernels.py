@@ -20,12 +20,12 @@ E, K, H, I = 6, 2, 48, 40  # noqa: E741
 SELECT = SelectSpec(E, K, "weight", 0, 0.0, True)
 EXPERTS = ExpertsSpec(E, K, H, I, "float32", ExpertsForm(), bias=True)
 
-# One program that holds the batch, one that takes it in tiles, blocks whose tables every program adds up, and blocks
-# of which that would be too many (with the number that is too many lowered to 1).
+# One program; blocks whose tables every program adds up, held at once and in two tiles each; and blocks of which that
+# would be too many (with the number that is too many lowered to 1).
 SELECTS = {
-    "held": (SelectLaunch(True, 512, 4, 512, ""), 64),
-    "tiled": (SelectLaunch(True, 2, 4, 2, ""), 64),
+    "held": (SelectLaunch(True, 16, 4, 16, ""), 64),
     "blocks": (SelectLaunch(False, 4, 4, 4, ""), 64),
+    "tiled-blocks": (SelectLaunch(False, 2, 4, 4, ""), 64),
     "many-blocks": (SelectLaunch(False, 4, 4, 4, ""), 1),
 }
 _TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)
