@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from lynx_trt.plugins.launch import (
+    FEWEST_ROWS,
     PREFILL_BUCKET,
     ROW_VALUES,
     SHARED_MEMORY,
@@ -62,7 +63,8 @@ def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list
     row = max(power_of_two(experts), 2)
     made = []
     if tokens * row <= 2 * ROW_VALUES:
-        made += [SelectLaunch(True, tokens, warps, tokens, first.reason) for warps in (4, 8, 16)]
+        block_t = max(tokens, FEWEST_ROWS)
+        made += [SelectLaunch(True, block_t, warps, block_t, first.reason) for warps in (4, 8, 16)]
     for block in (4, 8, 16, 32, 64):
         if block < tokens and 4 * block * experts_per_token >= experts and tokens <= 64 * block:
             block_t = min(block, max(1024 // row, 1))

@@ -237,6 +237,8 @@ def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> Matm
 
 # Values of rows of E that one program of LynxSelect holds at most: 8 a thread of 8 warps.
 ROW_VALUES = 2048
+# Rows that one program holds at least: on an H200 a row that all its warps share takes longer than four that do not.
+FEWEST_ROWS = 4
 
 
 def select_estimate(tokens: int, experts: int, experts_per_token: int) -> SelectLaunch:
@@ -248,7 +250,8 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     row = max(power_of_two(experts), 2)
     if tokens * row <= ROW_VALUES:
         reason = "one program: fewer launches than blocks"
-        return SelectLaunch(True, tokens, _row_warps(tokens, row), tokens, reason)
+        block_t = max(tokens, FEWEST_ROWS)
+        return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, reason)
     # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
     fewest = power_of_two(-(-experts // (4 * experts_per_token)))
     # Small blocks, up to 64 of them; those of up to 32 tokens need the fewest launches.
