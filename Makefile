@@ -14,7 +14,7 @@ help:
 	@echo "make test-all  run the slow ones too (some minutes, 10 GB of disk)"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       on a machine with a GPU: kernels, engines, benchmarks, a table; under 20 minutes, see docs/gpu.md"
-	@echo "make gpu-kit   for make gpu, on a machine without a GPU: engines for it to check, and what is right"
+	@echo "make gpu-kit   for make gpu, on a machine without a GPU: models for it to build and check, and what is right"
 	@echo "make plugin    compile the C++ plugin; TENSORRT_INCLUDE_DIR is the folder of NvInferRuntime.h"
 
 # An environment with everything that runs without a GPU, at the versions the tests ran with.
@@ -48,7 +48,7 @@ plugin:
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
-# Twelve minutes on two cores; 15 MB when compressed.
+# Under five minutes on two cores; 13 MB when compressed.
 gpu-kit: $(VENV)/.made
 	$(BIN)/python benchmarks/gpu_kit.py -o build/gpu-kit
 

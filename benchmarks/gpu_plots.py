@@ -45,15 +45,18 @@ def panels(rows: Rows, draw: Callable[[Any, Rows, str], None], title: str, path:
     models = list(dict.fromkeys(row["model"] for row in rows))
     if not models:
         return None
-    figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.8), squeeze=False, layout="constrained")
+    width = max(4.2 * len(models), 7.0)
+    figure, axes = plt.subplots(1, len(models), figsize=(width, 3.8), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         draw(axis, [row for row in rows if row["model"] == model], model)
         axis.set_title(model)
         axis.grid(alpha=0.3)
     handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4 if len(models) > 1 else 2, fontsize=8
+    )
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path
 
@@ -71,14 +74,23 @@ def lines(axis: Any, rows: Rows, x: str, y: str, names: Sequence[str]) -> None:
             axis.fill_between(at, low, high, color=COLOURS[name], alpha=0.15, lw=0)
 
 
+def doubling(axis: Any, values: Sequence[int]) -> None:
+    """An x axis of powers of two, with the numbers themselves at it."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(set(values)), [str(value) for value in sorted(set(values))])
+    axis.tick_params(axis="x", labelsize=8)
+
+
 def decode(axis: Any, rows: Rows, _: str) -> None:
     """Time by batch at the natural number of experts."""
     natural = [row for row in rows if row["fraction"] == 1.0]
     lines(axis, natural, "tokens", "us", ("lynx", "lynx_layer", "grouped_mm", "vllm", "dense"))
     floor = sorted(of(natural, "lynx"), key=lambda row: row["tokens"])
-    axis.plot([r["tokens"] for r in floor], [r["floor_us"] for r in floor], "k--", lw=1, label="floor")
-    axis.set(xscale="log", yscale="log", xlabel="batch, tokens", ylabel="us a layer")
-    axis.set_xscale("log", base=2)
+    axis.plot(
+        [r["tokens"] for r in floor], [r["floor_us"] for r in floor], "k--", lw=1, label="floor, by the copy bandwidth"
+    )
+    axis.set(yscale="log", xlabel="batch, tokens", ylabel="us a layer")
+    doubling(axis, [row["tokens"] for row in natural])
 
 
 def active(axis: Any, rows: Rows, _: str) -> None:
@@ -86,7 +98,9 @@ def active(axis: Any, rows: Rows, _: str) -> None:
     some = [row for row in rows if row["tokens"] == 16]
     lines(axis, some, "active", "us", ("lynx", "lynx_layer", "grouped_mm", "vllm"))
     floor = sorted(of(some, "lynx"), key=lambda row: row["active"])
-    axis.plot([r["active"] for r in floor], [r["floor_us"] for r in floor], "k--", lw=1, label="floor")
+    axis.plot(
+        [r["active"] for r in floor], [r["floor_us"] for r in floor], "k--", lw=1, label="floor, by the copy bandwidth"
+    )
     axis.set(xlabel="active experts", ylabel="us a layer", xlim=(0, None), ylim=(0, None))
 
 
@@ -94,7 +108,7 @@ def prefill(axis: Any, rows: Rows, _: str) -> None:
     """The share of the measured matmul rate."""
     lines(axis, rows, "tokens", "matmul_share", ("lynx", "grouped_mm", "vllm", "dense"))
     axis.axhline(0.7, color="k", ls=":", lw=1)
-    axis.set_xscale("log", base=2)
+    doubling(axis, [row["tokens"] for row in rows])
     axis.set(xlabel="tokens", ylabel="share of the measured matmul rate", ylim=(0, 1))
 
 
@@ -103,7 +117,7 @@ def select(axis: Any, rows: Rows, _: str) -> None:
     half = [row for row in rows if row["fraction"] == 0.5 and row.get("by") != "floor"]
     lines(axis, half, "tokens", "us", ("lynx_metadata", "sort"))
     axis.axhline(12, color="k", ls=":", lw=1)
-    axis.set_xscale("log", base=2)
+    doubling(axis, [row["tokens"] for row in half])
     axis.set(xlabel="tokens", ylabel="us", ylim=(0, None))
 
 
@@ -118,8 +132,8 @@ def model(axis: Any, rows: Rows, _: str) -> None:
             label = NAMES["lynx_layer"] + f", {fraction:.0%} of the experts" if name == "lynx" else NAMES[name]
             at = [row["batch"] for row in found], [row["tokens_per_second"] for row in found]
             axis.plot(*at, style, marker="o", ms=3, label=label, color=COLOURS[name])
-    axis.set(xscale="log", yscale="log", xlabel="batch, sequences", ylabel="tokens a second")
-    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="batch, sequences", ylabel="tokens a second")
+    doubling(axis, [row["batch"] for row in rows])
 
 
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -128,7 +142,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     about = results.get("environment") or {}
     gpu = about.get("gpu")
     where = gpu.get("name") if isinstance(gpu, dict) else gpu
-    ending = f"{where}, commit {about.get('commit')}, {about.get('date')}"
+    ending = f"{where}, commit {about.get('commit')}, {str(about.get('date'))[:10]}"
     drawn = [
         panels(rows_of(results["parts"], benchmark), draw, f"{title}; {ending}", folder / f"{name}.png")
         for name, benchmark, draw, title in (
