@@ -1500,14 +1500,6 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         reason="512 tokens, half the experts kept: the estimate took 10.5 us",
         microseconds=10.46,
     ),
-    (90, 64, 6, 1024): SelectLaunch(
-        one_program=False,
-        block_t=16,
-        warps=4,
-        tokens=16,
-        reason="1024 tokens, half the experts kept: the estimate took 12.6 us",
-        microseconds=12.57,
-    ),
     (90, 64, 6, 2048): SelectLaunch(
         one_program=False,
         block_t=16,
@@ -1515,15 +1507,6 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         tokens=32,
         reason="2048 tokens, half the experts kept: the estimate took 16.7 us",
         microseconds=16.66,
-    ),
-    (90, 64, 6, 4096): SelectLaunch(
-        one_program=False,
-        block_t=16,
-        warps=8,
-        tokens=64,
-        reason="4096 tokens, half the experts kept: the estimate took 36.9 us",
-        microseconds=31.75,
-        narrow=8,
     ),
     (90, 64, 6, 8192): SelectLaunch(
         one_program=False,

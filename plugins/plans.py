@@ -25,6 +25,8 @@ from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSp
 DISPATCH_SLOTS = 512
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
+# Warps that add up many blocks' votes in one program: with 4 its rows spill.
+KEEP_WARPS = 8
 # Tokens of a block of the selection whose table is bits of an int32.
 MASK_BITS = 32
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
@@ -126,7 +128,7 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
     if not few:
         constants = {**sizes, **rows, "TOKENS": launch.tokens}
         buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
-        steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, launch.warps))
+        steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, KEEP_WARPS))
     buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
     constants = {**sizes, **rows, **_choice_constants(spec), **blocks, "KEEP_HERE": few, "COUNT": not few}
     steps.append(_step("select_choice_kernel", grid, buffers, constants, launch.warps))
