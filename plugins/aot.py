@@ -33,7 +33,7 @@ from lynx_trt.console import new_app, print_json, run
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.launch import SMS
-from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan
+from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan, Step
 from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import Op, Spec
 from lynx_trt.tensorrt.loader import cache_root
@@ -107,7 +107,7 @@ def _plans(ops: Iterable[Op], sms: Sequence[int]) -> dict[str, dict[int, tuple[P
 
 
 def _with_cubins(plan: Plan[Kernel], sm: int, cubins: dict[tuple[Kernel, int], Cubin]) -> Plan[Cubin]:
-    steps = tuple(replace(step, kernel=cubins[step.kernel, sm]) for step in plan.steps)
+    steps = tuple(Step(cubins[step.kernel, sm], step.grid, step.arguments, step.programmatic) for step in plan.steps)
     return Plan(plan.max_tokens, steps, plan.regions)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from lynx_trt.plugins.launch import (
     FEWEST_ROWS,
@@ -71,6 +72,11 @@ def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list
             ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
             made += [SelectLaunch(False, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
     return list(dict.fromkeys([first, *made]))
+
+
+def with_part(launch: ExpertsLaunch, part: str, matmul: MatmulLaunch) -> ExpertsLaunch:
+    """A launch with another one of its matmuls."""
+    return replace(launch, gate_up=matmul) if part == "gate_up" else replace(launch, down=matmul)
 
 
 def rows_a_value(spec: ExpertsSpec, part: str) -> int:

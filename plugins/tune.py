@@ -26,7 +26,7 @@ from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
 from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.blob import Cubin
-from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, select_candidates
+from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, select_candidates, with_part
 from lynx_trt.plugins.cuda_driver import CudaError
 from lynx_trt.plugins.launch import (
     PREFILL_BUCKET,
@@ -40,7 +40,7 @@ from lynx_trt.plugins.launch import (
     tokens_bucket,
 )
 from lynx_trt.plugins.launch_source import render_table
-from lynx_trt.plugins.plan import Kernel, Plan
+from lynx_trt.plugins.plan import Kernel, Plan, Step
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
@@ -203,12 +203,12 @@ class Bench:
 
 def usable(plan: Plan[Kernel], cubins: Mapping[Kernel, Cubin | None], sm: int) -> Plan[Cubin] | None:
     """A plan with its kernels compiled; None if one is missing, spills or wants more shared memory than there is."""
-    steps = []
+    steps: list[Step[Cubin]] = []
     for step in plan.steps:
         cubin = cubins.get(step.kernel)
         if cubin is None or cubin.spills > 0 or cubin.shared > SHARED_MEMORY[sm]:
             return None
-        steps.append(replace(step, kernel=cubin))
+        steps.append(Step(cubin, step.grid, step.arguments, step.programmatic))
     return Plan(plan.max_tokens, tuple(steps), plan.regions)
 
 
@@ -218,7 +218,7 @@ def experts_plans(spec: ExpertsSpec, sm: int, tokens: int) -> Iterator[Plan[Kern
         start = estimate(spec, sm, tokens, prefill=prefill)
         for part in PARTS:
             for each in candidates(spec, sm, tokens, part, prefill=prefill):
-                yield experts_plan(spec, sm, tokens, replace(start, **{part: each}))
+                yield experts_plan(spec, sm, tokens, with_part(start, part, each))
 
 
 def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> ExpertsLaunch:
@@ -233,7 +233,7 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
     for prefill in families(spec, tokens):
         start = estimate(spec, gpu.sm, tokens, prefill=prefill)
         finalists = {part: _screened(bench, spec, gpu.sm, batches, start, part) for part in PARTS}
-        for gate_up, down, early in itertools.product(*finalists.values(), _EARLY):
+        for gate_up, down, early in itertools.product(finalists["gate_up"], finalists["down"], _EARLY):
             launch = replace(
                 start,
                 gate_up=replace(gate_up, programmatic=early[0]),
@@ -270,7 +270,7 @@ def _screened(
     tokens = len(batches[0]["hidden"])
     times = {
         each: bench.time(
-            experts_plan(spec, sm, tokens, replace(start, **{part: each})), batches, tokens, part, **_SCREENING
+            experts_plan(spec, sm, tokens, with_part(start, part, each)), batches, tokens, part, **_SCREENING
         )
         for each in candidates(spec, sm, tokens, part, prefill=start.prefill)
     }
