@@ -187,6 +187,8 @@ def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int)
         # Here down may write float32, and a tile of 128 x 256 of it, 128 values a thread, spills 356 bytes (Mixtral at
         # 512 tokens); 128 x 128 takes 170 registers. At 64 pairs 4 warps spill 4 bytes (gpt-oss), 8 take 109 registers.
         down = replace(down, block_n=128, warps=8)
+    if sm == 120 and block_t == 64:
+        gate_up = replace(gate_up, warps=8)  # 4 spill 4 bytes (Mixtral at 256 tokens)
     if launch.descriptors:
         # The copy engine wants rows of whole 16 bytes.
         gate_up = replace(gate_up, descriptors=hidden % 8 == 0 and inner % 8 == 0)

@@ -348,25 +348,6 @@ EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
         ),
     },
     (90, 64, 6, 2048, 1408): {
-        1: ExpertsLaunch(
-            prefill=False,
-            gate_up=MatmulLaunch(
-                block_t=16,
-                block_n=32,
-                block_d=64,
-                warps=4,
-                stages=6,
-            ),
-            down=MatmulLaunch(
-                block_t=16,
-                block_n=32,
-                block_d=128,
-                warps=4,
-                stages=4,
-            ),
-            reason="1 tokens: 6 active experts at 75% of the copy bandwidth, the estimate took 34.8 us",
-            microseconds=33.18,
-        ),
         2: ExpertsLaunch(
             prefill=False,
             gate_up=MatmulLaunch(

@@ -29,8 +29,8 @@ pytest.importorskip("triton")
 
 SELECT = SelectSpec(8, 2, "weight", 1, 0.0, True, power=2.0, dispatch_taken=True)
 EXPERTS = ExpertsSpec(8, 2, 128, 64, "bfloat16", ExpertsForm(), dispatch_given=True)
-# A decode profile of up to 8 tokens: one plan and four kernels.
-OPS = [Op(SELECT, ((1, 8),)), Op(EXPERTS, ((1, 8),))]
+# A decode profile of up to 4 tokens: one plan and four kernels.
+OPS = [Op(SELECT, ((1, 4),)), Op(EXPERTS, ((1, 4),))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +94,7 @@ def test_the_blob_holds_everything(kernels: Kernels) -> None:
     # Any language reads it: a line, text of as many bytes as it says, images.
     head, _, rest = blob.partition(b"\n")
     name, version, size = head.decode().split(" ")
-    assert (name, version) == ("lynx-kernels", "1")
+    assert (name, version) == ("lynx-kernels", "2")
     assert len(rest) == int(size) + sum(len(cubin.image) for cubin in kernels.cubins)
 
 
@@ -150,7 +150,7 @@ def test_another_gpu_is_told_which(kernels: Kernels) -> None:
     ("damage", "message"),
     [
         (lambda blob: b"", "it begins with b''"),
-        (lambda blob: blob.replace(b"lynx-kernels 1", b"lynx-kernels 9", 1), "lynx-kernels 9"),
+        (lambda blob: blob.replace(b"lynx-kernels 2", b"lynx-kernels 9", 1), "lynx-kernels 9"),
         (lambda blob: blob[:-1], "is damaged"),
         (lambda blob: blob[:-1] + b"?", "is damaged"),
         (lambda blob: blob.replace(b"region", b"legion"), "a line 'legion'"),

@@ -440,6 +440,16 @@ def test_file_size_limit_during_the_build(own_checkpoint: Path, tmp_path: Path) 
     assert left_behind(tmp_path) == []
 
 
+def _wait_for_handler(process: subprocess.Popen[str]) -> None:
+    """Until Python has taken charge of SIGINT: before that the kernel ends it, whatever the program is."""
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if caught >> (signal.SIGINT - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("phase", ["", "Export to ONNX", "TensorRT: Loading"])
 def test_interrupted_build_leaves_nothing(phase: str, own_checkpoint: Path, tmp_path: Path) -> None:
     """Ctrl-C while Python imports, while it exports, and while TensorRT's process builds."""
@@ -467,7 +477,8 @@ def test_interrupted_build_leaves_nothing(phase: str, own_checkpoint: Path, tmp_
             if phase in line:
                 break
     else:
-        time.sleep(1.0)
+        _wait_for_handler(process)
+        time.sleep(1.0)  # Python's own start is over, and it is importing
     assert process.poll() is None, f"it ended before it could be interrupted: {said}"
     os.killpg(process.pid, signal.SIGINT)
     _, rest = process.communicate(timeout=60)

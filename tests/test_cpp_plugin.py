@@ -273,7 +273,7 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
     ],
 )
 def test_refusals(built, tmp_path, case, kernels, message):
-    (tmp_path / "file").write_bytes(b"lynx-kernels 1 9\nnonsense\n")
+    (tmp_path / "file").write_bytes(b"lynx-kernels 2 9\nnonsense\n")
     commands = case.commands(kernels=kernels.replace("FILE", str(tmp_path / "file")))
     lines = probe(built, commands)
     if "refused" not in lines:
