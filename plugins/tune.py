@@ -126,7 +126,11 @@ def time_graph(function: Callable[[], Any], *, rounds: int = _ROUNDS, microsecon
 
 
 def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
-    """Random inputs of a layer on the GPU: BATCHES batches for the same weights, with their metadata."""
+    """Random inputs of a layer on the GPU: BATCHES batches for the same weights, with their metadata.
+
+    Every second batch of decode has half of the experts that it would have, as under a selection: its experts have
+    twice the tokens, for which other tiles may be better, and one launch has to do for both.
+    """
     import torch
 
     from lynx_trt.plugins.twins import dispatch_twin
@@ -146,8 +150,12 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     if spec.bias:
         weights |= {"gate_up_bias": normal(spec.experts, rows), "down_bias": normal(spec.experts, spec.hidden)}
     batches = []
-    for _ in range(BATCHES if tokens <= BATCHES_UP_TO else 1):
+    decode = tokens_bucket(tokens, spec.experts, spec.experts_per_token) < PREFILL_BUCKET
+    for number in range(BATCHES if tokens <= BATCHES_UP_TO else 1):
         scores = torch.rand((tokens, spec.experts), device=DEVICE, generator=generator)
+        if decode and number % 2:
+            left = max(_active(scores.topk(spec.experts_per_token, dim=1).indices) // 2, spec.experts_per_token)
+            scores[:, torch.randperm(spec.experts, device=DEVICE, generator=generator)[left:]] -= 1.0
         weight, index = scores.topk(spec.experts_per_token, dim=1)
         batch = {"hidden": normal(tokens, spec.hidden), "index": index, "weight": weight}
         batch["output"] = torch.empty_like(batch["hidden"])
@@ -248,7 +256,7 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
     fastest = times[best]
     if fastest > before * _CLEARLY or not _agree(bench, spec, gpu.sm, batches[0], best, usual):
         best, fastest = usual, before
-    reason = f"{tokens} tokens: {_share(spec, batches[0]['index'], fastest, gpu)}, the estimate took {before:.1f} us"
+    reason = f"{tokens} tokens: {_share(spec, batches, fastest, gpu)}, the estimate took {before:.1f} us"
     return replace(best, reason=reason, microseconds=round(fastest, 2))
 
 
@@ -277,17 +285,23 @@ def _screened(
     return sorted(times, key=lambda each: times[each])[: _FINALISTS[part]]
 
 
-def _share(spec: ExpertsSpec, index: Tensor, microseconds: float, gpu: Machine) -> str:
-    """What of the GPU a layer's time is: of the bandwidth in decode, operations a second in prefill."""
+def _active(index: Tensor) -> int:
+    """Distinct experts in use."""
     import torch
 
+    return int(torch.bincount(index.reshape(-1)).count_nonzero())
+
+
+def _share(spec: ExpertsSpec, batches: Sequence[Mapping[str, Tensor]], microseconds: float, gpu: Machine) -> str:
+    """What of the GPU a layer's time is: of the bandwidth in decode, operations a second in prefill."""
     values = spec.hidden * spec.inner * (3 if spec.form.gated else 2)
+    index = batches[0]["index"]
     bucket = tokens_bucket(len(index), spec.experts, spec.experts_per_token)
     if bucket >= PREFILL_BUCKET:
         return f"{2e-6 * values * index.numel() / microseconds:.0f} TFLOP/s"
-    active = int(torch.bincount(index.reshape(-1)).count_nonzero())
-    share = active * values * BYTES[spec.dtype] / (microseconds * 1e-6) / gpu.bandwidth
-    return f"{active} active experts at {share:.0%} of the copy bandwidth"
+    active = [_active(batch["index"]) for batch in batches]
+    share = statistics.mean(active) * values * BYTES[spec.dtype] / (microseconds * 1e-6) / gpu.bandwidth
+    return f"{', '.join(map(str, active))} active experts at {share:.0%} of the copy bandwidth"
 
 
 def select_plans(spec: SelectSpec, sm: int, tokens: int) -> Iterator[Plan[Kernel]]:

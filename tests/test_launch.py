@@ -420,3 +420,15 @@ def test_the_tuner_says_what_it_lacks() -> None:
         UsageError, match=r"measures on a GPU, and PyTorch finds none here: run it on a machine with one"
     ):
         tune.machine()
+
+
+def test_the_tuner_measures_restricted_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second batch of decode on half of the experts that the others have; a prefill is never restricted."""
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    spec = replace(experts_spec("qwen3-30b-a3b", "bfloat16"), hidden=8, inner=8)
+    active = [len(batch["index"].unique()) for batch in tune.experts_inputs(spec, 16)]
+    assert min(active[0::2]) > 70
+    assert max(active[1::2]) < 45
+    assert all(len(row.unique()) == 8 for batch in tune.experts_inputs(spec, 16) for row in batch["index"])
+    assert [len(batch["index"].unique()) for batch in tune.experts_inputs(spec, 1)] == [8] * 4
+    assert [len(batch["index"].unique()) for batch in tune.experts_inputs(spec, 1024)] == [128]
