@@ -71,7 +71,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     models = MODELS[0:3:2] if options.dry_run else MODELS
     every = [
         script("machine", 0.3),
-        engines("engine", 3.0),
+        engines("engine", 5.0),
         script("compile", 0.7),
         *(Part(name, command, 2.0, timed=False, records=False) for name, command in pytest_commands().items()),
         script("select", 1.0, *peers),
