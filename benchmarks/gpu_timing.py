@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lynx_trt.plugins.tune import time_calls
+
 # Long enough that the resolution of an event, half a microsecond, is below a thousandth.
 _MICROSECONDS_A_ROUND = 2000.0
 _MOST_ROUNDS = 25
@@ -54,13 +56,23 @@ class Ceilings:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Measure them: 8 GB moved, and the product of two 8192 x 8192 matrices of random numbers.
-
-    The copy in each way that there is, for no one of them is the fastest everywhere: captured in a graph, `copy_` moved
-    2.8 TB/s on an H200 whose kernels read 4.4.
-    """
-    size, width = (1 << 32, 8192) if device.type == "cuda" else (1 << 20, 64)
+    """Measure them: `copies`, and the product of two 8192 x 8192 matrices of random numbers."""
+    width = 8192 if device.type == "cuda" else 64
+    ways = copies(device)
     # Zeros would be faster than what models hold: 13% in a matmul on an H200.
+    left, right = (torch.randn((width, width), dtype=torch.bfloat16, device=device) for _ in range(2))
+    product = torch.empty_like(left)
+    matmul = _only(lambda: torch.matmul(left, right, out=product), device)
+    return Ceilings(max(ways.values()), 2e6 * width**3 / matmul, ways)
+
+
+def copies(device: torch.device) -> dict[str, float]:
+    """The bandwidth of each way to copy 4 GB, bytes a second, read and written.
+
+    In each way that there is, for no one of them is the fastest everywhere: captured in a graph, `copy_` moved 2.8 TB/s
+    on an H200 whose kernels read 4.4.
+    """
+    size = 1 << 32 if device.type == "cuda" else 1 << 20
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     words = source.view(torch.int64), target.view(torch.int64)
@@ -68,27 +80,9 @@ def ceilings(device: torch.device) -> Ceilings:
         "copy": lambda: target.copy_(source),
         "kernel": lambda: torch.bitwise_not(words[0], out=words[1]),
     }
-    copies = {f"{name}, captured": 2e6 * size / _only(way, device) for name, way in ways.items()}
-    copies |= {f"{name}, called": 2e6 * size / _called(way, device) for name, way in ways.items()}
-    left, right = (torch.randn((width, width), dtype=torch.bfloat16, device=device) for _ in range(2))
-    product = torch.empty_like(left)
-    matmul = _only(lambda: torch.matmul(left, right, out=product), device)
-    return Ceilings(max(copies.values()), 2e6 * width**3 / matmul, copies)
-
-
-def _called(function: Callable[[], object], device: torch.device) -> float:
-    """The median microseconds of a call that no graph holds; for what takes far longer than its launch."""
-    if device.type != "cuda":
-        return _only(function, device)
-    rounds = []
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        rounds.append(begin.elapsed_time(end) * 1000)
-    return statistics.median(rounds[2:])
+    called = time_calls if device.type == "cuda" else lambda way: _only(way, device)
+    found = {f"{name}, captured": 2e6 * size / _only(way, device) for name, way in ways.items()}
+    return found | {f"{name}, called": 2e6 * size / called(way) for name, way in ways.items()}
 
 
 def _only(function: Callable[[], object], device: torch.device) -> float:

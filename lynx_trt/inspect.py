@@ -50,6 +50,7 @@ def main(
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
     """The table's rows: a label and a value each."""
     from lynx_trt.budgets import in_words
+    from lynx_trt.tensorrt.gpu import PRODUCTS
 
     model, engine, chosen = manifest.model, manifest.engine, manifest.selection
     moe = model.moe_layers
@@ -73,7 +74,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     if engine is None:
         table.append(("engine", f"none ({manifest.engine_absent})"))
     else:
-        product = "TensorRT for RTX" if engine.flavor == "rtx" else "TensorRT"
+        product = PRODUCTS[engine.flavor]
         where = "inside" if engine.expert_weights == "engine" else f"outside ({len(engine.external)} tensors to bind)"
         sms = ", ".join(map(str, engine.compute_capabilities)) or "none yet"
         table += [

@@ -33,7 +33,7 @@ from lynx_trt.console import new_app, print_json, run
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.launch import SMS
-from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan, Step
+from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan
 from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import Op, Spec
 from lynx_trt.tensorrt.loader import cache_root
@@ -64,8 +64,12 @@ def compile_for(
     options = [(sm, plan) for by_sm in chosen.values() for sm, each in by_sm.items() for plan in each]
     wanted = dict.fromkeys((step.kernel, sm) for sm, plan in options for step in plan.steps)
     cubins = _compile_all(list(wanted), jobs or os.cpu_count() or 1, progress or (lambda _: None))
+
+    def with_cubins(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
+        return plan.with_kernels(lambda kernel: cubins[kernel, sm])
+
     built = {
-        key: {sm: tuple(_with_cubins(plan, sm, cubins) for plan in options) for sm, options in by_sm.items()}
+        key: {sm: tuple(with_cubins(plan, sm) for plan in options) for sm, options in by_sm.items()}
         for key, by_sm in chosen.items()
     }
     return Kernels(tuple(cubins.values()), built, (__version__, _triton_version()))
@@ -104,11 +108,6 @@ def _plans(ops: Iterable[Op], sms: Sequence[int]) -> dict[str, dict[int, tuple[P
             ]
             chosen.setdefault(spec.key, {})[sm] = tuple(kept)
     return chosen
-
-
-def _with_cubins(plan: Plan[Kernel], sm: int, cubins: dict[tuple[Kernel, int], Cubin]) -> Plan[Cubin]:
-    steps = tuple(Step(cubins[step.kernel, sm], step.grid, step.arguments, step.programmatic) for step in plan.steps)
-    return Plan(plan.max_tokens, steps, plan.regions)
 
 
 def _compile_all(

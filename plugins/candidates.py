@@ -11,15 +11,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lynx_trt.plugins.launch import (
+    BLOCKS_HERE,
     FEWEST_ROWS,
     PREFILL_BUCKET,
     ROW_VALUES,
     SHARED_MEMORY,
+    TILE_VALUES,
     ExpertsLaunch,
     MatmulLaunch,
     SelectLaunch,
     experts_estimate,
+    fewest_tokens,
     power_of_two,
+    row_of,
     select_estimate,
     shared_bytes,
     tokens_bucket,
@@ -61,14 +65,15 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
 def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list[SelectLaunch]:
     """What is tried for LynxSelect, the estimate first: one program, and blocks of 4 to 64 tokens, with few warps."""
     first = select_estimate(tokens, experts, experts_per_token)
-    row = max(power_of_two(experts), 2)
+    row = row_of(experts)
+    fewest = fewest_tokens(experts, experts_per_token)
     made = []
     if tokens * row <= 2 * ROW_VALUES:
         block_t = max(tokens, FEWEST_ROWS)
         made += [SelectLaunch(True, block_t, warps, block_t, first.reason) for warps in (4, 8, 16)]
     for block in (4, 8, 16, 32, 64):
-        if block < tokens and 4 * block * experts_per_token >= experts and tokens <= 64 * block:
-            block_t = min(block, max(1024 // row, 1))
+        if fewest <= block < tokens <= BLOCKS_HERE * block:
+            block_t = min(block, max(TILE_VALUES // row, 1))
             ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
             made += [SelectLaunch(False, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
     return list(dict.fromkeys([first, *made]))
@@ -109,12 +114,9 @@ def _decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[
             if (warps == 8 and rows < 128) or (swap and (rows < 64 or depth > 128)):
                 continue
             tile = MatmulLaunch(block_t, rows // rows_a_value, depth, warps, stages, swap)
-            if part == "gate_up":
-                yield tile
-                continue
-            for split in (1, 2, 4) if one_tile and stages == 4 and not swap else (1,):
-                if split * depth <= summed:
-                    yield MatmulLaunch(block_t, rows, depth, warps, stages, swap, split=split)
+            yield tile
+            if part == "down" and one_tile and stages == 4 and not swap:
+                yield from (replace(tile, split=split) for split in (2, 4) if split * depth <= summed)
 
 
 def _prefill(first: MatmulLaunch, rows_a_value: int) -> Iterator[MatmulLaunch]:

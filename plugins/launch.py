@@ -239,8 +239,14 @@ def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> Matm
 
 # Values of rows of E that one program of LynxSelect holds at most: 8 a thread of 8 warps.
 ROW_VALUES = 2048
+# The same of a block's program, which 4 warps hold.
+TILE_VALUES = 1024
 # Rows that one program holds at least: on an H200 a row that all its warps share takes longer than four that do not.
 FEWEST_ROWS = 4
+# Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
+BLOCKS_HERE = 64
+# Tokens of a block of the selection whose table is bits of an int32.
+MASK_BITS = 32
 
 
 def select_estimate(tokens: int, experts: int, experts_per_token: int) -> SelectLaunch:
@@ -249,21 +255,31 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     Time is that of dependent instructions and exchanges between warps, not of data: the fewest tokens a program and
     few warps are best. At E = 128 and K = 8 one program takes 6 us for up to 4 tokens, 8 for 8 and 11 for 16.
     """
-    row = max(power_of_two(experts), 2)
+    row = row_of(experts)
     if tokens * row <= ROW_VALUES:
         reason = "one program: fewer launches than blocks"
         block_t = max(tokens, FEWEST_ROWS)
         return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, reason)
-    # A block's table has E entries: no fewer slots than a quarter of that, so that all tables are within 4 (T K + E).
-    fewest = power_of_two(-(-experts // (4 * experts_per_token)))
-    # Small blocks, up to 64 of them; those of up to 32 tokens need the fewest launches.
-    block = max(fewest, min(max(512 // row, 8), 32), power_of_two(-(-tokens // 64)))
-    if block > 32:
+    fewest = fewest_tokens(experts, experts_per_token)
+    # Small blocks, up to BLOCKS_HERE of them; those of up to MASK_BITS tokens need the fewest launches.
+    small = min(max(TILE_VALUES // 2 // row, 8), MASK_BITS)
+    block = max(fewest, small, power_of_two(-(-tokens // BLOCKS_HERE)))
+    if block > MASK_BITS:
         block = max(fewest, 64)
     # A block in several tiles holds their sums too: the tiles are smaller then, or some SMs spill.
-    block_t = block if block * row <= 1024 else max(512 // row, 1)
+    block_t = block if block * row <= TILE_VALUES else max(TILE_VALUES // 2 // row, 1)
     reason = "blocks: tokens in parallel on many multiprocessors"
-    return SelectLaunch(False, block_t, 8 if block * row >= 1024 else 4, block, reason)
+    return SelectLaunch(False, block_t, 8 if block * row >= TILE_VALUES else 4, block, reason)
+
+
+def row_of(experts: int) -> int:
+    """A row of E as the kernels hold it; 2 is the fewest bins that their histogram has."""
+    return max(power_of_two(experts), 2)
+
+
+def fewest_tokens(experts: int, experts_per_token: int) -> int:
+    """The fewest tokens of a block, whose table has E entries: then all tables are within 4 (T K + E)."""
+    return power_of_two(-(-experts // (4 * experts_per_token)))
 
 
 def _row_warps(block_t: int, row: int) -> int:

@@ -15,7 +15,7 @@ one that is always null.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -72,6 +72,7 @@ class Kernel:
 
 # What a step launches: a Kernel, or where it has been compiled, that (`aot.Cubin`).
 Launchable = TypeVar("Launchable")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ class Plan(Generic[Launchable]):
             places[region.name] = end
             end += -(-region.size(tokens) // ALIGNMENT) * ALIGNMENT
         return places
+
+    def with_kernels(self, of: Callable[[Launchable], Other]) -> Plan[Other]:
+        """The same with another of each kernel: with what it was compiled to, say."""
+        steps = (Step(of(each.kernel), each.grid, each.arguments, each.programmatic) for each in self.steps)
+        return Plan(self.max_tokens, tuple(steps), self.regions)
 
     def workspace_bytes(self, tokens: int) -> int:
         """The workspace for T tokens."""

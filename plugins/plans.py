@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from lynx_trt.plugins.launch import (
+    BLOCKS_HERE,
     FLOAT32_TOKENS,
+    MASK_BITS,
     MOST_PROGRAMS,
     SMS,
     ExpertsLaunch,
     MatmulLaunch,
     SelectLaunch,
     experts_launch,
+    fewest_tokens,
     power_of_two,
+    row_of,
     select_launch,
 )
 from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Grid, Kernel, Plan, Region, Step
@@ -23,12 +27,8 @@ from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSp
 
 # Up to this many slots one program makes the dispatch metadata: each 128 of them are about a microsecond of its time.
 DISPATCH_SLOTS = 512
-# Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
-BLOCKS_HERE = 64
 # Warps that add up many blocks' votes in one program: with 4 its rows spill.
 KEEP_WARPS = 8
-# Tokens of a block of the selection whose table is bits of an int32.
-MASK_BITS = 32
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
 # From this SM on a launch may start before the one before it has ended.
@@ -114,7 +114,7 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
     number = -(-tokens // launch.tokens)
     few = number <= BLOCKS_HERE and launch.tokens <= MASK_BITS
     blocks = {"BLOCK_T": launch.block_t, "TOKENS": launch.tokens}
-    sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": _row(spec), **_waits(sm)}
+    sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": row_of(spec.experts), **_waits(sm)}
     rows = {"ROWS": min(max(power_of_two(number), 2), TABLE_ROWS)}
     tables = {"votes": "*fp64", "marks": "*i32"}
     steps = []
@@ -130,7 +130,7 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
         buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
         steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, KEEP_WARPS))
     buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
-    constants = {**sizes, **rows, **_choice_constants(spec), **blocks, "KEEP_HERE": few, "COUNT": not few}
+    constants = {**sizes, **rows, **_choice_constants(spec), **blocks, "KEEP_HERE": few}
     steps.append(_step("select_choice_kernel", grid, buffers, constants, launch.warps))
     if not few:
         return steps + _dispatch_ends(spec, launch.tokens, few=False, sm=sm, pairs=spec.dispatch_taken)
@@ -156,7 +156,7 @@ def _vote_constants(spec: SelectSpec) -> dict[str, Value]:
         "POWER": spec.power,
         "ALPHA": spec.alpha,
         "BETA": spec.beta,
-        "BLOCK_E": _row(spec),
+        "BLOCK_E": row_of(spec.experts),
     }
 
 
@@ -168,11 +168,6 @@ def _choice_constants(spec: SelectSpec) -> dict[str, Value]:
         "SCALE": spec.scale,
         "BLOCK_K": power_of_two(spec.experts_per_token),
     }
-
-
-def _row(spec: MoeSpec) -> int:
-    """A row of E as the kernels hold it; 2 is the fewest bins that their histogram has."""
-    return max(power_of_two(spec.experts), 2)
 
 
 def _dispatch_region(spec: MoeSpec) -> Region:
@@ -188,7 +183,7 @@ def _dispatch_ends(spec: MoeSpec, block: int, *, few: bool, sm: int, pairs: bool
     sizes = {
         "E": spec.experts,
         "K": spec.experts_per_token,
-        "BLOCK_E": _row(spec),
+        "BLOCK_E": row_of(spec.experts),
         "SLOTS": block * spec.experts_per_token,
         **_waits(sm),
     }
@@ -208,12 +203,11 @@ def _dispatch_ends(spec: MoeSpec, block: int, *, few: bool, sm: int, pairs: bool
 def _dispatch_steps(spec: ExpertsSpec, sm: int, tokens: int) -> tuple[list[Step[Kernel]], list[Region]]:
     """The metadata from `index`, for a node that is not given it."""
     regions = [_dispatch_region(spec), Region("active", fixed=4)]
-    sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": _row(spec), **_waits(sm)}
+    sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": row_of(spec.experts), **_waits(sm)}
     if tokens * spec.experts_per_token <= DISPATCH_SLOTS:
         buffers = {"index": "*i64", "dispatch": "*i32", "active": "*i32"}
         return [_step("dispatch_kernel", Grid(fixed=1), buffers, {**sizes, "BLOCK": DISPATCH_SLOTS}, 8)], regions
-    fewest = power_of_two(-(-spec.experts // (4 * spec.experts_per_token)))
-    block = max(fewest, 16 if tokens <= 1024 else 64)
+    block = max(fewest_tokens(spec.experts, spec.experts_per_token), 16 if tokens <= 1024 else 64)
     few = -(-tokens // block) <= BLOCKS_HERE
     constants = {**sizes, "SLOTS": block * spec.experts_per_token, "BLOCK": 256}
     buffers = {"index": "*i64", "table": "*i32"}
@@ -262,8 +256,9 @@ def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int
     }
     grid = _matmul_grid(spec, launch, launch.gate_up, tokens, spec.inner)
     function = "gate_up_prefill_kernel" if launch.prefill else "gate_up_decode_kernel"
-    names = {"gate_up_bias": bias}
-    return _matmul_step(function, grid, buffers, constants, launch.gate_up, names)
+    tiles, names = launch.gate_up, {"gate_up_bias": bias}
+    how = tiles.warps, tiles.stages, names
+    return _step(function, grid, buffers, constants, *how, programmatic=tiles.programmatic)
 
 
 def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, partial: str) -> Step[Kernel]:
@@ -286,19 +281,9 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
         constants["SPLIT"] = launch.down.split
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
-    return _matmul_step(function, grid, buffers, constants, launch.down, {"down_bias": bias})
-
-
-def _matmul_step(
-    function: str,
-    grid: Grid,
-    buffers: Mapping[str, str],
-    constants: Mapping[str, Value],
-    matmul: MatmulLaunch,
-    names: Mapping[str, str],
-) -> Step[Kernel]:
-    how = matmul.warps, matmul.stages, names
-    return _step(function, grid, buffers, constants, *how, programmatic=matmul.programmatic)
+    tiles, names = launch.down, {"down_bias": bias}
+    how = tiles.warps, tiles.stages, names
+    return _step(function, grid, buffers, constants, *how, programmatic=tiles.programmatic)
 
 
 def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
@@ -326,7 +311,7 @@ def _matmul_constants(
         "HAS_BIAS": spec.bias,
         # Only float32 operands have a choice: exact products, or ones rounded to 10 bits.
         "PRECISION": "ieee" if spec.dtype == "float32" else "tf32",
-        "BLOCK_E": _row(spec),
+        "BLOCK_E": row_of(spec.experts),
         "BLOCK_T": _block_t(matmul, tokens),
         **_waits(sm),
     }

@@ -25,7 +25,7 @@ _REFUSALS: list[str] = []
 
 NO_KERNELS = (
     "{name} holds no GPU kernels, so this engine can't run: build it again with --sm and the number of your GPU "
-    "(--sm 90 for an H100), which needs the Triton language, or run the artifact's model.onnx with ONNX Runtime"
+    "(--sm 89 for an L40S), which needs the Triton language, or run the artifact's model.onnx with ONNX Runtime"
 )
 
 

@@ -5,7 +5,8 @@ many blocks the last steps of `dispatch_kernel.py`. A block is TOKENS tokens and
 and scan are one program each. Where there are few blocks, every program of the next launch adds up the few tables
 itself, which is faster than one more launch. The floor is for each voting token of the batch, which votes counts.
 
-Of what a block uses of each expert the table has a bit a token for `place`, so that a token's rank is a count of bits.
+Where there are few, the table has a bit a token for `place` of what a block uses of each expert, so that a token's rank
+is a count of bits.
 
 Sums run in a fixed order, so that the same batch gives the same bits.
 """
@@ -198,7 +199,7 @@ def select_choice_kernel(
     kept,  # [E] int32; not read if KEEP_HERE
     index,  # [T,K] int64, out
     weight,  # [T,K] float32, out
-    table,  # [ceil(T / TOKENS), E] int32, out: the tokens that an expert serves, a bit each; COUNT: how many
+    table,  # [ceil(T / TOKENS), E] int32, out: the tokens that an expert serves, a bit each; not KEEP_HERE: how many
     T,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -210,7 +211,6 @@ def select_choice_kernel(
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
     KEEP_HERE: tl.constexpr,
-    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
@@ -260,7 +260,7 @@ def select_choice_kernel(
             BLOCK_E,
             BLOCK_K,
         )
-        number += used if COUNT else used << (token - block * TOKENS)[:, None]
+        number += used << (token - block * TOKENS)[:, None] if KEEP_HERE else used
     tl.store(table + block * E + expert, tl.sum(number, axis=0), mask=expert < E)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from lynx_trt.plugins.blob import Cubin, Kernels
@@ -32,8 +31,7 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
         return cubins[kernel, sm]
 
     def filled(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
-        steps = tuple(replace(step, kernel=cubin(step.kernel, sm)) for step in plan.steps)
-        return Plan(plan.max_tokens, steps, plan.regions)
+        return plan.with_kernels(lambda kernel: cubin(kernel, sm))
 
     ops = {spec.key: {sm: tuple(filled(p, sm) for p in plans(spec, sm, max_tokens)) for sm in sms} for spec in specs}
     return Kernels(tuple(cubins.values()), ops, ("0.0", "0.0"))

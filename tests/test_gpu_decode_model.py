@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmark_path import BENCHMARKS
+from dry_runs import dry_run
 
 # isort: split
-import gpu
 import gpu_decode_model
 import gpu_plots
 import gpu_qwen3_moe
@@ -32,14 +28,7 @@ CHOSEN = Options(Path("x.json"), 0.0, True, (MODEL,), "bfloat16", False, None)
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run in tiny records, with kernels that are interpreted."""
-    output = tmp_path_factory.mktemp("model") / "record.json"
-    command = [sys.executable, str(BENCHMARKS / "gpu_decode_model.py"), "--dry-run", "--output", str(output)]
-    gpu.links()
-    environment = {**gpu.child_environment(), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert said.returncode == 0, said.stderr
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+    return dry_run("decode_model", tmp_path_factory.mktemp("model"))
 
 
 def one(rows: list[dict[str, Any]], contender: str, fraction: float = 1.0) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from benchmark_path import BENCHMARKS
+from dry_runs import dry_run
 from fake_kernels import FakeDriver, fake_kernels
 
 # isort: split
@@ -328,18 +329,6 @@ def test_compiled_kernels_get_the_tensors_of_the_plan(monkeypatch: pytest.Monkey
 
 
 # ------------------------------------------------------------------------------------------------ the scripts
-
-
-def dry_run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What a script records in a run without a GPU."""
-    output = folder / "record.json"
-    command = [sys.executable, str(BENCHMARKS / f"gpu_{script}.py"), "--dry-run", "--output", str(output), *arguments]
-    gpu.links()
-    environment = {**gpu.child_environment(), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert said.returncode == 0, said.stderr
-    record: dict[str, Any] = json.loads(output.read_text())
-    return record
 
 
 @pytest.mark.parametrize(
