@@ -42,17 +42,22 @@ def count_slots(index, first, last, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOC
 
 
 @triton.jit
-def write_header(dispatch, active, counts, block, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def write_header(dispatch, active, counts, block, E: tl.constexpr, BLOCK_E: tl.constexpr, SHORT: tl.constexpr):
     """Write all but the pairs, in block 0; returns where each expert's pairs begin. `counts` and what is returned are
-    [rows, BLOCK_E], all rows alike: one, or as many as what follows wants.
+    [rows, BLOCK_E], all rows alike: one, or as many as what follows wants. SHORT: fewer than 2**16 pairs.
     """
     expert = tl.arange(0, BLOCK_E)[None, :]
     once = tl.arange(0, counts.shape[0])[:, None] + block == 0
     used = counts > 0
     # One running sum of both: the pairs so far in the lower half, the experts in use so far in the upper one.
-    both = tl.cumsum(counts.to(tl.int64) | (used.to(tl.int64) << 32), axis=1)
-    ends = both.to(tl.int32)
-    number = (both >> 32).to(tl.int32)
+    if SHORT:
+        both = tl.cumsum(counts | (used.to(tl.int32) << 16), axis=1)
+        ends = both & 0xFFFF
+        number = both >> 16
+    else:
+        both = tl.cumsum(counts.to(tl.int64) | (used.to(tl.int64) << 32), axis=1)
+        ends = both.to(tl.int32)
+        number = (both >> 32).to(tl.int32)
     nothing = number * 0
     tl.store(active + nothing, number, mask=once & (expert == BLOCK_E - 1))
     tl.store(dispatch + nothing, number, mask=once & (expert == BLOCK_E - 1))
@@ -88,13 +93,14 @@ def dispatch_kernel(
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHORT: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (1,). The whole metadata of a decode batch: one program, since its work is a few thousand compares."""
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
     counts = count_slots(index, 0, T * K, E, BLOCK_E, BLOCK)
-    begins = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E), [BLOCK_E])
+    begins = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E, SHORT), [BLOCK_E])
     place_slots(index, dispatch, 0, T * K, begins, E, BLOCK_E)
 
 
@@ -131,6 +137,7 @@ def dispatch_scan_kernel(
     BLOCK_E: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
+    SHORT: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (1,). Totals, then running sums down the blocks, ROWS of them at a time.
@@ -146,7 +153,7 @@ def dispatch_scan_kernel(
     for start in range(0, blocks, ROWS):
         here = (start + row < blocks) & (expert < E)
         counts += tl.sum(tl.load(table + (start + row) * E + expert, mask=here, other=0), axis=0)
-    places = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E), [BLOCK_E])
+    places = tl.reshape(write_header(dispatch, active, counts[None, :], 0, E, BLOCK_E, SHORT), [BLOCK_E])
     for start in range(0, blocks, ROWS):
         here = (start + row < blocks) & (expert < E)
         at = (start + row) * E + expert
@@ -168,6 +175,7 @@ def dispatch_place_kernel(
     SLOTS: tl.constexpr,
     SCAN_HERE: tl.constexpr,
     ROWS: tl.constexpr,
+    SHORT: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (ceil(TK / SLOTS),). Each block writes its pairs where the scan says."""
@@ -185,7 +193,8 @@ def dispatch_place_kernel(
             counts = tl.load(table + (start + row) * E + expert[None, :], mask=here, other=0)
             totals += tl.sum(counts, axis=0)
             before += tl.sum(tl.where(start + row < block, counts, 0), axis=0)
-        begins = tl.reshape(write_header(dispatch, active, totals[None, :], block, E, BLOCK_E), [BLOCK_E]) + before
+        begins = write_header(dispatch, active, totals[None, :], block, E, BLOCK_E, SHORT)
+        begins = tl.reshape(begins, [BLOCK_E]) + before
     else:
         begins = tl.load(table + block * E + expert, mask=expert < E, other=0)
     place_slots(index, dispatch, block * SLOTS, tl.minimum(block * SLOTS + SLOTS, T * K), begins, E, BLOCK_E)

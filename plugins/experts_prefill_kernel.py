@@ -83,6 +83,29 @@ def descriptor_product(
 
 
 @triton.jit
+def copied_product(
+    pairs,  # descriptor of the values of all pairs, [pairs, D]
+    first,  # the first pair; past an expert's last come those of the next, whose products nobody stores
+    descriptor,  # of the experts' matrices
+    expert,
+    row,  # the first row
+    D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `descriptor_product`, of pairs that lie one after another and come through the copy engine too."""
+    product = tl.zeros([BLOCK_T, ROWS], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        x_tile = pairs.load([first, start])
+        w_tile = load_matrix(descriptor, expert, row, start, TRANSPOSED, ROWS, BLOCK_D)
+        product = tl.dot(x_tile, w_tile, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def descriptor_halves(
     x,  # as in `descriptor_product`
     here,
@@ -140,6 +163,7 @@ def gate_up_prefill_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (programs,), any number: each takes every programs-th item."""
@@ -152,7 +176,7 @@ def gate_up_prefill_kernel(
     if DESCRIPTORS:  # in scratch memory, where those of the launch before were
         descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
-    for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
         expert = tl.load(dispatch + 2 + E + slot)
         pair = tl.load(dispatch + 1 + slot) + pair_tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -223,6 +247,8 @@ def down_prefill_kernel(
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    COPIED: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (programs,), any number: each takes every programs-th item."""
@@ -232,15 +258,23 @@ def down_prefill_kernel(
     let_next_start(PROGRAMMATIC)
     if DESCRIPTORS:  # in scratch memory, where those of the launch before were
         descriptor = matrix_descriptor(down, E, H, I, TRANSPOSED, BLOCK_H, BLOCK_I)
-    for item in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
+    if COPIED:
+        number = tl.load(dispatch + 1 + tl.load(dispatch))
+        pairs = tl.make_tensor_descriptor(inner, [number, I], [I, 1], [BLOCK_T, BLOCK_I])
+    for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
         slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
         expert = tl.load(dispatch + 2 + E + slot)
-        pair = tl.load(dispatch + 1 + slot) + pair_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        first = tl.load(dispatch + 1 + slot) + pair_tile * BLOCK_T
+        pair = first + tl.arange(0, BLOCK_T)
         here = pair < tl.load(dispatch + 2 + slot)
         place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
         x = inner + pair.to(tl.int64) * I
         rows = tile * BLOCK_H + tl.arange(0, BLOCK_H)
-        if DESCRIPTORS:
+        if COPIED:
+            product = copied_product(
+                pairs, first, descriptor, expert, tile * BLOCK_H, I, TRANSPOSED, BLOCK_T, BLOCK_H, BLOCK_I, PRECISION
+            )
+        elif DESCRIPTORS:
             product = descriptor_product(
                 x, here, descriptor, expert, tile * BLOCK_H, I, TRANSPOSED, BLOCK_T, BLOCK_H, BLOCK_I, PRECISION
             )

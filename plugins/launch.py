@@ -31,8 +31,9 @@ MOST_PROGRAMS = 1024
 class MatmulLaunch:
     """Tiles of one matmul: block_t pairs x block_n rows (of gate_up: inner values) x block_d of the summed dimension.
 
-    swap: the rows are the matmul's M. descriptors: weights through tensor descriptors. per_multiprocessor: programs of
-    a persistent launch (0: one program an item). split: programs that share a tile's sum (of down in decode).
+    swap: the rows are the matmul's M. descriptors: weights through tensor descriptors; copied: the pairs too (of down
+    in prefill). per_multiprocessor: programs of a persistent launch (0: one program an item); flatten: they load for
+    the next item before they are done with one. split: programs that share a tile's sum (of down in decode).
     programmatic: start while the launch before still runs, where the SM can.
     """
 
@@ -46,6 +47,8 @@ class MatmulLaunch:
     per_multiprocessor: int = 0
     split: int = 1
     programmatic: bool = True
+    copied: bool = False
+    flatten: bool = False
 
 
 @dataclass(frozen=True)

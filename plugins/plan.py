@@ -24,8 +24,8 @@ from lynx_trt.plugins.specs import Value
 
 ALIGNMENT = 256
 
-# Bytes of global scratch memory a program may want: a tensor descriptor is 128.
-SCRATCH_BYTES = 128
+# Bytes of global scratch memory a program may want: two tensor descriptors, of 128 each.
+SCRATCH_BYTES = 256
 
 # The module of each kernel, within lynx_trt.plugins.
 MODULES = {

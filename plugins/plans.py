@@ -80,7 +80,6 @@ def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | N
         regions += [
             Region("voting", per=4, tokens=launch.tokens),
             Region("votes", per=8 * spec.experts, tokens=launch.tokens),
-            Region("marks", per=4 * spec.experts, tokens=launch.tokens),
             Region("kept", fixed=4 * spec.experts),
             *_table_regions(spec, launch.tokens),
         ]
@@ -116,13 +115,14 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
     blocks = {"BLOCK_T": launch.block_t, "TOKENS": launch.tokens}
     sizes: dict[str, Value] = {"E": spec.experts, "BLOCK_E": row_of(spec.experts), **_waits(sm)}
     rows = {"ROWS": min(max(power_of_two(number), 2), TABLE_ROWS)}
-    tables = {"votes": "*fp64", "marks": "*i32"}
+    most = {"BLOCKS": number if few else 0}
+    tables = {"votes": "*fp64", "voting": "*i32"}
     steps = []
     if spec.vote == "affinity":
         constants = {**sizes, "K": spec.experts_per_token, **blocks}
         buffers = {**_SELECT_INPUTS, "voting": "*i32"}
         steps.append(_step("select_voting_kernel", grid, buffers, constants, launch.narrow))
-    buffers = {**_SELECT_INPUTS, "voting": "*i32", **tables}
+    buffers = {**_SELECT_INPUTS, "voting": "*i32", "votes": "*fp64"}
     constants = {**_vote_constants(spec), **blocks, **_waits(sm)}
     steps.append(_step("select_votes_kernel", grid, buffers, constants, launch.narrow))
     if not few:
@@ -130,13 +130,13 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
         buffers = {"budget": "*i32", "floor": "*fp32", **tables, "kept": "*i32"}
         steps.append(_step("select_keep_kernel", Grid(fixed=1), buffers, constants, KEEP_WARPS))
     buffers = {**_SELECT_INPUTS, **tables, "kept": "*i32", "index": "*i64", "weight": "*fp32", "table": "*i32"}
-    constants = {**sizes, **rows, **_choice_constants(spec), **blocks, "KEEP_HERE": few}
+    constants = {**sizes, **rows, **most, **_choice_constants(spec), **blocks, "KEEP_HERE": few}
     steps.append(_step("select_choice_kernel", grid, buffers, constants, launch.warps))
     if not few:
-        return steps + _dispatch_ends(spec, launch.tokens, few=False, sm=sm, pairs=spec.dispatch_taken)
+        return steps + _dispatch_ends(spec, tokens, launch.tokens, few=False, sm=sm, pairs=spec.dispatch_taken)
     buffers = {"index": "*i64", "table": "*i32", "dispatch": "*i32", "active": "*i32"}
-    constants = {**sizes, **rows, "K": spec.experts_per_token, "BLOCK_K": power_of_two(spec.experts_per_token)}
-    constants |= {"TOKENS": launch.tokens, "PAIRS": spec.dispatch_taken}
+    constants = {**sizes, **rows, **most, "K": spec.experts_per_token, "BLOCK_K": power_of_two(spec.experts_per_token)}
+    constants |= {"TOKENS": launch.tokens, "PAIRS": spec.dispatch_taken, **_short(spec, tokens)}
     if not spec.dispatch_taken:
         grid = Grid(fixed=1)
     return [*steps, _step("select_place_kernel", grid, buffers, constants, launch.narrow)]
@@ -144,6 +144,11 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
 
 def _waits(sm: int) -> dict[str, Value]:
     return {"PROGRAMMATIC": sm >= PROGRAMMATIC_SM}
+
+
+def _short(spec: MoeSpec, tokens: int) -> dict[str, Value]:
+    """Whether running sums of pairs and of experts fit an int32 together."""
+    return {"SHORT": tokens * spec.experts_per_token < 1 << 16}
 
 
 def _vote_constants(spec: SelectSpec) -> dict[str, Value]:
@@ -178,13 +183,14 @@ def _table_regions(spec: MoeSpec, block: int) -> list[Region]:
     return [Region(name, per=4 * spec.experts, tokens=block) for name in ("table", "begins")]
 
 
-def _dispatch_ends(spec: MoeSpec, block: int, *, few: bool, sm: int, pairs: bool) -> list[Step[Kernel]]:
+def _dispatch_ends(spec: MoeSpec, tokens: int, block: int, *, few: bool, sm: int, pairs: bool) -> list[Step[Kernel]]:
     """From the table of counts of each block to the metadata, `active` and (if wanted) the pairs."""
     sizes = {
         "E": spec.experts,
         "K": spec.experts_per_token,
         "BLOCK_E": row_of(spec.experts),
         "SLOTS": block * spec.experts_per_token,
+        **_short(spec, tokens),
         **_waits(sm),
     }
     steps = []
@@ -206,14 +212,15 @@ def _dispatch_steps(spec: ExpertsSpec, sm: int, tokens: int) -> tuple[list[Step[
     sizes = {"E": spec.experts, "K": spec.experts_per_token, "BLOCK_E": row_of(spec.experts), **_waits(sm)}
     if tokens * spec.experts_per_token <= DISPATCH_SLOTS:
         buffers = {"index": "*i64", "dispatch": "*i32", "active": "*i32"}
-        return [_step("dispatch_kernel", Grid(fixed=1), buffers, {**sizes, "BLOCK": DISPATCH_SLOTS}, 8)], regions
+        constants = {**sizes, "BLOCK": DISPATCH_SLOTS, **_short(spec, tokens)}
+        return [_step("dispatch_kernel", Grid(fixed=1), buffers, constants, 8)], regions
     block = max(fewest_tokens(spec.experts, spec.experts_per_token), 16 if tokens <= 1024 else 64)
     few = -(-tokens // block) <= BLOCKS_HERE
     constants = {**sizes, "SLOTS": block * spec.experts_per_token, "BLOCK": 256}
     buffers = {"index": "*i64", "table": "*i32"}
     count = _step("dispatch_count_kernel", Grid(times=1, over=block), buffers, constants, 4)
     regions += _table_regions(spec, block)
-    return [count, *_dispatch_ends(spec, block, few=few, sm=sm, pairs=True)], regions
+    return [count, *_dispatch_ends(spec, tokens, block, few=few, sm=sm, pairs=True)], regions
 
 
 def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch | None = None) -> Plan[Kernel]:
@@ -277,8 +284,7 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
         "BLOCK_H": launch.down.block_n,
         "BLOCK_I": launch.down.block_d,
     }
-    if not launch.prefill:
-        constants["SPLIT"] = launch.down.split
+    constants |= {"COPIED": launch.down.copied} if launch.prefill else {"SPLIT": launch.down.split}
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
     tiles, names = launch.down, {"down_bias": bias}
@@ -316,7 +322,7 @@ def _matmul_constants(
         **_waits(sm),
     }
     if launch.prefill:
-        return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors}
+        return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors, "FLATTEN": matmul.flatten}
     return {**constants, "ONE_TILE": tokens <= _block_t(matmul, tokens), "SWAP": matmul.swap}
 
 

@@ -3,7 +3,7 @@
 In order: voting (for `affinity` votes only), votes, keep (not if `KEEP_HERE`), choice, and place, or where there are
 many blocks the last steps of `dispatch_kernel.py`. A block is TOKENS tokens and a program of its own, except that keep
 and scan are one program each. Where there are few blocks, every program of the next launch adds up the few tables
-itself, which is faster than one more launch. The floor is for each voting token of the batch, which votes counts.
+itself, which is faster than one more launch: BLOCKS are as many as there can be. The floor is for each voting token of the batch, which votes counts.
 
 Where there are few, the table has a bit a token for `place` of what a block uses of each expert, so that a token's rank
 is a count of bits.
@@ -20,7 +20,6 @@ import triton.language as tl
 from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
 from lynx_trt.plugins.dispatch_kernel import write_header
 from lynx_trt.plugins.select_kernel import (
-    FORCED,
     add_both,
     bits_set,
     is_restricted,
@@ -74,9 +73,8 @@ def select_votes_kernel(
     budget,  # [] int32
     floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
-    voting,  # [ceil(T / TOKENS)] int32; read for `affinity` alone
-    votes,  # [ceil(T / TOKENS), E] float64, out
-    marks,  # [ceil(T / TOKENS), E] int32, out: FORCED if one of the tokens forces the expert, plus those that vote
+    voting,  # [ceil(T / TOKENS)] int32, out: how many of a block's tokens vote; for `affinity` it is there
+    votes,  # [ceil(T / TOKENS), E] float64, out; FORCED if one of the tokens forces the expert
     T,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -104,13 +102,13 @@ def select_votes_kernel(
             here = start + expert < tl.cdiv(T, TOKENS)
             number += tl.sum(tl.load(voting + start + expert, mask=here, other=0), axis=0)
     sums = tl.zeros([BLOCK_T, BLOCK_E], tl.float64)
-    numbers = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    voters = tl.zeros([BLOCK_T], tl.int32)
     for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         scores, weighing, own_weight, own, counts, total = load_tile(
             choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
         )
-        some, others = tile_votes(
+        sums += tile_votes(
             scores,
             weighing,
             own_weight,
@@ -127,37 +125,27 @@ def select_votes_kernel(
             BETA,
             BLOCK_E,
         )
-        sums += some
-        numbers += others
-    all_votes, all_marks = tl.reduce((sums, numbers), 0, add_both)
-    all_marks = all_marks % FORCED + tl.where(all_marks >= FORCED, FORCED, 0)
-    tl.store(votes + block * E + expert, all_votes, mask=expert < E)
-    tl.store(marks + block * E + expert, all_marks, mask=expert < E)
+        voters += counts.to(tl.int32)
+    tl.store(votes + block * E + expert, tl.sum(sums, axis=0), mask=expert < E)
+    if VOTE != "affinity":
+        tl.store(voting + block, tl.sum(voters, axis=0))
 
 
 @triton.jit
-def add_three(a, b, c, d, e, f):
-    """Three sums, which `tl.reduce` takes in one exchange between warps."""
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def kept_from_blocks(votes, marks, blocks, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr):
-    """Add up the blocks' tables; 1 for each expert that is kept, int32 [BLOCK_E]."""
+def kept_from_blocks(
+    votes, voting, blocks, most, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
+):
+    """Add up the tables of the blocks, `most` at most; 1 for each expert that is kept, int32 [BLOCK_E]."""
     expert = tl.arange(0, BLOCK_E)[None, :]
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK_E], tl.float64)
-    forced = tl.zeros([ROWS, BLOCK_E], tl.int32)
-    voting = tl.zeros([ROWS, BLOCK_E], tl.int32)
-    for start in range(0, blocks, ROWS):
-        here = (start + row < blocks) & (expert < E)
-        at = (start + row) * E + expert
-        sums += tl.load(votes + at, mask=here, other=0.0)
-        some = tl.load(marks + at, mask=here, other=0)
-        forced += some // FORCED
-        voting += some % FORCED
-    all_votes, all_forced, all_voting = tl.reduce((sums, forced, voting), 0, add_three)
-    return kept_set(all_votes, all_forced > 0, all_voting, limit, floor, BLOCK_E).to(tl.int32)
+    voters = tl.zeros([ROWS], tl.int32)
+    for start in range(0, most, ROWS):
+        here = start + row < blocks
+        at = (start + row)[:, None] * E + expert
+        sums += tl.load(votes + at, mask=here[:, None] & (expert < E), other=0.0)
+        voters += tl.load(voting + start + row, mask=here, other=0)
+    return kept_set(tl.sum(sums, axis=0), tl.sum(voters, axis=0), limit, floor, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -165,7 +153,7 @@ def select_keep_kernel(
     budget,  # [] int32
     floor,  # [] float32
     votes,  # [ceil(T / TOKENS), E] float64
-    marks,  # [ceil(T / TOKENS), E] int32
+    voting,  # [ceil(T / TOKENS)] int32
     kept,  # [E] int32, out
     T,
     E: tl.constexpr,
@@ -181,7 +169,8 @@ def select_keep_kernel(
     if not is_restricted(limit, least, E):
         return
     expert = tl.arange(0, BLOCK_E)
-    result = kept_from_blocks(votes, marks, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E, ROWS)
+    blocks = tl.cdiv(T, TOKENS)
+    result = kept_from_blocks(votes, voting, blocks, blocks, limit, least, E, BLOCK_E, ROWS)
     tl.store(kept + expert, result, mask=expert < E)
 
 
@@ -195,7 +184,7 @@ def select_choice_kernel(
     floor,  # [] float32
     token_mask,  # [T] uint8, 0 for padding
     votes,  # [ceil(T / TOKENS), E] float64
-    marks,  # [ceil(T / TOKENS), E] int32
+    voting,  # [ceil(T / TOKENS)] int32
     kept,  # [E] int32; not read if KEEP_HERE
     index,  # [T,K] int64, out
     weight,  # [T,K] float32, out
@@ -211,6 +200,7 @@ def select_choice_kernel(
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
     KEEP_HERE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
@@ -229,7 +219,8 @@ def select_choice_kernel(
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
     if restricted:
         if KEEP_HERE:
-            kept_here = kept_from_blocks(votes, marks, tl.cdiv(T, TOKENS), limit, least, E, BLOCK_E, ROWS)
+            blocks = tl.cdiv(T, TOKENS)
+            kept_here = kept_from_blocks(votes, voting, blocks, BLOCKS, limit, least, E, BLOCK_E, ROWS)
         else:
             kept_here = tl.load(kept + expert, mask=expert < E, other=0)
     number = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -276,7 +267,9 @@ def select_place_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
+    SHORT: tl.constexpr,
     PAIRS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
@@ -289,13 +282,14 @@ def select_place_kernel(
     blocks = tl.cdiv(T, TOKENS)
     totals = tl.zeros([ROWS, BLOCK_E], tl.int32)
     before = tl.zeros([ROWS, BLOCK_E], tl.int32)
-    for start in range(0, blocks, ROWS):
+    for start in range(0, BLOCKS, ROWS):
         here = (start + line < blocks) & (expert < E)[None, :]
         numbers = bits_set(tl.load(table + (start + line) * E + expert[None, :], mask=here, other=0))
         totals += numbers
         before += tl.where(start + line < block, numbers, 0)
     all_totals, all_before = tl.reduce((totals, before), 0, add_both)
-    begins = tl.reshape(write_header(dispatch, active, all_totals[None, :], block, E, BLOCK_E), [BLOCK_E]) + all_before
+    begins = write_header(dispatch, active, all_totals[None, :], block, E, BLOCK_E, SHORT)
+    begins = tl.reshape(begins, [BLOCK_E]) + all_before
     if PAIRS:
         row = tl.arange(0, TOKENS)
         token = block * TOKENS + row

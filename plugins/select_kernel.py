@@ -24,8 +24,8 @@ from lynx_trt.plugins.dispatch_kernel import write_header
 # Below the order of every finite float32.
 LOWEST = tl.constexpr(-(2**31))
 LARGEST = tl.constexpr(2**31 - 1)
-# Of the marks of an expert (tile_votes), what each token that forces it adds; the lower bits count those that vote.
-FORCED = tl.constexpr(1 << 16)
+# The vote for an expert that a token forces: more than all others', and whatever is added.
+FORCED = tl.constexpr(float("inf"))
 # Pairs of experts that are compared at a time.
 MOST_PAIRS = tl.constexpr(128 * 128)
 # As in lynx_trt.selection: below any sum of positive float32, above 0.
@@ -160,8 +160,7 @@ def tile_votes(
     BETA: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """What each of some tokens says of each expert, [BLOCK_T, BLOCK_E]: its vote (float64), and its marks (int32): 1
-    if the token votes at all, and FORCED if it forces the expert.
+    """The votes of some tokens for each expert, float64 [BLOCK_T, BLOCK_E]: of those that a token forces, FORCED.
 
     `voting` is the number of tokens that vote in the whole batch; only `affinity` asks for it.
     """
@@ -179,11 +178,10 @@ def tile_votes(
             votes = votes * votes
         elif POWER != 1.0:
             votes = tl.where(votes > 0, tl.exp(tl.log(tl.where(votes > 0, votes, 1.0)) * POWER), 0.0)
-    marks = tl.broadcast_to(counts.to(tl.int32)[:, None], own.shape)
     if GUARANTEE > 0 or SENSITIVITY > 0:
         forced = forced_experts(scores, own_weight, own, total, K, GUARANTEE, SENSITIVITY, BLOCK_E)
-        marks += forced.to(tl.int32) * FORCED
-    return votes, marks
+        votes = tl.where(forced, FORCED, votes)
+    return votes
 
 
 @triton.jit
@@ -199,29 +197,25 @@ def is_restricted(budget, floor, E: tl.constexpr):
 
 
 @triton.jit
-def kept_set(votes, forced, voting, budget, floor, BLOCK_E: tl.constexpr):
-    """Which experts are kept, [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long as the vote is
+def kept_set(votes, voting, budget, floor, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long as the vote is
     above `floor` (float32) for each of the `voting` tokens.
     """
-    expert = tl.arange(0, BLOCK_E)
     ballots = votes.to(tl.float32)
-    # Votes are not negative, so the bits of the float32 order as it does; below them those of what is not forced.
-    bits = ballots.to(tl.int32, bitcast=True)
-    key = tl.where(forced, bits, bits | LOWEST)
-    # A rank is the number of those before: of equal ones the lower index is before, as if one higher.
-    if BLOCK_E * BLOCK_E <= MOST_PAIRS:
-        others = key[None, :] + (expert[None, :] < expert[:, None]).to(tl.int32)
-        rank = tl.sum((others > key[:, None]).to(tl.int32), axis=1)
-    else:  # some at a time: more pairs do not fit registers
-        width: tl.constexpr = MOST_PAIRS // BLOCK_E
-        rank = tl.zeros([BLOCK_E], tl.int32)
+    rank = tl.zeros([BLOCK_E], tl.int32)
+    if budget < E:
+        # Votes are not negative, so the bits of the float32 order as it does. The lower index is before: no two keys
+        # are equal, and a rank is the number of larger ones. A thread has all others of its own, and sums in itself.
+        key = (ballots.to(tl.int32, bitcast=True).to(tl.int64) << 16) - tl.arange(0, BLOCK_E)
+        width: tl.constexpr = min(MOST_PAIRS // BLOCK_E, BLOCK_E)  # more pairs do not fit registers
         for start in range(0, BLOCK_E, width):
-            other = start + tl.arange(0, width)
-            others = tl.gather(key, other, axis=0)[:, None] + (other[:, None] < expert[None, :]).to(tl.int32)
-            rank += tl.sum((others > key[None, :]).to(tl.int32), axis=0)
+            others = key if width == BLOCK_E else tl.gather(key, start + tl.arange(0, width), axis=0)
+            rank += tl.sum((others[:, None] > key[None, :]).to(tl.int32), axis=0)
     # Both factors are exact in float32, and the product is rounded once, as in the reference.
     enough = ballots > floor * voting.to(tl.float32)
-    return forced | ((rank < budget) & enough)
+    kept = (votes == FORCED) | ((rank < budget) & enough)
+    # Gathering ends the influence of how votes lie in registers on how the tiles lie that `kept` is used with.
+    return tl.gather(kept.to(tl.int32), tl.arange(0, BLOCK_E), axis=0)
 
 
 @triton.jit
@@ -366,7 +360,7 @@ def select_kernel(
         voting = 0
         if VOTE == "affinity":
             voting = tl.sum(counts.to(tl.int32), axis=0)
-        votes, marks = tile_votes(
+        votes = tile_votes(
             scores,
             weighing,
             own_weight,
@@ -383,8 +377,9 @@ def select_kernel(
             BETA,
             BLOCK_E,
         )
-        votes, marks = tl.reduce((votes, marks), 0, add_both)
-        kept = kept_set(votes, marks >= FORCED, marks % FORCED, limit, least, BLOCK_E).to(tl.int32)
+        voters = tl.broadcast_to(counts.to(tl.int32)[:, None], votes.shape)
+        votes, voters = tl.reduce((votes, voters), 0, add_both)
+        kept = kept_set(votes, voters, limit, least, E, BLOCK_E)
     experts, used = tile_choice(
         scores,
         own,
@@ -408,7 +403,8 @@ def select_kernel(
     )
     number, before = count_used(used, BLOCK_T)
     # The running sum is made in each token's row, inside a warp.
-    place = write_header(dispatch, active, tl.broadcast_to(number[None, :], used.shape), 0, E, BLOCK_E) + before
+    numbers = tl.broadcast_to(number[None, :], used.shape)
+    place = write_header(dispatch, active, numbers, 0, E, BLOCK_E, BLOCK_T * K < 1 << 16) + before
     known = (experts >= 0) & (experts < E)
     place = tl.gather(place, tl.where(known, experts, 0).to(tl.int32), axis=1)
     pair = token[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
