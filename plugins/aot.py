@@ -42,7 +42,7 @@ __all__ = ["Cubin", "Kernels", "compile_for", "lookup", "report_table"]
 
 INSTALL = 'pip install "lynx-trt[kernels]"'
 # Counts up when a change of ours, and not of a kernel's source, makes cached kernels useless.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 def compile_for(

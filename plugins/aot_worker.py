@@ -59,7 +59,8 @@ def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
     knobs.compilation.always_compile = True  # what is cached has no log of the assembler
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fuses}
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options |= {"enable_fp_fusion": kernel.fuses, "maxnreg": kernel.most_registers}
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     if compiled.metadata.profile_scratch_size:

@@ -209,7 +209,8 @@ def _launch(kernel: Kernel, programs: int, arguments: list[Tensor | int], device
             constants["PROGRAMMATIC"] = False
     if constants.get("DESCRIPTORS"):
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fuses}
+    options: dict[str, Any] = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options |= {"enable_fp_fusion": kernel.fuses, "maxnreg": kernel.most_registers}
     function[(programs,)](*arguments, **constants, **options)
 
 

@@ -33,22 +33,19 @@ def program_work(
 ):
     """A program's (expert, tile of its rows, first pair, pair past the last, whether there is such work)."""
     item = tl.program_id(0)
-    active = tl.load(dispatch)
     if ONE_TILE:
         # There are no more items than tiles of E experts, so these loads are inside and need not wait for `active`.
+        # Asking all of them whether there is work keeps the compiler from putting off some until it is known.
         slot = item // N_TILES
         tile = item % N_TILES
-        exists = slot < active
         first = tl.load(dispatch + 1 + slot)
         last = tl.load(dispatch + 2 + slot)
         expert = tl.load(dispatch + 2 + E + slot)
+        exists = (slot < tl.load(dispatch)) & (first < last) & (expert >= 0)
     else:
         tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
-        slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
-        exists = slot < active
-        first = tl.load(dispatch + 1 + slot, mask=exists, other=0) + pair_tile * BLOCK_T
-        last = tl.minimum(tl.load(dispatch + 2 + slot, mask=exists, other=0), first + BLOCK_T)
-        expert = tl.load(dispatch + 2 + E + slot, mask=exists, other=0)
+        expert, tile, first, last, exists = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
+        last = tl.minimum(last, first + BLOCK_T)
     return expert.to(tl.int64), tile, first, last, exists
 
 
@@ -90,6 +87,8 @@ def gate_up_decode_kernel(
         return
     rows, valid = gate_up_rows(tile * BLOCK_I, I, BLOCK_I, GATED, INTERLEAVED)
     column = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    if HAS_BIAS:
+        bias = tl.load(gate_up_bias + expert * R + rows, mask=valid, other=0.0).to(tl.float32)
     # One round, unless an expert has more pairs than the launch was chosen for (a token that names one twice).
     for start in range(first, last, BLOCK_T):
         pair = start + tl.arange(0, BLOCK_T)
@@ -114,7 +113,7 @@ def gate_up_decode_kernel(
             PRECISION,
         )
         if HAS_BIAS:
-            product += tl.load(gate_up_bias + expert * R + rows, mask=valid, other=0.0).to(tl.float32)[None, :]
+            product += bias[None, :]
         value = activate_gate_up(product, BLOCK_T, BLOCK_I, ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, UP_OFFSET)
         at = inner + pair.to(tl.int64)[:, None] * I + column[None, :]
         tl.store(at, value.to(inner.dtype.element_ty), mask=here[:, None] & (column < I)[None, :])
@@ -154,14 +153,26 @@ def down_decode_kernel(
     expert, item, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES * SPLIT, ONE_TILE)
     begin = item % SPLIT * PIECE
     rows = item // SPLIT * BLOCK_H + tl.arange(0, BLOCK_H)
+    # So are the places and weights of the first pairs, which nothing has to wait for at the end; more than so many
+    # would not fit the registers beside their product.
+    EARLY: tl.constexpr = BLOCK_T <= 32
+    if EARLY:
+        last = tl.where(exists, last, first)
+        pair = first + tl.arange(0, BLOCK_T)
+        here = pair < last
+        place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+        scale = tl.load(weight + place, mask=here, other=0.0)
+    if HAS_BIAS:
+        biased = rows < tl.where(exists & (begin == 0), H, 0)  # the first summand alone
+        bias = tl.load(down_bias + expert * H + rows, mask=biased, other=0.0).to(tl.float32)
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
     if not exists:
         return
     for start in range(first, last, BLOCK_T):
-        pair = start + tl.arange(0, BLOCK_T)
-        here = pair < last
-        place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+        if not EARLY:
+            pair = start + tl.arange(0, BLOCK_T)
+            here = pair < last
         product = tile_product(
             inner + pair.to(tl.int64) * I,
             here,
@@ -180,9 +191,17 @@ def down_decode_kernel(
             SWAP,
             PRECISION,
         )
+        if not EARLY:
+            place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+            scale = tl.load(weight + place, mask=here, other=0.0)
         if HAS_BIAS:
-            biased = rows < tl.where(begin == 0, H, 0)  # the first summand alone
-            product += tl.load(down_bias + expert * H + rows, mask=biased, other=0.0).to(tl.float32)[None, :]
-        product *= tl.load(weight + place, mask=here, other=0.0)[:, None]
+            product += bias[None, :]
+        product *= scale[:, None]
         at = partial + (place.to(tl.int64) * SPLIT + item % SPLIT)[:, None] * H + rows[None, :]
         tl.store(at, product.to(partial.dtype.element_ty), mask=here[:, None] & (rows < H)[None, :])
+        if EARLY:
+            if start + BLOCK_T < last:
+                pair += BLOCK_T
+                here = pair < last
+                place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+                scale = tl.load(weight + place, mask=here, other=0.0)

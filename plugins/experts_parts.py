@@ -13,6 +13,10 @@ import triton.language as tl
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # clamps pass NaN on, as NumPy's and PyTorch's do
 
 
+# In a sum over experts, what each of them adds beside its number of tiles.
+EXPERT = tl.constexpr(1 << 21)
+
+
 @triton.jit
 def expert_items(dispatch, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, N_TILES: tl.constexpr):
     """For each active expert, how many tiles of pairs it has and where its items end, [BLOCK_E] each.
@@ -20,36 +24,42 @@ def expert_items(dispatch, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.c
     An expert has ceil(pairs / BLOCK_T) x N_TILES items; past the active experts there are none.
     """
     number = tl.arange(0, BLOCK_E)
-    here = number < tl.load(dispatch)
-    first = tl.load(dispatch + 1 + number, mask=here, other=0)
-    last = tl.load(dispatch + 2 + number, mask=here, other=0)
-    tiles = (last - first + BLOCK_T - 1) // BLOCK_T
+    active = tl.load(dispatch)
+    # Not masked by `active`, so that nothing waits for it.
+    first = tl.load(dispatch + 1 + number, mask=number < E, other=0)
+    last = tl.load(dispatch + 2 + number, mask=number < E, other=0)
+    tiles = tl.where(number < active, (last - first + BLOCK_T - 1) // BLOCK_T, 0)
     return tiles, tl.cumsum(tiles * N_TILES, axis=0)
 
 
 @triton.jit
 def find_item(
+    dispatch,
     tiles,
     ends,
     item,
-    BLOCK_E: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     N_TILES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """An item as (number in the list of active experts, tile of its pairs, tile of its rows).
+    """An item as (expert, tile of its rows, first pair, pair past the last of the expert, whether there is such work).
 
     Up to GROUP tiles of pairs of one tile of rows come one after another, so that programs which run at the same time
     read the same weights, from HBM once and then from L2; then the next tile of rows, for which those pairs are in L2.
-    Past the last item the number is BLOCK_E.
     """
-    number = tl.arange(0, BLOCK_E)
-    slot = tl.sum((ends <= item).to(tl.int32), axis=0)
-    local = item - tl.sum(tl.where(number < slot, tiles * N_TILES, 0), axis=0)
-    height = tl.sum(tl.where(number == slot, tiles, 0), axis=0)
+    # One sum, of the experts before in the upper bits and of their tiles in the lower ones: each is an exchange.
+    before = tl.sum(tl.where(ends <= item, tiles + EXPERT, 0), axis=0)
+    slot = before // EXPERT
+    exists = slot < tl.load(dispatch)
+    begin = tl.load(dispatch + 1 + slot, mask=exists, other=0)
+    end = tl.load(dispatch + 2 + slot, mask=exists, other=0)
+    expert = tl.load(dispatch + 2 + E + slot, mask=exists, other=0)
+    local = item - before % EXPERT * N_TILES
     first = local // (GROUP * N_TILES) * GROUP
-    size = tl.maximum(tl.minimum(height - first, GROUP), 1)
+    size = tl.maximum(tl.minimum((end - begin + BLOCK_T - 1) // BLOCK_T - first, GROUP), 1)
     local = local % (GROUP * N_TILES)
-    return slot, first + local % size, local // size
+    return expert, local // size, begin + (first + local % size) * BLOCK_T, end, exists
 
 
 @triton.jit
@@ -85,7 +95,7 @@ def tile_product(
             x_here = here[:, None]
         else:
             x_here = here[:, None] & inside[None, :]
-        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
+        # The weights first: where the pairs lie has to be read before they can be.
         if TRANSPOSED:
             at = w + (start + d)[:, None] * N + rows[None, :]
         else:
@@ -100,6 +110,7 @@ def tile_product(
             w_tile = tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0)
         else:
             w_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
+        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
         if SWAP:
             left = tl.trans(w_tile) if TRANSPOSED else w_tile
             product = tl.dot(left, tl.trans(x_tile), product, input_precision=PRECISION)

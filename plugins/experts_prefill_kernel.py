@@ -177,10 +177,9 @@ def gate_up_prefill_kernel(
         descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
-        expert = tl.load(dispatch + 2 + E + slot)
-        pair = tl.load(dispatch + 1 + slot) + pair_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        here = pair < tl.load(dispatch + 2 + slot)
+        expert, tile, first, last, _ = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
+        pair = first + tl.arange(0, BLOCK_T)
+        here = pair < last
         token = (tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0) // K).to(tl.int64)
         x = hidden + token * H
         column = tile * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -262,11 +261,9 @@ def down_prefill_kernel(
         number = tl.load(dispatch + 1 + tl.load(dispatch))
         pairs = tl.make_tensor_descriptor(inner, [number, I], [I, 1], [BLOCK_T, BLOCK_I])
     for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        slot, pair_tile, tile = find_item(tiles, ends, item, BLOCK_E, N_TILES, GROUP)
-        expert = tl.load(dispatch + 2 + E + slot)
-        first = tl.load(dispatch + 1 + slot) + pair_tile * BLOCK_T
+        expert, tile, first, last, _ = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
         pair = first + tl.arange(0, BLOCK_T)
-        here = pair < tl.load(dispatch + 2 + slot)
+        here = pair < last
         place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
         x = inner + pair.to(tl.int64) * I
         rows = tile * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -246,6 +246,8 @@ ROW_VALUES = 2048
 TILE_VALUES = 1024
 # Rows that one program holds at least: on an H200 a row that all its warps share takes longer than four that do not.
 FEWEST_ROWS = 4
+# Rows of a table that are added at a time.
+TABLE_ROWS = 32
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
 # Tokens of a block of the selection whose table is bits of an int32.
@@ -264,15 +266,14 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
         block_t = max(tokens, FEWEST_ROWS)
         return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, reason)
     fewest = fewest_tokens(experts, experts_per_token)
-    # Small blocks, up to BLOCKS_HERE of them; those of up to MASK_BITS tokens need the fewest launches.
+    # Small blocks, as many as are added up at once; those of up to MASK_BITS tokens need the fewest launches.
     small = min(max(TILE_VALUES // 2 // row, 8), MASK_BITS)
-    block = max(fewest, small, power_of_two(-(-tokens // BLOCKS_HERE)))
-    if block > MASK_BITS:
+    block = max(fewest, small, min(power_of_two(-(-tokens // TABLE_ROWS)), MASK_BITS))
+    if tokens > block * BLOCKS_HERE:
         block = max(fewest, 64)
-    # A block in several tiles holds their sums too: the tiles are smaller then, or some SMs spill.
-    block_t = block if block * row <= TILE_VALUES else max(TILE_VALUES // 2 // row, 1)
+    block_t = min(block, max(TILE_VALUES // row, 1))
     reason = "blocks: tokens in parallel on many multiprocessors"
-    return SelectLaunch(False, block_t, 8 if block * row >= TILE_VALUES else 4, block, reason)
+    return SelectLaunch(False, block_t, 8 if block * row > TILE_VALUES else 4, block, reason)
 
 
 def row_of(experts: int) -> int:

@@ -1561,14 +1561,6 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         reason="256 tokens, half the experts kept: the estimate took 11.6 us",
         microseconds=11.65,
     ),
-    (90, 128, 4, 512): SelectLaunch(
-        one_program=False,
-        block_t=8,
-        warps=4,
-        tokens=8,
-        reason="512 tokens, half the experts kept: the estimate took 13.5 us",
-        microseconds=13.54,
-    ),
     (90, 128, 4, 1024): SelectLaunch(
         one_program=False,
         block_t=8,
@@ -1668,14 +1660,6 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         tokens=8,
         reason="256 tokens, half the experts kept: the estimate took 12.8 us",
         microseconds=12.75,
-    ),
-    (90, 128, 8, 512): SelectLaunch(
-        one_program=False,
-        block_t=8,
-        warps=4,
-        tokens=8,
-        reason="512 tokens, half the experts kept: the estimate took 14.6 us",
-        microseconds=14.63,
     ),
     (90, 128, 8, 1024): SelectLaunch(
         one_program=False,

@@ -62,7 +62,20 @@ class Kernel:
     @property
     def fuses(self) -> bool:
         """Whether a * b + c may be rounded once. Not in the selection, which is to round as its reference does."""
-        return not MODULES[self.function].startswith("select")
+        return not self._selects
+
+    @property
+    def most_registers(self) -> int | None:
+        """Of a thread; None: what the assembler likes.
+
+        The selection's few programs may have all there are. Left to itself the assembler spills some bytes in order to
+        fit more programs beside them.
+        """
+        return min(65536 // (32 * self.warps), 255) if self._selects else None
+
+    @property
+    def _selects(self) -> bool:
+        return MODULES[self.function].startswith("select")
 
     @property
     def waits(self) -> bool:

@@ -13,6 +13,7 @@ from lynx_trt.plugins.launch import (
     MASK_BITS,
     MOST_PROGRAMS,
     SMS,
+    TABLE_ROWS,
     ExpertsLaunch,
     MatmulLaunch,
     SelectLaunch,
@@ -33,8 +34,6 @@ KEEP_WARPS = 8
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
 # From this SM on a launch may start before the one before it has ended.
 PROGRAMMATIC_SM = 90
-# Rows of a table that are added at a time.
-TABLE_ROWS = 32
 
 
 def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:

@@ -37,6 +37,7 @@ from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import (
     ALIGNMENT,
     MODULES,
+    SCRATCH_BYTES,
     Grid,
     Kernel,
     Plan,
@@ -198,7 +199,7 @@ def test_workspace_is_bounded_by_the_tokens(model: str, tokens: int) -> None:
     # A prefill may come with as few tokens as a decode batch has at most.
     rows = pairs * (2 * shape.inner + partial * shape.hidden)
     least = FLOAT32_TOKENS * shape.experts_per_token * (2 * shape.inner + 4 * shape.hidden)
-    scratch = 128 * MOST_PROGRAMS
+    scratch = SCRATCH_BYTES * MOST_PROGRAMS
     bound = max(rows, least) if tokens > FLOAT32_TOKENS else rows
     assert workspace_bytes(experts_spec(model, "bfloat16", dispatch_given=False), tokens) <= bound + tables + scratch
 
