@@ -1,7 +1,8 @@
 """LynxExperts for a decode batch: bound by reading the active experts' weights, which happens once.
 
-Three launches: gate_up (with the activation) into a workspace, down (with the bias and the token's weight) into
-another, and combine, which adds a token's slots in their order: no atomics, so the same bits every time.
+Three launches: gate_up (with the activation) into a workspace, down (with the bias) into another, each with a row a
+pair, and combine, which adds a token's slots in their order, times their weights: no atomics, so the same bits every
+time. gate_up also writes where each slot's row is, for combine.
 
 A program has one active expert and some of its rows; a program past the last active expert ends at once, so nothing
 of an inactive expert is read and the host need not know how many there are. It takes all pairs of its expert against
@@ -16,7 +17,14 @@ import triton
 import triton.language as tl
 
 from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
-from lynx_trt.plugins.experts_parts import activate_gate_up, expert_items, find_item, gate_up_rows, tile_product
+from lynx_trt.plugins.experts_parts import (
+    activate_gate_up,
+    expert_items,
+    find_item,
+    gate_up_rows,
+    tile_product,
+    write_places,
+)
 
 # Tiles of pairs that share a tile of weights before the next one: a decode batch has few.
 GROUP = tl.constexpr(8)
@@ -44,7 +52,8 @@ def program_work(
         exists = (slot < tl.load(dispatch)) & (first < last) & (expert >= 0)
     else:
         tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
-        expert, tile, first, last, exists = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
+        exists = item < tl.max(ends, axis=0)
+        expert, tile, first, last = find_item(dispatch, tiles, ends, item, exists, E, BLOCK_T, N_TILES, GROUP)
         last = tl.minimum(last, first + BLOCK_T)
     return expert.to(tl.int64), tile, first, last, exists
 
@@ -56,6 +65,7 @@ def gate_up_decode_kernel(
     gate_up_bias,  # [E,R] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
     inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
+    where,  # [T,K] int32, out: which pair a slot is; those of empty slots are not written
     E: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -117,6 +127,8 @@ def gate_up_decode_kernel(
         value = activate_gate_up(product, BLOCK_T, BLOCK_I, ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, UP_OFFSET)
         at = inner + pair.to(tl.int64)[:, None] * I + column[None, :]
         tl.store(at, value.to(inner.dtype.element_ty), mask=here[:, None] & (column < I)[None, :])
+        if tile == 0:
+            write_places(dispatch, where, start, last, E, BLOCK_T)
 
 
 @triton.jit
@@ -124,9 +136,8 @@ def down_decode_kernel(
     inner,  # [TK,I] float
     down,  # [E,H,I] float, transposed [E,I,H]
     down_bias,  # [E,H] float; not read without HAS_BIAS
-    weight,  # [T,K] float32
     dispatch,  # [2E+2+TK] int32
-    partial,  # [TK,SPLIT,H] float32, out: by slot, in the order of `weight`; rows of empty slots are not written
+    partial,  # [TK,SPLIT,H] float32, out: a row a pair
     E: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -153,15 +164,6 @@ def down_decode_kernel(
     expert, item, first, last, exists = program_work(dispatch, E, BLOCK_E, BLOCK_T, N_TILES * SPLIT, ONE_TILE)
     begin = item % SPLIT * PIECE
     rows = item // SPLIT * BLOCK_H + tl.arange(0, BLOCK_H)
-    # So are the places and weights of the first pairs, which nothing has to wait for at the end; more than so many
-    # would not fit the registers beside their product.
-    EARLY: tl.constexpr = BLOCK_T <= 32
-    if EARLY:
-        last = tl.where(exists, last, first)
-        pair = first + tl.arange(0, BLOCK_T)
-        here = pair < last
-        place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
-        scale = tl.load(weight + place, mask=here, other=0.0)
     if HAS_BIAS:
         biased = rows < tl.where(exists & (begin == 0), H, 0)  # the first summand alone
         bias = tl.load(down_bias + expert * H + rows, mask=biased, other=0.0).to(tl.float32)
@@ -170,9 +172,8 @@ def down_decode_kernel(
     if not exists:
         return
     for start in range(first, last, BLOCK_T):
-        if not EARLY:
-            pair = start + tl.arange(0, BLOCK_T)
-            here = pair < last
+        pair = start + tl.arange(0, BLOCK_T)
+        here = pair < last
         product = tile_product(
             inner + pair.to(tl.int64) * I,
             here,
@@ -191,17 +192,7 @@ def down_decode_kernel(
             SWAP,
             PRECISION,
         )
-        if not EARLY:
-            place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
-            scale = tl.load(weight + place, mask=here, other=0.0)
         if HAS_BIAS:
             product += bias[None, :]
-        product *= scale[:, None]
-        at = partial + (place.to(tl.int64) * SPLIT + item % SPLIT)[:, None] * H + rows[None, :]
+        at = partial + (pair.to(tl.int64) * SPLIT + item % SPLIT)[:, None] * H + rows[None, :]
         tl.store(at, product.to(partial.dtype.element_ty), mask=here[:, None] & (rows < H)[None, :])
-        if EARLY:
-            if start + BLOCK_T < last:
-                pair += BLOCK_T
-                here = pair < last
-                place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
-                scale = tl.load(weight + place, mask=here, other=0.0)

@@ -38,12 +38,13 @@ def find_item(
     tiles,
     ends,
     item,
+    exists,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     N_TILES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """An item as (expert, tile of its rows, first pair, pair past the last of the expert, whether there is such work).
+    """An item as (expert, tile of its rows, first pair, pair past the last of the expert); anything if none `exists`.
 
     Up to GROUP tiles of pairs of one tile of rows come one after another, so that programs which run at the same time
     read the same weights, from HBM once and then from L2; then the next tile of rows, for which those pairs are in L2.
@@ -51,7 +52,6 @@ def find_item(
     # One sum, of the experts before in the upper bits and of their tiles in the lower ones: each is an exchange.
     before = tl.sum(tl.where(ends <= item, tiles + EXPERT, 0), axis=0)
     slot = before // EXPERT
-    exists = slot < tl.load(dispatch)
     begin = tl.load(dispatch + 1 + slot, mask=exists, other=0)
     end = tl.load(dispatch + 2 + slot, mask=exists, other=0)
     expert = tl.load(dispatch + 2 + E + slot, mask=exists, other=0)
@@ -59,7 +59,17 @@ def find_item(
     first = local // (GROUP * N_TILES) * GROUP
     size = tl.maximum(tl.minimum((end - begin + BLOCK_T - 1) // BLOCK_T - first, GROUP), 1)
     local = local % (GROUP * N_TILES)
-    return expert, local // size, begin + (first + local % size) * BLOCK_T, end, exists
+    return expert, local // size, begin + (first + local % size) * BLOCK_T, end
+
+
+@triton.jit
+def write_places(dispatch, where, first, last, E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Write for the slots of the pairs first..last-1, at most BLOCK_T, which pair each of them is."""
+    pair = first + tl.arange(0, BLOCK_T)
+    here = pair < last
+    # Read once more: held since they told which tokens to read, they would take registers from the product.
+    slot = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
+    tl.store(where + slot, pair, mask=here)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from lynx_trt.plugins.experts_parts import (
     find_item,
     gate_up_rows,
     tile_product,
+    write_places,
 )
 
 
@@ -144,6 +145,7 @@ def gate_up_prefill_kernel(
     gate_up_bias,  # [E,R] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
     inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
+    where,  # [T,K] int32, out: which pair a slot is; those of empty slots are not written
     E: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -177,27 +179,31 @@ def gate_up_prefill_kernel(
         descriptor = matrix_descriptor(gate_up, E, R, H, TRANSPOSED, ROWS, BLOCK_H)
     tiles, ends = expert_items(dispatch, E, BLOCK_E, BLOCK_T, N_TILES)
     for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        expert, tile, first, last, _ = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
+        expert, tile, first, last = find_item(dispatch, tiles, ends, item, True, E, BLOCK_T, N_TILES, GROUP)
         pair = first + tl.arange(0, BLOCK_T)
         here = pair < last
         token = (tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0) // K).to(tl.int64)
         x = hidden + token * H
         column = tile * BLOCK_I + tl.arange(0, BLOCK_I)
         if HALVES:
+            if HAS_BIAS:
+                bias = gate_up_bias + expert * R + column
+                gate_bias = tl.load(bias, mask=column < I, other=0.0).to(tl.float32)
+                up_bias = tl.load(bias + I, mask=column < I, other=0.0).to(tl.float32)
             gate, up = descriptor_halves(
                 x, here, descriptor, expert, tile * BLOCK_I, H, I, TRANSPOSED, BLOCK_T, ROWS, BLOCK_H, PRECISION
             )
             if HAS_BIAS:
-                bias = gate_up_bias + expert * R + column
-                gate += tl.load(bias, mask=column < I, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(bias + I, mask=column < I, other=0.0).to(tl.float32)[None, :]
+                gate += gate_bias[None, :]
+                up += up_bias[None, :]
             value = activate_halves(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
         else:
             rows, valid = gate_up_rows(tile * BLOCK_I, I, BLOCK_I, GATED, INTERLEAVED)
+            if HAS_BIAS:
+                bias = tl.load(gate_up_bias + expert * R + rows, mask=valid, other=0.0).to(tl.float32)
             if DESCRIPTORS:
-                first = tile * ROWS
                 product = descriptor_product(
-                    x, here, descriptor, expert, first, H, TRANSPOSED, BLOCK_T, ROWS, BLOCK_H, PRECISION
+                    x, here, descriptor, expert, tile * ROWS, H, TRANSPOSED, BLOCK_T, ROWS, BLOCK_H, PRECISION
                 )
             else:
                 product = tile_product(
@@ -219,10 +225,12 @@ def gate_up_prefill_kernel(
                     PRECISION,
                 )
             if HAS_BIAS:
-                product += tl.load(gate_up_bias + expert * R + rows, mask=valid, other=0.0).to(tl.float32)[None, :]
+                product += bias[None, :]
             value = activate_gate_up(product, BLOCK_T, BLOCK_I, ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, UP_OFFSET)
         at = inner + pair.to(tl.int64)[:, None] * I + column[None, :]
         tl.store(at, value.to(inner.dtype.element_ty), mask=here[:, None] & (column < I)[None, :])
+        if tile == 0:
+            write_places(dispatch, where, first, last, E, BLOCK_T)
 
 
 @triton.jit
@@ -230,9 +238,8 @@ def down_prefill_kernel(
     inner,  # [TK,I] float
     down,  # [E,H,I] float, transposed [E,I,H]
     down_bias,  # [E,H] float; not read without HAS_BIAS
-    weight,  # [T,K] float32
     dispatch,  # [2E+2+TK] int32
-    partial,  # [TK,H] float, out: a row a slot, in the order of `weight`; rows of empty slots are not written
+    partial,  # [TK,H] float, out: a row a pair
     E: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -261,12 +268,13 @@ def down_prefill_kernel(
         number = tl.load(dispatch + 1 + tl.load(dispatch))
         pairs = tl.make_tensor_descriptor(inner, [number, I], [I, 1], [BLOCK_T, BLOCK_I])
     for item in tl.range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        expert, tile, first, last, _ = find_item(dispatch, tiles, ends, item, E, BLOCK_T, N_TILES, GROUP)
+        expert, tile, first, last = find_item(dispatch, tiles, ends, item, True, E, BLOCK_T, N_TILES, GROUP)
         pair = first + tl.arange(0, BLOCK_T)
         here = pair < last
-        place = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
         x = inner + pair.to(tl.int64) * I
         rows = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        if HAS_BIAS:  # before the product, so that nothing has to wait for it after it
+            bias = tl.load(down_bias + expert * H + rows, mask=rows < H, other=0.0).to(tl.float32)
         if COPIED:
             product = copied_product(
                 pairs, first, descriptor, expert, tile * BLOCK_H, I, TRANSPOSED, BLOCK_T, BLOCK_H, BLOCK_I, PRECISION
@@ -295,7 +303,6 @@ def down_prefill_kernel(
                 PRECISION,
             )
         if HAS_BIAS:
-            product += tl.load(down_bias + expert * H + rows, mask=rows < H, other=0.0).to(tl.float32)[None, :]
-        product *= tl.load(weight + place, mask=here, other=0.0)[:, None]
-        at = partial + place.to(tl.int64)[:, None] * H + rows[None, :]
+            product += bias[None, :]
+        at = partial + pair.to(tl.int64)[:, None] * H + rows[None, :]
         tl.store(at, product.to(partial.dtype.element_ty), mask=here[:, None] & (rows < H)[None, :])

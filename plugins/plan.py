@@ -65,13 +65,17 @@ class Kernel:
         return not self._selects
 
     @property
-    def most_registers(self) -> int | None:
-        """Of a thread; None: what the assembler likes.
+    def all_registers(self) -> int:
+        """As many as a thread can have when one program has a multiprocessor to itself."""
+        return min(65536 // (32 * self.warps), 255)
 
-        The selection's few programs may have all there are. Left to itself the assembler spills some bytes in order to
-        fit more programs beside them.
+    @property
+    def most_registers(self) -> int | None:
+        """Of a thread; None: as many as the assembler likes, which thinks of room for other programs.
+
+        The selection has few programs and no use for the room.
         """
-        return min(65536 // (32 * self.warps), 255) if self._selects else None
+        return self.all_registers if self._selects else None
 
     @property
     def _selects(self) -> bool:

@@ -237,6 +237,7 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     pairs = spec.experts_per_token
     summands = pairs * launch.down.split
     regions += [
+        Region("where", per=4 * pairs),
         Region("inner", per=pairs * spec.inner * BYTES[spec.dtype]),
         Region("partial", per=summands * spec.hidden * (4 if partial == "*fp32" else BYTES[spec.dtype])),
     ]
@@ -249,6 +250,7 @@ def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int
     form, value = spec.form, POINTERS[spec.dtype]
     bias = "gate_up_bias" if spec.bias else "null"
     buffers = {"hidden": value, "gate_up": value, "gate_up_bias": value, "dispatch": "*i32", "inner": value}
+    buffers |= {"where": "*i32"}
     constants: dict[str, Value] = {
         **_matmul_constants(spec, launch, launch.gate_up, sm, tokens),
         "ACTIVATION": form.activation,
@@ -274,7 +276,6 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
         "inner": value,
         "down": value,
         "down_bias": value,
-        "weight": "*fp32",
         "dispatch": "*i32",
         "partial": partial,
     }
@@ -292,11 +293,15 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
 
 
 def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
-    block = min(power_of_two(spec.hidden), 512)  # 4 values a thread of 4 warps
-    constants: dict[str, Value] = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden, "BLOCK_H": block}
-    constants |= {"SPLIT": launch.down.split, **_waits(sm)}
-    buffers = {"partial": partial, "index": "*i64", "output": POINTERS[spec.dtype]}
-    return _step("combine_kernel", Grid(per=-(-spec.hidden // block), times=1), buffers, constants, 4)
+    slots = power_of_two(spec.experts_per_token)
+    # Of a decode batch one warp has 16 bytes a thread of each slot, all of them on their way at a time; of a prefill
+    # there are so many programs that fewer larger ones are better.
+    warps = 1 if partial == "*fp32" else 4
+    block = min(power_of_two(spec.hidden), 128 * warps, 2048 * warps // slots)
+    constants: dict[str, Value] = {"E": spec.experts, "K": spec.experts_per_token, "H": spec.hidden}
+    constants |= {"BLOCK_K": slots, "BLOCK_H": block, "SPLIT": launch.down.split, **_waits(sm)}
+    buffers = {"partial": partial, "where": "*i32", "index": "*i64", "weight": "*fp32", "output": POINTERS[spec.dtype]}
+    return _step("combine_kernel", Grid(per=-(-spec.hidden // block), times=1), buffers, constants, warps)
 
 
 def _block_t(matmul: MatmulLaunch, tokens: int) -> int:

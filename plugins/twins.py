@@ -171,19 +171,21 @@ def gate_up_twin(
 
 
 def down_twin(
-    form: ExpertsForm, inner: Tensor, down: Tensor, weight: Tensor, dispatch: Tensor, *, bias: Tensor | None = None
+    form: ExpertsForm, inner: Tensor, down: Tensor, dispatch: Tensor, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Each slot's output times its weight, [T K, H], in the order of `weight` [T,K]."""
+    """Each pair's output, [T K, H], in the order of the dispatch; 0 past the last pair."""
     partial = inner.new_zeros(len(inner), down.shape[2 if form.transposed else 1])
-    for expert, each, pairs in _groups(dispatch, down.shape[0]):
-        scale = weight.reshape(-1)[pairs, None].to(inner.dtype)
-        partial[pairs] = _linear(form, inner[each], down, bias, expert) * scale
+    for expert, each, _ in _groups(dispatch, down.shape[0]):
+        partial[each] = _linear(form, inner[each], down, bias, expert)
     return partial
 
 
-def combine_twin(partial: Tensor, *, experts_per_token: int) -> Tensor:
-    """The sum of each token's slots, [T,H]."""
-    return partial.reshape(-1, experts_per_token, partial.shape[1]).sum(dim=1)
+def combine_twin(partial: Tensor, dispatch: Tensor, weight: Tensor, *, experts: int) -> Tensor:
+    """The weighted sum of each token's slots, [T,H]; `weight` is [T,K]."""
+    outputs = torch.zeros_like(partial)  # by slot
+    for _, each, pairs in _groups(dispatch, experts):
+        outputs[pairs] = partial[each] * weight.reshape(-1)[pairs, None].to(partial.dtype)
+    return outputs.reshape(*weight.shape, -1).sum(dim=1)
 
 
 def experts_twin(
@@ -199,8 +201,8 @@ def experts_twin(
     """LynxExperts: the arguments are the op's inputs, [T,H] of the precision of `hidden`."""
     dispatch = dispatch_twin(index, down.shape[0])
     inner = gate_up_twin(form, hidden, gate_up, dispatch, experts_per_token=index.shape[1], bias=gate_up_bias)
-    partial = down_twin(form, inner, down, weight, dispatch, bias=down_bias)
-    return combine_twin(partial, experts_per_token=index.shape[1])
+    partial = down_twin(form, inner, down, dispatch, bias=down_bias)
+    return combine_twin(partial, dispatch, weight, experts=down.shape[0])
 
 
 def _linear(form: ExpertsForm, x: Tensor, weights: Tensor, bias: Tensor | None, expert: int) -> Tensor:

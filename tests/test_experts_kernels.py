@@ -137,14 +137,16 @@ def test_intermediates(form: ExpertsForm, launch: str) -> None:
         return gate_up_twin(form, of.hidden, of.gate_up, dispatch, experts_per_token=2, bias=of.gate_up_bias)
 
     def partial(of: Layer) -> Tensor:
-        return down_twin(form, inner(of), of.down, of.weight, dispatch, bias=of.down_bias)
+        return down_twin(form, inner(of), of.down, dispatch, bias=of.down_bias)
 
     got = regions["inner"].view(torch.bfloat16).reshape(40, 40)
     _check(got[:used], inner(layer.double())[:used], inner(layer)[:used])
+    where = regions["where"].view(torch.int32)[dispatch[12 : 12 + used]]
+    assert torch.equal(where, torch.arange(used, dtype=torch.int32))
     got = regions["partial"].view(torch.float32).reshape(40, -1, 48).sum(dim=1)
-    slots = layer.index.reshape(-1) >= 0
-    _check(got[slots], partial(layer.double())[slots], partial(layer)[slots])
-    _check(combine_twin(got.nan_to_num(), experts_per_token=2), layer.double().twin(), layer.twin())
+    _check(got[:used], partial(layer.double())[:used], partial(layer)[:used])
+    got[used:] = 0
+    _check(combine_twin(got, dispatch, layer.weight, experts=5), layer.double().twin(), layer.twin())
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
