@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --merge FOLDER FOLDER ... --output FOLDER
 
 Parts run one after another in processes of their own: the machine, the engines (first question: does TensorRT run on
-this SM?), the kernels' compilation and tests, the benchmarks, and with --tune the tuner. One that fails or hangs is
-written down and the next begins. A part may use the time that those before it left over; all of them together take at
+this SM?), with --tune the tuner, whose launches all that follows runs with, the kernels' compilation and tests, the
+benchmarks. One that fails or hangs is written down and the next begins. A part may use the time that those before it left over; all of them together take at
 most --minutes.
 
 FOLDER has results.json, written as it grows, table.md and log.txt. Needs no installation: the packages are found
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ BENCHMARKS = Path(__file__).resolve().parent
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v2-lite")
 # Where parts run: `python -m` looks in the current folder first, and the repository's own lynx_trt/ is not all of it.
 WORK = ROOT / "build" / "gpu"
+# What the tuner writes and the kernels' plans read.
+TABLE = ROOT / "plugins" / "launch_table.py"
 # A part is told to begin nothing new so many seconds before it is ended.
 GRACE = 10.0
 
@@ -69,8 +72,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
 
     # A dry run has two models: the two forms of experts that there are.
     models = MODELS[0:3:2] if options.dry_run else MODELS
+    tune = (sys.executable, "-m", "lynx_trt.plugins.tune", "--output", str(TABLE))
     every = [
         script("machine", 0.3),
+        *((Part("tune", tune, 10.0, timed=False, records=False),) if options.tune else ()),
         engines("engine", 5.0),
         script("compile", 0.7),
         *(Part(name, command, 2.0, timed=False, records=False) for name, command in pytest_commands().items()),
@@ -80,10 +85,6 @@ def parts(options: argparse.Namespace) -> list[Part]:
         script("decode_model", 2.0, *peers, part="model"),
         engines("end_to_end", 3.0),
     ]
-    if options.tune:
-        table = str(options.output / "launch_table.py")
-        command = (sys.executable, "-m", "lynx_trt.plugins.tune", "--output", table)
-        every.append(Part("tune", command, 10.0, timed=False, records=False))
     return [part for part in every if not options.part or part.name.split("-")[0] in options.part]
 
 
@@ -124,6 +125,8 @@ class Runner:
                 self.one(part, Path(scratch) / f"{part.name}.json", max(left, 0.0) * share)
                 self.write()
                 last = self.results["parts"][part.name]
+                if part.name == "tune":
+                    shutil.copy2(TABLE, self.folder)  # what has been measured, also where the rest was not
                 self.say(f"{part.name}: {last['status']}, {last.get('seconds', 0):.0f} s {last.get('summary', '')}")
         return self.write()
 
@@ -279,9 +282,9 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where results go (benchmarks/results/gpu/<gpu>-<date>)")
     parser.add_argument("--minutes", type=float, default=20.0, help="for everything together")
-    names = ("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end", "tune")
+    names = ("machine", "tune", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end")
     parser.add_argument("--part", action="append", choices=names, help="only this part; repeat for several")
-    parser.add_argument("--tune", action="store_true", help="measure launches too, into launch_table.py in the folder")
+    parser.add_argument("--tune", action="store_true", help="first measure launches, into plugins/launch_table.py")
     parser.add_argument("--kit", type=Path, default=ROOT / "build" / "gpu-kit", help="the engines' kit (build/gpu-kit)")
     parser.add_argument("--vllm", type=Path, help="a folder with vLLM's fused_moe.py, as a peer")
     parser.add_argument("--dry-run", action="store_true", help="the scripts on a CPU in tiny sizes; no figure counts")

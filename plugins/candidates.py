@@ -57,7 +57,7 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     first: MatmulLaunch = getattr(estimate(spec, sm, tokens, prefill=prefill), part)
     rows = rows_a_value(spec, part)
     summed = spec.hidden if part == "gate_up" else spec.inner
-    made = _prefill(first, rows) if prefill else _decode(tokens, rows, summed, part)
+    made = _prefill(first, rows, part) if prefill else _decode(tokens, rows, summed, part)
     usable = (each for each in made if fits(each, spec.dtype, sm, rows_a_value=rows))
     return list(dict.fromkeys([first, *usable]))
 
@@ -119,18 +119,25 @@ def _decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[
                 yield from (replace(tile, split=split) for split in (2, 4) if split * depth <= summed)
 
 
-def _prefill(first: MatmulLaunch, rows_a_value: int) -> Iterator[MatmulLaunch]:
-    """Tiles of 64 or 128 pairs and 128 or 256 rows, one or two programs a multiprocessor."""
+def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[MatmulLaunch]:
+    """Tiles of 64 or 128 pairs and 128 or 256 rows, one or two programs a multiprocessor; of those of the usual depth
+    also with loads ahead of the next item, and with the pairs of down through the copy engine.
+    """
     for block_t, rows, depth in itertools.product((64, 128), (128, 256), (32, 64, 128)):
         for stages, warps, programs in itertools.product((3, 4, 5), (4, 8), (1, 2)):
             # A tile that 8 warps share is to be worth it; one program a multiprocessor needs them to fill it.
-            if (warps == 8) == (block_t * rows >= 128 * 128) or programs == 2:
-                yield MatmulLaunch(
-                    block_t,
-                    rows // rows_a_value,
-                    depth,
-                    warps,
-                    stages,
-                    descriptors=first.descriptors,
-                    per_multiprocessor=programs,
-                )
+            if (warps == 8) != (block_t * rows >= 128 * 128) and programs == 1:
+                continue
+            tile = MatmulLaunch(
+                block_t,
+                rows // rows_a_value,
+                depth,
+                warps,
+                stages,
+                descriptors=first.descriptors,
+                per_multiprocessor=programs,
+            )
+            yield tile
+            if first.descriptors and depth == 64 and stages < 5:
+                for flatten, copied in itertools.product((False, True), (False, True) if part == "down" else (False,)):
+                    yield replace(tile, flatten=flatten, copied=copied)

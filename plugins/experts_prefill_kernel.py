@@ -229,8 +229,8 @@ def gate_up_prefill_kernel(
             value = activate_gate_up(product, BLOCK_T, BLOCK_I, ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, UP_OFFSET)
         at = inner + pair.to(tl.int64)[:, None] * I + column[None, :]
         tl.store(at, value.to(inner.dtype.element_ty), mask=here[:, None] & (column < I)[None, :])
-        if tile == 0:
-            write_places(dispatch, where, first, last, E, BLOCK_T)
+        # No branch, which the compiler can't have in a loop that it flattens.
+        write_places(dispatch, where, first, tl.where(tile == 0, last, first), E, BLOCK_T)
 
 
 @triton.jit

@@ -33,7 +33,16 @@ SPLIT = ExpertsLaunch(False, _TILE, replace(_TILE, split=3), "")
 PREFILL = ExpertsLaunch(True, replace(_TILE, per_multiprocessor=1), replace(_TILE, per_multiprocessor=1), "")
 _COPIED = replace(_TILE, descriptors=True, per_multiprocessor=1)
 DESCRIPTORS = ExpertsLaunch(True, _COPIED, _COPIED, "")
-LAUNCHES = {"decode": DECODE, "swapped": SWAPPED, "split": SPLIT, "prefill": PREFILL, "descriptors": DESCRIPTORS}
+# Loads ahead of the next item, and the pairs of down by a descriptor of rows that belong to other experts too.
+AHEAD = ExpertsLaunch(True, replace(_COPIED, flatten=True), replace(_COPIED, flatten=True, copied=True), "")
+LAUNCHES = {
+    "decode": DECODE,
+    "swapped": SWAPPED,
+    "split": SPLIT,
+    "prefill": PREFILL,
+    "descriptors": DESCRIPTORS,
+    "ahead": AHEAD,
+}
 
 # Of PyTorch's error in that precision, that of rounding the result alone.
 EPSILON = {torch.float32: 2e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}

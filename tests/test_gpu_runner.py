@@ -149,14 +149,25 @@ def test_several_runs_are_one(tmp_path: Path) -> None:
     assert [run["commit"] for run in merged["runs"]] == ["one", "two"]
 
 
+def test_the_table_that_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the tuner runs with its table, so a copy of it is part of the results."""
+    table = tmp_path / "launch_table.py"
+    table.write_text("measured")
+    monkeypatch.setattr(gpu, "TABLE", table)
+    results = tmp_path / "results"
+    results.mkdir()
+    run(results, [fake(tmp_path, "tune", GOOD)])
+    assert (results / "launch_table.py").read_text() == "measured"
+
+
 def test_every_part_has_its_script(tmp_path: Path) -> None:
-    """And they come in the order that is asked for, engines before anything that takes long."""
+    """And they come in the order that is asked for, launches measured before whatever runs with them."""
     options = argparse.Namespace(dry_run=False, vllm=None, kit=tmp_path, tune=True, part=None, output=tmp_path)
     parts = gpu.parts(options)
     assert all(part.script is None or part.script.exists() for part in parts)
     names = [part.name.split("-")[0] for part in parts]
     assert list(dict.fromkeys(names)) == [
-        *("machine", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end", "tune"),
+        *("machine", "tune", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end"),
     ]
     assert [part.name for part in gpu.parts(argparse.Namespace(**{**vars(options), "part": ["decode"]}))] == [
         f"decode-{model}" for model in gpu_layer.MODELS

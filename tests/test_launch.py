@@ -261,6 +261,8 @@ def test_the_tuner_tries_what_can_run() -> None:
             for each in tried[1:]:
                 assert fits(each, "bfloat16", 90, rows_a_value=rows_a_value(spec, part))
                 assert bool(each.per_multiprocessor) == prefill
+                assert not each.copied or (each.descriptors and part == "down")
+                assert not each.flatten or each.descriptors
             splits = {each.split for each in tried}
             assert splits == ({1, 2, 4} if part == "down" and not prefill and tokens <= 64 else {1}), (name, tokens)
     mixtral = experts_spec("mixtral-8x7b", "bfloat16")
