@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--output FOLDER] [--minutes 20] [--part NAME ...] [--tune] [--vllm FOLDER] [--dry-run]
     python benchmarks/gpu.py --merge FOLDER FOLDER ... --output FOLDER
 
-Parts run one after another in processes of their own: the machine, the engines (first question: does TensorRT run on
-this SM?), with --tune the tuner, whose launches all that follows runs with, the kernels' compilation and tests, the
-benchmarks. One that fails or hangs is written down and the next begins. A part may use the time that those before it left over; all of them together take at
-most --minutes.
+Parts run one after another in processes of their own: the machine, with --tune the tuner, whose launches all that
+follows runs with, the engines (does TensorRT run on this SM?), the kernels' compilation and tests, the benchmarks. One
+that fails or hangs is written down and the next begins. A part may use the time that those before it left over; all of
+them together take at most --minutes.
 
 FOLDER has results.json, written as it grows, table.md and log.txt. Needs no installation: the packages are found
 through a folder of links, build/gpu. Exit code 1 if a part failed or a target was missed.

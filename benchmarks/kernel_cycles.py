@@ -2,19 +2,22 @@
 
 NVIDIA's assembler writes into each instruction how many cycles go by before the next one may start, and which of six
 scoreboards it sets or waits for. One warp's walk through the code with these numbers is its time, but for what a
-scoreboard stands for, which is guessed (LATENCY): loads that find their data in L2, one warp a scheduler, no contention.
-A loop is walked once, except that one with warp-wide reductions is taken for the choice of K experts a token; of two
-branches the longer one is walked. Warps that share a scheduler and launches are not in it.
+scoreboard stands for, which is guessed (LATENCY): loads that find their data in L2, one warp a scheduler, and nobody in
+the way. A loop is walked once, except that one with warp-wide reductions is taken for the choice of K experts a token;
+of two branches the longer one is walked. Copies to shared memory, matrix units and launches are not in it.
 
 On an H200 the selections measured on 2026-11-26 took what this says for their launches together and about a
 microsecond more for each launch. So it orders variants of a kernel, and is no figure to quote.
 
     python benchmarks/kernel_cycles.py --model qwen3-30b-a3b --tokens 16 [--op select] [--sm 90] [--lines 12]
+    python benchmarks/kernel_cycles.py --record FILE.json
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
@@ -24,17 +27,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from gpu_common import ROOT
+from gpu_common import ROOT, command_words, commit, write_json
 
 sys.path.insert(0, str(ROOT / "build" / "gpu"))  # where the package is not installed
 
+from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.aot_worker import compile_kernel
 from lynx_trt.plugins.launch import SMS, power_of_two
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 
+# Batches of a record.
+RECORDED = (1, 8, 16, 64, 128, 512)
 # Cycles until a scoreboard is clear, by the first word of the instruction that sets it; OTHER for those not here.
 LATENCY = {"LDG": 290, "LD": 290, "ATOMG": 700, "LDS": 30, "LDSM": 33, "LDC": 40, "LDL": 30, "ATOMS": 60}
 LATENCY |= {"SHFL": 25, "REDUX": 26, "S2R": 30, "S2UR": 30, "R2UR": 12, "VOTE": 12, "POPC": 18, "FLO": 18}
@@ -48,7 +55,7 @@ SLOW_PATH = 40
 
 @dataclass(frozen=True)
 class Instruction:
-    """Its address, its text, and what the assembler says of its timing: cycles, scoreboards set (7: none), waited for."""
+    """Its address, its text, and its timing: cycles, scoreboards set (7: none) and waited for (a bit each)."""
 
     address: int
     text: str
@@ -178,43 +185,78 @@ def reductions_of(kernel: Kernel) -> int:
     return 2 * int(constants["K"]) * max(1, int(constants["BLOCK_T"]) // kernel.warps)
 
 
-def report(plan: Plan[Kernel], sm: int, lines: int) -> None:
-    """A line for each launch of a plan, and below it the lines of source that take longest."""
-    print(f"{'kernel':24}{'warps':>7}{'registers':>11}{'spills':>8}{'instructions':>14}{'exchanges':>11}{'cycles':>9}")
+def measured(plan: Plan[Kernel], sm: int) -> list[dict[str, Any]]:
+    """A row for each launch of a plan."""
+    found = compile_each([step.kernel for step in plan.steps], sm)
+    rows = []
     for step in plan.steps:
+        kernel, cubin = step.kernel, found[step.kernel]
         with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder:
-            os.environ["TRITON_CACHE_DIR"] = folder
             image = Path(folder) / "kernel.cubin"
-            made = compile_kernel(step.kernel, sm, image)
-            done = walk(*parse(disassemble(image)), reductions=reductions_of(step.kernel))
-            where = source_lines(disassemble(image, "-gi")) if lines else {}
-        print(
-            f"{step.kernel.function:24}{step.kernel.warps:>7}{made['registers']:>11}{made['spills']:>8}"
-            f"{done.executed.total():>14}{done.executed['BAR']:>11}{done.cycles:>9}"
-        )
-        by_line: Counter[str] = Counter()
-        for address, cycles in done.at.items():
-            by_line[where.get(address, "")] += cycles
-        for line, cycles in by_line.most_common(lines):
-            print(f"    {line:60}{cycles:>32}")
+            image.write_bytes(cubin.image)
+            done = walk(*parse(disassemble(image)), reductions=reductions_of(kernel))
+        row = {"kernel": kernel.function, "warps": kernel.warps, "registers": cubin.registers, "spills": cubin.spills}
+        row |= {"instructions": done.executed.total(), "exchanges": done.executed["BAR"], "cycles": done.cycles}
+        rows.append(row)
+    return rows
+
+
+def longest_lines(kernel: Kernel, sm: int, number: int) -> list[tuple[str, int]]:
+    """The lines of source that take most cycles of a kernel, which is compiled again with their numbers in it."""
+    with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        image = Path(folder) / "kernel.cubin"
+        compile_kernel(kernel, sm, image)
+        done = walk(*parse(disassemble(image)), reductions=reductions_of(kernel))
+        where = source_lines(disassemble(image, "-gi"))
+    by_line: Counter[str] = Counter()
+    for address, cycles in done.at.items():
+        by_line[where.get(address, "")] += cycles
+    return by_line.most_common(number)
+
+
+def plan_of(op: str, model: str, tokens: int, sm: int) -> Plan[Kernel]:
+    """As in an engine: the one hands its metadata to the other."""
+    if op == "select":
+        return select_plan(select_spec(model), sm, tokens)
+    return experts_plan(experts_spec(model, "bfloat16"), sm, tokens)
+
+
+def record(path: Path, sm: int) -> None:
+    """All models' plans for some batches, as JSON."""
+    rows = []
+    for model, op, tokens in itertools.product(SHAPES, ("select", "experts"), RECORDED):
+        launches = measured(plan_of(op, model, tokens, sm), sm)
+        cycles = sum(each["cycles"] for each in launches)
+        rows.append({"model": model, "op": op, "tokens": tokens, "cycles": cycles, "launches": launches})
+        print(f"{model}, {op}, {tokens} tokens: {cycles} cycles in {len(launches)} launches", flush=True)
+    command = command_words(["python", "benchmarks/kernel_cycles.py", "--record", path.name])
+    about = {"commit": commit(), "triton": importlib.metadata.version("triton"), "sm": sm, "command": command}
+    write_json(path, {**about, "rows": rows})
 
 
 def main() -> None:
-    """One plan of one model."""
+    """One plan of one model, or all of them into a record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, default=16, help="a batch (16)")
     parser.add_argument("--op", choices=("select", "experts"), default="select")
     parser.add_argument("--sm", type=int, choices=SMS, default=90)
     parser.add_argument("--lines", type=int, default=0, help="so many lines of source of each kernel")
+    parser.add_argument("--record", type=Path, help="all models and some batches, into this file")
     chosen = parser.parse_args()
     if chosen.tokens < 1:
         parser.error(f"--tokens is {chosen.tokens}: a batch has at least one")
-    tokens = power_of_two(chosen.tokens)
-    if chosen.op == "select":
-        report(select_plan(select_spec(chosen.model), chosen.sm, tokens), chosen.sm, chosen.lines)
-    else:
-        report(experts_plan(experts_spec(chosen.model, "bfloat16"), chosen.sm, tokens), chosen.sm, chosen.lines)
+    if chosen.record:
+        return record(chosen.record, chosen.sm)
+    plan = plan_of(chosen.op, chosen.model, power_of_two(chosen.tokens), chosen.sm)
+    columns = ("warps", "registers", "spills", "instructions", "exchanges", "cycles")
+    print(f"{'kernel':26}" + "".join(f"{column:>14}" for column in columns))
+    for row, step in zip(measured(plan, chosen.sm), plan.steps, strict=True):
+        print(f"{row['kernel']:26}" + "".join(f"{row[column]:>14}" for column in columns))
+        for line, cycles in longest_lines(step.kernel, chosen.sm, chosen.lines) if chosen.lines else ():
+            print(f"    {line:92}{cycles:>14}")
+    return None
 
 
 if __name__ == "__main__":

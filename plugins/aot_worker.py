@@ -61,7 +61,7 @@ def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
 
     def compiled_with(most_registers: int | None) -> tuple[Any, int, int]:
         log = io.StringIO()
-        options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+        options: dict[str, Any] = {"num_warps": kernel.warps, "num_stages": kernel.stages}
         options |= {"enable_fp_fusion": kernel.fuses, "maxnreg": most_registers}
         with contextlib.redirect_stdout(log):
             result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

@@ -61,7 +61,7 @@ def workspace_bytes(spec: Spec, max_tokens: int) -> int:
     """The workspace that an op needs for up to `max_tokens` tokens, whatever the SM.
 
     LynxSelect: at most about 20 (4 T K + 5 E) bytes, of tables with an entry for each expert and block of tokens.
-    LynxExperts: T K (I b + H c + 4) bytes, b those of an element and c too, but 4 up to FLOAT32_TOKENS tokens, and
+    LynxExperts: T K (I b + H c + 8) bytes, b those of an element and c too, but 4 up to FLOAT32_TOKENS tokens, and
     tables as above.
     """
     return max(

@@ -2,8 +2,9 @@
 
 In order: voting (for `affinity` votes only), votes, keep (not if `KEEP_HERE`), choice, and place, or where there are
 many blocks the last steps of `dispatch_kernel.py`. A block is TOKENS tokens and a program of its own, except that keep
-and scan are one program each. Where there are few blocks, every program of the next launch adds up the few tables
-itself, which is faster than one more launch: BLOCKS are as many as there can be. The floor is for each voting token of the batch, which votes counts.
+and scan are one program each. Where there are few blocks, BLOCKS at most, every program of the next launch adds up the
+few tables itself, which is faster than one more launch. The floor is for each voting token of the batch, which votes
+counts.
 
 Where there are few, the table has a bit a token for `place` of what a block uses of each expert, so that a token's rank
 is a count of bits.

@@ -198,8 +198,8 @@ def is_restricted(budget, floor, E: tl.constexpr):
 
 @triton.jit
 def kept_set(votes, voting, budget, floor, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long as the vote is
-    above `floor` (float32) for each of the `voting` tokens.
+    """1 for each expert that is kept, int32 [BLOCK_E]: the forced ones, then by falling vote up to the budget, as long
+    as the vote is above `floor` (float32) for each of the `voting` tokens.
     """
     ballots = votes.to(tl.float32)
     rank = tl.zeros([BLOCK_E], tl.int32)
