@@ -92,11 +92,17 @@ def select_votes_kernel(
 ):
     """Grid: (ceil(T / TOKENS),). What a block's tokens say of each expert; nothing where all are kept."""
     wait_for_earlier(PROGRAMMATIC)
-    let_next_start(PROGRAMMATIC)
-    if not is_restricted(tl.load(budget), tl.load(floor), E):
-        return
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
+    limit, least = tl.load(budget), tl.load(floor)
+    # Before it is known whether anything is restricted: one wait for memory instead of several.
+    token = block * TOKENS + tl.arange(0, BLOCK_T)
+    scores, weighing, own_weight, own, counts, total = load_tile(
+        choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+    )
+    let_next_start(PROGRAMMATIC)
+    if not is_restricted(limit, least, E):
+        return
     number = 0
     if VOTE == "affinity":
         for start in range(0, tl.cdiv(T, TOKENS), BLOCK_E):
@@ -104,11 +110,12 @@ def select_votes_kernel(
             number += tl.sum(tl.load(voting + start + expert, mask=here, other=0), axis=0)
     sums = tl.zeros([BLOCK_T, BLOCK_E], tl.float64)
     voters = tl.zeros([BLOCK_T], tl.int32)
-    for start in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, T), BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        scores, weighing, own_weight, own, counts, total = load_tile(
-            choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
-        )
+    for start in range(0, TOKENS, BLOCK_T):
+        if TOKENS > BLOCK_T:
+            token = block * TOKENS + start + tl.arange(0, BLOCK_T)
+            scores, weighing, own_weight, own, counts, total = load_tile(
+                choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+            )
         sums += tile_votes(
             scores,
             weighing,
@@ -133,10 +140,10 @@ def select_votes_kernel(
 
 
 @triton.jit
-def kept_from_blocks(
-    votes, voting, blocks, most, limit, floor, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
-):
-    """Add up the tables of the blocks, `most` at most; 1 for each expert that is kept, int32 [BLOCK_E]."""
+def add_blocks(votes, voting, blocks, most, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr):
+    """The tables of the blocks, `most` at most, as sums of every ROWS-th: votes float64 [ROWS, BLOCK_E], voting int32
+    [ROWS].
+    """
     expert = tl.arange(0, BLOCK_E)[None, :]
     row = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK_E], tl.float64)
@@ -146,7 +153,7 @@ def kept_from_blocks(
         at = (start + row)[:, None] * E + expert
         sums += tl.load(votes + at, mask=here[:, None] & (expert < E), other=0.0)
         voters += tl.load(voting + start + row, mask=here, other=0)
-    return kept_set(tl.sum(sums, axis=0), tl.sum(voters, axis=0), limit, floor, E, BLOCK_E)
+    return sums, voters
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -171,7 +178,8 @@ def select_keep_kernel(
         return
     expert = tl.arange(0, BLOCK_E)
     blocks = tl.cdiv(T, TOKENS)
-    result = kept_from_blocks(votes, voting, blocks, blocks, limit, least, E, BLOCK_E, ROWS)
+    sums, voters = add_blocks(votes, voting, blocks, blocks, E, BLOCK_E, ROWS)
+    result = kept_set(tl.sum(sums, axis=0), tl.sum(voters, axis=0), limit, least, E, BLOCK_E)
     tl.store(kept + expert, result, mask=expert < E)
 
 
@@ -216,12 +224,14 @@ def select_choice_kernel(
             choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
         )
     wait_for_earlier(PROGRAMMATIC)
+    if KEEP_HERE:  # at once, before anything that has to do with the tile
+        blocks = tl.where(restricted, tl.cdiv(T, TOKENS), 0)
+        sums, voters = add_blocks(votes, voting, blocks, BLOCKS, E, BLOCK_E, ROWS)
     let_next_start(PROGRAMMATIC)
     kept_here = tl.full([BLOCK_E], 1, tl.int32)
     if restricted:
         if KEEP_HERE:
-            blocks = tl.cdiv(T, TOKENS)
-            kept_here = kept_from_blocks(votes, voting, blocks, BLOCKS, limit, least, E, BLOCK_E, ROWS)
+            kept_here = kept_set(tl.sum(sums, axis=0), tl.sum(voters, axis=0), limit, least, E, BLOCK_E)
         else:
             kept_here = tl.load(kept + expert, mask=expert < E, other=0)
     number = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -279,8 +289,13 @@ def select_place_kernel(
     expert = tl.arange(0, BLOCK_E)
     line = tl.arange(0, ROWS)[:, None]
     wait_for_earlier(PROGRAMMATIC)
-    let_next_start(PROGRAMMATIC)
     blocks = tl.cdiv(T, TOKENS)
+    if PAIRS:  # what has to be read one after the other first
+        row = tl.arange(0, TOKENS)
+        token = block * TOKENS + row
+        slot = tl.arange(0, BLOCK_K)[None, :]
+        real = (token < T)[:, None] & (slot < K)
+        mine = tl.load(index + token[:, None] * K + slot, mask=real, other=-1).to(tl.int32)
     totals = tl.zeros([ROWS, BLOCK_E], tl.int32)
     before = tl.zeros([ROWS, BLOCK_E], tl.int32)
     for start in range(0, BLOCKS, ROWS):
@@ -288,18 +303,15 @@ def select_place_kernel(
         numbers = bits_set(tl.load(table + (start + line) * E + expert[None, :], mask=here, other=0))
         totals += numbers
         before += tl.where(start + line < block, numbers, 0)
+    if PAIRS:
+        known = (mine >= 0) & (mine < E)
+        safe = tl.where(known, mine, 0)
+        tokens = tl.load(table + block * E + safe, mask=known, other=0)
+    let_next_start(PROGRAMMATIC)
     all_totals, all_before = tl.reduce((totals, before), 0, add_both)
     begins = write_header(dispatch, active, all_totals[None, :], block, E, BLOCK_E, SHORT)
     begins = tl.reshape(begins, [BLOCK_E]) + all_before
     if PAIRS:
-        row = tl.arange(0, TOKENS)
-        token = block * TOKENS + row
-        slot = tl.arange(0, BLOCK_K)[None, :]
-        real = (token < T)[:, None] & (slot < K)
-        mine = tl.load(index + token[:, None] * K + slot, mask=real, other=-1).to(tl.int32)
-        known = (mine >= 0) & (mine < E)
-        safe = tl.where(known, mine, 0)
-        tokens = tl.load(table + block * E + safe, mask=known, other=0)
         rank = bits_set(tokens & ((1 << row) - 1)[:, None])
         first = tl.gather(begins, tl.reshape(safe, [TOKENS * BLOCK_K]), axis=0)
         place = tl.reshape(first, [TOKENS, BLOCK_K]) + rank
