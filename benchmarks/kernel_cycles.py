@@ -10,7 +10,7 @@ On an H200 the selections measured on 2026-11-26 took what this says for their l
 microsecond more for each launch. So it orders variants of a kernel, and is no figure to quote.
 
     python benchmarks/kernel_cycles.py --model qwen3-30b-a3b --tokens 16 [--op select] [--sm 90] [--lines 12]
-    python benchmarks/kernel_cycles.py --record FILE.json
+    python benchmarks/kernel_cycles.py --record FILE.json        # the selections of all models
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ def _next(
         return number + 1
     to = labels[target[1]]
     if not each.text.startswith("@"):
-        return to if visits < 3 else len(instructions)
-    if visits > 1 and to > number:
-        return to  # out of a loop whose end is at its beginning
+        return to if to > number else len(instructions)  # the loop's exit is in it, and what follows it is an end
     if to <= number:
         here = sum(other.name == "REDUX" for other in instructions[to:number])
         return to if visits < max(1, round(reductions / here) if here else 1) else number + 1
@@ -223,13 +221,13 @@ def plan_of(op: str, model: str, tokens: int, sm: int) -> Plan[Kernel]:
 
 
 def record(path: Path, sm: int) -> None:
-    """All models' plans for some batches, as JSON."""
+    """The selections of all models for some batches, as JSON; of the experts the matrix units would be missing."""
     rows = []
-    for model, op, tokens in itertools.product(SHAPES, ("select", "experts"), RECORDED):
-        launches = measured(plan_of(op, model, tokens, sm), sm)
+    for model, tokens in itertools.product(SHAPES, RECORDED):
+        launches = measured(plan_of("select", model, tokens, sm), sm)
         cycles = sum(each["cycles"] for each in launches)
-        rows.append({"model": model, "op": op, "tokens": tokens, "cycles": cycles, "launches": launches})
-        print(f"{model}, {op}, {tokens} tokens: {cycles} cycles in {len(launches)} launches", flush=True)
+        rows.append({"model": model, "tokens": tokens, "cycles": cycles, "launches": launches})
+        print(f"{model}, {tokens} tokens: {cycles} cycles in {len(launches)} launches", flush=True)
     command = command_words(["python", "benchmarks/kernel_cycles.py", "--record", path.name])
     about = {"commit": commit(), "triton": importlib.metadata.version("triton"), "sm": sm, "command": command}
     write_json(path, {**about, "rows": rows})
@@ -243,7 +241,7 @@ def main() -> None:
     parser.add_argument("--op", choices=("select", "experts"), default="select")
     parser.add_argument("--sm", type=int, choices=SMS, default=90)
     parser.add_argument("--lines", type=int, default=0, help="so many lines of source of each kernel")
-    parser.add_argument("--record", type=Path, help="all models and some batches, into this file")
+    parser.add_argument("--record", type=Path, help="the selections of all models, into this file")
     chosen = parser.parse_args()
     if chosen.tokens < 1:
         parser.error(f"--tokens is {chosen.tokens}: a batch has at least one")
