@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -260,6 +262,22 @@ class TestLinkFolder:
             folders = list(pool.map(lambda _: loader.link_folder(links, ["1"]), range(64)))
         assert set(folders) == {folder} == set(cache.iterdir())
         assert loader._intact(folder, {name: path.resolve() for name, path in links.items()})
+
+    def test_another_process_sets_the_broken_one_aside(self, cache, links, monkeypatch):
+        """Between the attempt to take its place and the look at what was in the way."""
+        folder = loader.link_folder(links, ["1"])
+        (folder / "tensorrt.so").unlink()
+        rename = Path.rename
+
+        def late(path: Path, target: Path) -> Path:
+            if target == folder and folder.exists():
+                shutil.rmtree(folder)
+                raise OSError(errno.ENOTEMPTY, "Directory not empty")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+        assert loader.link_folder(links, ["1"]) == folder
+        assert list(cache.iterdir()) == [folder]
 
     def test_nowhere_to_write(self, monkeypatch, links):
         monkeypatch.setenv(loader.CACHE_VARIABLE, "/proc/lynx-trt")

@@ -15,6 +15,7 @@ patched, and no LD_LIBRARY_PATH is needed. Importing this module costs nothing; 
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -328,6 +329,8 @@ def _move_into_place(aside: Path, folder: Path, targets: dict[str, Path]) -> Non
             if _intact(folder, targets):
                 return  # the other process was first
             if not folder.exists() and not folder.is_symlink():
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    continue  # it was in the way, and another process has just set it aside
                 raise TensorRTError(
                     f"can't make {folder}: {error.strerror}. Set {CACHE_VARIABLE} to a folder you can write to"
                 ) from error
