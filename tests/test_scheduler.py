@@ -351,13 +351,26 @@ def test_active_experts_are_those_of_its_own_steps() -> None:
 
 
 def test_queue_is_bounded() -> None:
+    """Those that will find a free slot at the next step are not in the way of others: a burst fills slots and queue."""
     scheduled = scheduler(FakeBackend(1), queue=2)
-    for _ in range(2):
+    for _ in range(3):
         scheduled.submit(sequence([1]))
-    with pytest.raises(BusyError, match="the queue is full: 2 requests wait"):
+    with pytest.raises(BusyError, match="the queue is full: 3 requests wait and 0 are being answered"):
         scheduled.submit(sequence([1]))
     scheduled.step()
+    with pytest.raises(BusyError, match="the queue is full: 2 requests wait and 1 are being answered"):
+        scheduled.submit(sequence([1]))
+    finish(scheduled)
     scheduled.submit(sequence([1]))
+    finish(scheduled)
+
+
+def test_without_a_queue() -> None:
+    scheduled = scheduler(FakeBackend(2), queue=0)
+    for _ in range(2):
+        scheduled.submit(sequence([1]))
+    with pytest.raises(BusyError, match="the queue is full"):
+        scheduled.submit(sequence([1]))
     finish(scheduled)
 
 

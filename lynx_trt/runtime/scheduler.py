@@ -139,7 +139,8 @@ class Scheduler:
         """
         check_prompt(sequence.prompt, self._limits)
         with self._lock:
-            if len(self._waiting) >= self.policy.queue:
+            # Who finds a free slot at the next step only waits for that.
+            if len(self._waiting) >= self.policy.queue + len(self._slots) - self.running:
                 raise BusyError(
                     f"the queue is full: {len(self._waiting)} requests wait and {self.running} are being answered; "
                     "try again later"
