@@ -486,6 +486,8 @@ def test_interrupted_build_leaves_nothing(phase: str, own_checkpoint: Path, tmp_
     os.killpg(process.pid, signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     errors = said + rest
-    assert process.returncode == 130, errors
+    # Or by the signal itself: `python -m` ends so once a Ctrl-C has come out of an exec of source (a dataclass is being
+    # made, say), whoever handles it afterwards. To a shell both are 130.
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert "Traceback" not in errors
     assert left_behind(tmp_path) == []
