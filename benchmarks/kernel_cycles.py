@@ -7,8 +7,8 @@ the way. A loop is walked once, except that one with warp-wide reductions is tak
 of two branches the longer one is walked. Copies to shared memory, matrix units and launches are not in it.
 
 Of the selections measured on an H200 on 2026-11-26 it says, at 1.85 GHz, 0 to 23 % less than measured where one launch
-of four warps does it all; beyond, one to two microseconds a launch are missing. So it orders variants of a kernel, and is
-no figure to quote.
+of four warps does it all; beyond, one to two microseconds a launch are missing. So it orders variants of a kernel, and
+is no figure to quote.
 
     python benchmarks/kernel_cycles.py --model qwen3-30b-a3b --tokens 16 [--op select] [--sm 90] [--lines 12]
     python benchmarks/kernel_cycles.py --record FILE.json        # the selections of all models
