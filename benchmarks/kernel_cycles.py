@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -81,7 +80,7 @@ class Walk:
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a kernel as `nvdisasm -hex -c` prints them, and the number of the one at each label."""
+    """The instructions of a kernel as `nvdisasm -hex` prints them, and the number of the one at each label."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     lines = iter(listing.splitlines())
@@ -151,14 +150,14 @@ def _next(
     return number + 1
 
 
-def disassemble(image: Path, *options: str) -> str:
-    """What the disassembler of the Triton language's package prints. Exits: there is none."""
+def disassemble(image: Path) -> str:
+    """What the disassembler of the Triton language's package prints, lines of source included. Exits: there is none."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     if not tool.exists():
         sys.exit(f"error: triton {triton.__version__} has no disassembler at {tool}: version 3.6 or 3.9 does")
-    done = subprocess.run([tool, "-hex", "-c", *options, image], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([tool, "-hex", "-c", "-gi", image], capture_output=True, text=True, check=True)  # noqa: S603
     return done.stdout
 
 
@@ -179,9 +178,18 @@ def source_lines(listing: str) -> dict[int, str]:
 def reductions_of(kernel: Kernel) -> int:
     """How many REDUX a warp makes for the choice of its tokens' experts: two for each of K."""
     constants = dict(kernel.constants)
-    if "select" not in kernel.function or "REMAP" not in constants:
+    if "REMAP" not in constants:
         return 0
     return 2 * int(constants["K"]) * max(1, int(constants["BLOCK_T"]) // kernel.warps)
+
+
+def walked(kernel: Kernel, image: bytes) -> tuple[Walk, dict[int, str]]:
+    """One warp's way through a compiled kernel, and the line of source of each address where the image has them."""
+    with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(image)
+        listing = disassemble(path)
+    return walk(*parse(listing), reductions=reductions_of(kernel)), source_lines(listing)
 
 
 def measured(plan: Plan[Kernel], sm: int) -> list[dict[str, Any]]:
@@ -190,10 +198,7 @@ def measured(plan: Plan[Kernel], sm: int) -> list[dict[str, Any]]:
     rows = []
     for step in plan.steps:
         kernel, cubin = step.kernel, found[step.kernel]
-        with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder:
-            image = Path(folder) / "kernel.cubin"
-            image.write_bytes(cubin.image)
-            done = walk(*parse(disassemble(image)), reductions=reductions_of(kernel))
+        done, _ = walked(kernel, cubin.image)
         row = {"kernel": kernel.function, "warps": kernel.warps, "registers": cubin.registers, "spills": cubin.spills}
         row |= {"instructions": done.executed.total(), "exchanges": done.executed["BAR"], "cycles": done.cycles}
         rows.append(row)
@@ -202,12 +207,13 @@ def measured(plan: Plan[Kernel], sm: int) -> list[dict[str, Any]]:
 
 def longest_lines(kernel: Kernel, sm: int, number: int) -> list[tuple[str, int]]:
     """The lines of source that take most cycles of a kernel, which is compiled again with their numbers in it."""
-    with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory(prefix="lynx-cycles-") as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
         image = Path(folder) / "kernel.cubin"
         compile_kernel(kernel, sm, image)
-        done = walk(*parse(disassemble(image)), reductions=reductions_of(kernel))
-        where = source_lines(disassemble(image, "-gi"))
+        done, where = walked(kernel, image.read_bytes())
     by_line: Counter[str] = Counter()
     for address, cycles in done.at.items():
         by_line[where.get(address, "")] += cycles

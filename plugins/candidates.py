@@ -137,7 +137,6 @@ def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[Matm
                 descriptors=first.descriptors,
                 per_multiprocessor=programs,
             )
-            yield tile
-            if first.descriptors and depth == 64 and stages < 5:
-                for flatten, copied in itertools.product((False, True), (False, True) if part == "down" else (False,)):
-                    yield replace(tile, flatten=flatten, copied=copied)
+            forms = (False, True) if first.descriptors and depth == 64 and stages < 5 else (False,)
+            for flatten, copied in itertools.product(forms, forms if part == "down" else (False,)):
+                yield replace(tile, flatten=flatten, copied=copied)

@@ -73,6 +73,20 @@ def write_places(dispatch, where, first, last, E: tl.constexpr, BLOCK_T: tl.cons
 
 
 @triton.jit
+def load_pairs(x, here, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The values from `start` on of some pairs, [BLOCK_T, BLOCK_D]; 0 of those not `here` and past D. `x` are pointers
+    to the first of each pair's values, [BLOCK_T].
+    """
+    d = start + tl.arange(0, BLOCK_D)
+    # The mask of a dimension that is always inside is left out: it would split the wide loads.
+    if D % BLOCK_D == 0:
+        mask = here[:, None]
+    else:
+        mask = here[:, None] & (d < D)[None, :]
+    return tl.load(x[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def tile_product(
     x,  # pointers to the first of the D values of each pair, [BLOCK_T]
     here,  # which pairs there are, [BLOCK_T]
@@ -100,11 +114,6 @@ def tile_product(
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
     for start in range(begin, end, BLOCK_D):
         inside = start + d < D
-        # The mask of a dimension that is always inside is left out: it would split the wide loads.
-        if D % BLOCK_D == 0:
-            x_here = here[:, None]
-        else:
-            x_here = here[:, None] & inside[None, :]
         # The weights first: where the pairs lie has to be read before they can be.
         if TRANSPOSED:
             at = w + (start + d)[:, None] * N + rows[None, :]
@@ -120,7 +129,7 @@ def tile_product(
             w_tile = tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0)
         else:
             w_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
-        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
+        x_tile = load_pairs(x, here, start, D, BLOCK_D)
         if SWAP:
             left = tl.trans(w_tile) if TRANSPOSED else w_tile
             product = tl.dot(left, tl.trans(x_tile), product, input_precision=PRECISION)

@@ -10,7 +10,7 @@ addresses. A program makes its descriptors once; they lie in global scratch memo
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: E741, N803, N806, SIM108 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
+# ruff: noqa: E741, N803, N806 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
 
 import triton
 import triton.language as tl
@@ -22,6 +22,7 @@ from lynx_trt.plugins.experts_parts import (
     expert_items,
     find_item,
     gate_up_rows,
+    load_pairs,
     tile_product,
     write_places,
 )
@@ -70,14 +71,9 @@ def descriptor_product(
     PRECISION: tl.constexpr,
 ):
     """Multiply x @ w.T for some pairs and ROWS rows from `row`, float32 [BLOCK_T, ROWS]."""
-    d = tl.arange(0, BLOCK_D)
     product = tl.zeros([BLOCK_T, ROWS], tl.float32)
     for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            x_here = here[:, None]
-        else:
-            x_here = here[:, None] & (start + d < D)[None, :]
-        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
+        x_tile = load_pairs(x, here, start, D, BLOCK_D)
         w_tile = load_matrix(descriptor, expert, row, start, TRANSPOSED, ROWS, BLOCK_D)
         product = tl.dot(x_tile, w_tile, product, input_precision=PRECISION)
     return product
@@ -122,15 +118,10 @@ def descriptor_halves(
     PRECISION: tl.constexpr,
 ):
     """Gate and up of some pairs, which lie I rows apart, float32 [BLOCK_T, ROWS] each."""
-    d = tl.arange(0, BLOCK_D)
     gate = tl.zeros([BLOCK_T, ROWS], tl.float32)
     up = tl.zeros([BLOCK_T, ROWS], tl.float32)
     for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            x_here = here[:, None]
-        else:
-            x_here = here[:, None] & (start + d < D)[None, :]
-        x_tile = tl.load(x[:, None] + (start + d)[None, :], mask=x_here, other=0.0)
+        x_tile = load_pairs(x, here, start, D, BLOCK_D)
         gate_tile = load_matrix(descriptor, expert, row, start, TRANSPOSED, ROWS, BLOCK_D)
         gate = tl.dot(x_tile, gate_tile, gate, input_precision=PRECISION)
         up_tile = load_matrix(descriptor, expert, row + I, start, TRANSPOSED, ROWS, BLOCK_D)
