@@ -69,18 +69,18 @@ def load_tile(
     scores = tl.load(choice + token[:, None] * E + expert, mask=here, other=0.0)
     weighing = tl.load(combine + token[:, None] * E + expert, mask=here, other=0.0)
     counts = inside & (tl.load(token_mask + token, mask=inside, other=0) != 0)
-    own = here & False
-    own_weight = tl.zeros(scores.shape, tl.float32)
+    # NaN where no index of the token is the expert: a thread has too few predicates for those of all its experts.
+    own_weight = tl.full(scores.shape, float("nan"), tl.float32)
     total = tl.zeros(token.shape, tl.float64)
     for k in tl.static_range(K):
         mine = tl.load(topk_index + token * K + k, mask=inside, other=-1).to(tl.int32)[:, None]
         value = tl.load(topk_weight + token * K + k, mask=inside, other=0.0)
         own_weight = tl.where(expert == mine, value[:, None], own_weight)
-        own |= expert == mine
         counts &= is_finite(value)
         total += tl.maximum(value, 0.0).to(tl.float64)
     counts &= tl.min((is_finite(scores) & is_finite(weighing)).to(tl.int32), axis=1) > 0
-    return scores, weighing, own_weight, own & counts[:, None], counts, tl.where(counts, total, 0.0)
+    own = (own_weight == own_weight) & counts[:, None]
+    return scores, weighing, own_weight, own, counts, tl.where(counts, total, 0.0)
 
 
 @triton.jit
