@@ -3,14 +3,16 @@
 NVIDIA's assembler writes into each instruction how many cycles go by before the next one may start, and which of six
 scoreboards it sets or waits for. One warp's walk through the code with these numbers is its time, but for what a
 scoreboard stands for, which is guessed (LATENCY): loads that find their data in L2, one warp a scheduler, and nobody in
-the way. A loop is walked once, except that one with warp-wide reductions is taken for the choice of K experts a token;
-of two branches the longer one is walked. Copies to shared memory, matrix units and launches are not in it.
+the way. With more warps the cycles in which a scheduler issues (`issue`) may be more than those. A loop is walked once,
+except that one with warp-wide reductions is taken for the choice of K experts a token; of two branches the longer one
+is walked. Copies to shared memory, matrix units and launches are not in it.
 
 Of the selections measured on an H200 on 2026-11-26 it says, at 1.85 GHz, 0 to 23 % less than measured where one launch
 of four warps does it all; beyond, one to two microseconds a launch are missing. So it orders variants of a kernel, and
 is no figure to quote.
 
     python benchmarks/kernel_cycles.py --model qwen3-30b-a3b --tokens 16 [--op select] [--sm 90] [--lines 12]
+        [--cluster 8 16]
     python benchmarks/kernel_cycles.py --record FILE.json        # the selections of all models
 """
 
@@ -35,11 +37,13 @@ sys.path.insert(0, str(ROOT / "build" / "gpu"))  # where the package is not inst
 
 from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.aot_worker import compile_kernel
-from lynx_trt.plugins.launch import SMS, power_of_two
+from lynx_trt.plugins.launch import CLUSTER_SM, SMS, SelectLaunch, power_of_two
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
 
+# Of a multiprocessor, each of which issues an instruction a cycle.
+SCHEDULERS = 4
 # Batches of a record.
 RECORDED = (1, 8, 16, 64, 128, 512)
 # Cycles until a scoreboard is clear, by the first word of the instruction that sets it; OTHER for those not here.
@@ -47,8 +51,11 @@ LATENCY = {"LDG": 290, "LD": 290, "ATOMG": 700, "LDS": 30, "LDSM": 33, "LDC": 40
 LATENCY |= {"SHFL": 25, "REDUX": 26, "S2R": 30, "S2UR": 30, "R2UR": 12, "VOTE": 12, "POPC": 18, "FLO": 18}
 LATENCY |= {"DADD": 16, "DMUL": 16, "DFMA": 16, "DSETP": 16}
 OTHER = 24
-# An exchange of all warps, and when an instruction has read its operands.
-BARRIER, READ = 30, 20
+# An exchange of all warps, a meeting of a cluster's programs, and when an instruction has read its operands.
+BARRIER, MEET, READ = 30, 200, 20
+# Until what was written can be seen by other multiprocessors.
+FENCE = 600
+WAITS = {"BAR": BARRIER, "UCGABAR_WAIT": MEET, "MEMBAR": FENCE}
 # A branch over fewer instructions than this and over a call is one over a slow division, which is not taken.
 SLOW_PATH = 40
 
@@ -107,8 +114,7 @@ def walk(instructions: Sequence[Instruction], labels: Mapping[str, int], *, redu
         each = instructions[number]
         before = done.cycles
         done.cycles = max([done.cycles, *(clear[n] for n in range(6) if each.waits >> n & 1)])
-        if each.name == "BAR":
-            done.cycles += BARRIER
+        done.cycles += WAITS.get(each.name, 0)
         if each.sets < 6:
             clear[each.sets] = max(clear[each.sets], done.cycles + LATENCY.get(each.name, OTHER))
         if each.reads < 6:
@@ -200,7 +206,9 @@ def measured(plan: Plan[Kernel], sm: int) -> list[dict[str, Any]]:
         kernel, cubin = step.kernel, found[step.kernel]
         done, _ = walked(kernel, cubin.image)
         row = {"kernel": kernel.function, "warps": kernel.warps, "registers": cubin.registers, "spills": cubin.spills}
-        row |= {"instructions": done.executed.total(), "exchanges": done.executed["BAR"], "cycles": done.cycles}
+        issued = done.executed.total()
+        row |= {"instructions": issued, "exchanges": done.executed["BAR"]}
+        row |= {"issue": issued * kernel.warps // SCHEDULERS, "cycles": done.cycles}
         rows.append(row)
     return rows
 
@@ -247,6 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="a batch (16)")
     parser.add_argument("--op", choices=("select", "experts"), default="select")
     parser.add_argument("--sm", type=int, choices=SMS, default=90)
+    parser.add_argument("--cluster", type=int, nargs=2, metavar=("PROGRAMS", "WARPS"), help="a selection so")
     parser.add_argument("--lines", type=int, default=0, help="so many lines of source of each kernel")
     parser.add_argument("--record", type=Path, help="the selections of all models, into this file")
     chosen = parser.parse_args()
@@ -254,8 +263,15 @@ def main() -> None:
         parser.error(f"--tokens is {chosen.tokens}: a batch has at least one")
     if chosen.record:
         return record(chosen.record, chosen.sm)
-    plan = plan_of(chosen.op, chosen.model, power_of_two(chosen.tokens), chosen.sm)
-    columns = ("warps", "registers", "spills", "instructions", "exchanges", "cycles")
+    tokens = power_of_two(chosen.tokens)
+    plan = plan_of(chosen.op, chosen.model, tokens, chosen.sm)
+    if chosen.cluster:
+        programs, warps = chosen.cluster
+        if chosen.op != "select" or tokens % programs or chosen.sm < CLUSTER_SM:
+            parser.error(f"--cluster {programs} {warps}: a selection of {tokens} tokens, from SM {CLUSTER_SM} on")
+        launch = SelectLaunch(programs, tokens // programs, warps, tokens // programs, "")
+        plan = select_plan(select_spec(chosen.model), chosen.sm, tokens, launch)
+    columns = ("warps", "registers", "spills", "instructions", "exchanges", "issue", "cycles")
     print(f"{'kernel':26}" + "".join(f"{column:>14}" for column in columns))
     for row, step in zip(measured(plan, chosen.sm), plan.steps, strict=True):
         print(f"{row['kernel']:26}" + "".join(f"{row[column]:>14}" for column in columns))

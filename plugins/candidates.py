@@ -12,6 +12,9 @@ from dataclasses import replace
 
 from lynx_trt.plugins.launch import (
     BLOCKS_HERE,
+    CLUSTER_PROGRAMS,
+    CLUSTER_SM,
+    CLUSTER_TOKENS,
     FEWEST_ROWS,
     PREFILL_BUCKET,
     ROW_VALUES,
@@ -62,20 +65,28 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     return list(dict.fromkeys([first, *usable]))
 
 
-def select_candidates(tokens: int, experts: int, experts_per_token: int) -> list[SelectLaunch]:
-    """What is tried for LynxSelect, the estimate first: one program, and blocks of 4 to 64 tokens, with few warps."""
+def select_candidates(tokens: int, experts: int, experts_per_token: int, sm: int) -> list[SelectLaunch]:
+    """What is tried for LynxSelect, the estimate first: one program, a cluster where there are any, and blocks of 4 to
+    64 tokens, with few warps.
+    """
     first = select_estimate(tokens, experts, experts_per_token)
     row = row_of(experts)
     fewest = fewest_tokens(experts, experts_per_token)
     made = []
     if tokens * row <= 2 * ROW_VALUES:
         block_t = max(tokens, FEWEST_ROWS)
-        made += [SelectLaunch(True, block_t, warps, block_t, first.reason) for warps in (4, 8, 16)]
+        made += [SelectLaunch(1, block_t, warps, block_t, first.reason) for warps in (4, 8, 16)]
+    if sm >= CLUSTER_SM:
+        for programs, warps in itertools.product((2, 4, CLUSTER_PROGRAMS), (4, 8, 16)):
+            block_t = tokens // programs
+            # With fewer values a thread a token's row is spread over several warps, with more they spill.
+            if block_t <= CLUSTER_TOKENS and 4 <= block_t * row // (32 * warps) <= (16 if warps == 16 else 8):
+                made.append(SelectLaunch(programs, block_t, warps, block_t, first.reason))
     for block in (4, 8, 16, 32, 64):
         if fewest <= block < tokens <= BLOCKS_HERE * block:
             block_t = min(block, max(TILE_VALUES // row, 1))
             ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
-            made += [SelectLaunch(False, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
+            made += [SelectLaunch(0, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
     return list(dict.fromkeys([first, *made]))
 
 

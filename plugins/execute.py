@@ -18,7 +18,7 @@ from torch import Tensor
 from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.launch import ExpertsLaunch, SelectLaunch, power_of_two
 from lynx_trt.plugins.launcher import Driver, Launch, launches_of
-from lynx_trt.plugins.plan import MODULES, Kernel, Plan
+from lynx_trt.plugins.plan import MODULES, Kernel, Plan, Step
 from lynx_trt.plugins.plans import draw_plan, experts_plan, select_plan
 from lynx_trt.plugins.specs import DrawSpec, ExpertsSpec, SelectSpec
 
@@ -149,19 +149,21 @@ def prepare(
         for region in plan.regions
     }
     everything = {**regions, **{name: tensor.contiguous() for name, tensor in tensors.items()}}
-    launches: list[tuple[Kernel, int, list[Tensor | int]]] = []
+    launches: list[Callable[[], None]] = []
     for step in plan.steps:
         programs = step.grid.programs(tokens, _multiprocessors(device))
-        if programs:
+        if programs and step.cluster and device.type == "cuda":
+            launches.append(_prepare_cluster(step, everything, tokens))
+        elif programs:
             arguments = [
                 _argument(everything, name, kind, tokens)
                 for name, (_, kind) in zip(step.arguments, step.kernel.parameters, strict=True)
             ]
-            launches.append((step.kernel, programs, arguments))
+            launches.append(functools.partial(_launch, step, programs, arguments, device))
 
     def launch() -> None:
-        for kernel, programs, arguments in launches:
-            _launch(kernel, programs, arguments, device)
+        for each in launches:
+            each()
 
     return launch, regions
 
@@ -190,6 +192,19 @@ def _launch_compiled(driver: Driver, launches: Sequence[Launch], _alive: object,
         driver.launch(each, stream)
 
 
+def _prepare_cluster(step: Step[Kernel], tensors: Mapping[str, Tensor], tokens: int) -> Callable[[], None]:
+    """A step that is a cluster, which the Triton language launches otherwise: compiled, for the CUDA driver."""
+    from lynx_trt.plugins.aot import compile_each
+    from lynx_trt.plugins.cuda_driver import cuda_driver
+
+    driver = cuda_driver()
+    device = driver.device()
+    plan = Plan(tokens, (step,), ()).with_kernels(compile_each([step.kernel], device.sm).__getitem__)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    launches = launches_of(plan, tokens, device, driver, addresses)
+    return functools.partial(_launch_compiled, driver, launches, tensors)
+
+
 def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, tokens: int) -> Tensor | int:
     if name == "T":
         return tokens
@@ -198,43 +213,26 @@ def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, tokens: int) 
     return tensors[name].view(_TYPES[kind])
 
 
-def _launch(kernel: Kernel, programs: int, arguments: list[Tensor | int], device: torch.device) -> None:
+def _launch(step: Step[Kernel], programs: int, arguments: list[Tensor | int], device: torch.device) -> None:
     import triton
 
+    kernel = step.kernel
     function = getattr(importlib.import_module(f"lynx_trt.plugins.{MODULES[kernel.function]}"), kernel.function)
     constants: dict[str, Any] = dict(kernel.constants)
     if device.type == "cpu":
-        _prepare_interpreter()
+        from lynx_trt.plugins import interpreter
+
+        interpreter.prepare()
         if kernel.waits:  # the interpreter runs one launch after another, and knows no other way
             constants["PROGRAMMATIC"] = False
+        if step.cluster:
+            interpreter.as_cluster(function, programs)(*arguments, **constants)
+            return
     if constants.get("DESCRIPTORS"):
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     options: dict[str, Any] = {"num_warps": kernel.warps, "num_stages": kernel.stages}
     options |= {"enable_fp_fusion": kernel.fuses, "maxnreg": kernel.most_registers}
     function[(programs,)](*arguments, **constants, **options)
-
-
-def _prepare_interpreter() -> None:
-    """Let the interpreter multiply bfloat16: that of triton 3.9 takes the bits of such an operand for numbers."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    if getattr(builder, "lynx_dot", None):
-        return
-    original = builder.create_dot
-
-    def widen(operand: Any) -> Any:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        bits = operand.data.astype("uint32") << 16
-        return interpreter.TensorHandle(bits.view("float32"), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return original(self, widen(a), widen(b), *others)
-
-    builder.create_dot = create_dot
-    builder.lynx_dot = True
 
 
 def _sm(tensor: Tensor) -> int:

@@ -67,12 +67,13 @@ class ExpertsLaunch:
 
 @dataclass(frozen=True)
 class SelectLaunch:
-    """How LynxSelect runs: in one program, or in blocks of `tokens` tokens; `block_t` tokens at a time in registers.
+    """How LynxSelect runs: in one launch of some `programs`, a cluster if they are several, or (0) in a launch a step.
 
-    warps: of the one program, or of what has the kept set; narrow: of a block's other launches.
+    tokens: of a program; block_t: of those, how many at a time in registers. warps: of a program, or of what has the
+    kept set; narrow: of a block's other launches.
     """
 
-    one_program: bool
+    programs: int
     block_t: int
     warps: int
     tokens: int
@@ -248,6 +249,10 @@ TILE_VALUES = 1024
 FEWEST_ROWS = 4
 # Rows of a table that are added at a time.
 TABLE_ROWS = 32
+# Programs of a cluster that every GPU which has clusters can run, and the first SM that has them.
+CLUSTER_PROGRAMS, CLUSTER_SM = 8, 90
+# Tokens of such a program at most: sums over tokens are serial in a thread.
+CLUSTER_TOKENS = 128
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
 # Tokens of a block of the selection whose table is bits of an int32.
@@ -264,7 +269,7 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
     if tokens * row <= ROW_VALUES:
         reason = "one program: fewer launches than blocks"
         block_t = max(tokens, FEWEST_ROWS)
-        return SelectLaunch(True, block_t, _row_warps(block_t, row), block_t, reason)
+        return SelectLaunch(1, block_t, _row_warps(block_t, row), block_t, reason)
     fewest = fewest_tokens(experts, experts_per_token)
     # Small blocks, as many as are added up at once; those of up to MASK_BITS tokens need the fewest launches.
     small = min(max(TILE_VALUES // 2 // row, 8), MASK_BITS)
@@ -273,7 +278,7 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
         block = max(fewest, 64)
     block_t = min(block, max(TILE_VALUES // row, 1))
     reason = "blocks: tokens in parallel on many multiprocessors"
-    return SelectLaunch(False, block_t, 8 if block * row > TILE_VALUES else 4, block, reason)
+    return SelectLaunch(0, block_t, 8 if block * row > TILE_VALUES else 4, block, reason)
 
 
 def row_of(experts: int) -> int:

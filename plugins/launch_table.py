@@ -1312,7 +1312,7 @@ EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
 }
 SELECT: dict[SelectKey, SelectLaunch] = {
     (90, 8, 2, 4): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1320,7 +1320,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=2.21,
     ),
     (90, 8, 2, 8): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1328,7 +1328,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=2.52,
     ),
     (90, 8, 2, 16): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=16,
         warps=4,
         tokens=16,
@@ -1336,7 +1336,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=2.42,
     ),
     (90, 8, 2, 32): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=32,
         warps=4,
         tokens=32,
@@ -1344,7 +1344,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=2.45,
     ),
     (90, 8, 2, 64): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=64,
         warps=8,
         tokens=64,
@@ -1352,7 +1352,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=2.91,
     ),
     (90, 8, 2, 128): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=128,
         warps=4,
         tokens=128,
@@ -1360,7 +1360,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=3.83,
     ),
     (90, 8, 2, 256): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=32,
         warps=4,
         tokens=32,
@@ -1368,7 +1368,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=4.56,
     ),
     (90, 8, 2, 512): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=16,
         warps=4,
         tokens=16,
@@ -1376,7 +1376,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=4.98,
     ),
     (90, 8, 2, 1024): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=32,
         warps=4,
         tokens=32,
@@ -1384,7 +1384,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=4.9,
     ),
     (90, 8, 2, 2048): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=32,
         warps=8,
         tokens=32,
@@ -1392,7 +1392,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=5.3,
     ),
     (90, 8, 2, 4096): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=64,
         warps=8,
         tokens=64,
@@ -1400,7 +1400,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=9.18,
     ),
     (90, 8, 2, 8192): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=64,
         warps=4,
         tokens=64,
@@ -1408,7 +1408,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=13.58,
     ),
     (90, 8, 2, 16384): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=64,
         warps=4,
         tokens=64,
@@ -1416,7 +1416,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=19.95,
     ),
     (90, 64, 6, 4): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1424,7 +1424,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=3.26,
     ),
     (90, 64, 6, 8): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=8,
         warps=8,
         tokens=8,
@@ -1432,7 +1432,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=4.37,
     ),
     (90, 64, 6, 16): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1441,7 +1441,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 64, 6, 32): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1449,7 +1449,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=7.07,
     ),
     (90, 64, 6, 64): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=8,
@@ -1457,7 +1457,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=8.16,
     ),
     (90, 64, 6, 128): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1466,7 +1466,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 64, 6, 256): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1474,7 +1474,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=9.03,
     ),
     (90, 64, 6, 512): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1482,7 +1482,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=10.46,
     ),
     (90, 64, 6, 2048): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=16,
         warps=4,
         tokens=32,
@@ -1490,7 +1490,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=16.66,
     ),
     (90, 64, 6, 8192): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=16,
         warps=4,
         tokens=64,
@@ -1498,7 +1498,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=48.54,
     ),
     (90, 64, 6, 16384): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=16,
         warps=4,
         tokens=64,
@@ -1506,7 +1506,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=68.66,
     ),
     (90, 128, 4, 4): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1514,7 +1514,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=5.26,
     ),
     (90, 128, 4, 8): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1522,7 +1522,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=7.27,
     ),
     (90, 128, 4, 16): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=8,
@@ -1530,7 +1530,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=10.05,
     ),
     (90, 128, 4, 32): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1538,7 +1538,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=10.04,
     ),
     (90, 128, 4, 64): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1546,7 +1546,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=10.23,
     ),
     (90, 128, 4, 128): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1554,7 +1554,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=11.37,
     ),
     (90, 128, 4, 256): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1562,7 +1562,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=11.65,
     ),
     (90, 128, 4, 1024): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=16,
@@ -1570,7 +1570,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=18.39,
     ),
     (90, 128, 4, 2048): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=32,
@@ -1578,7 +1578,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=23.11,
     ),
     (90, 128, 4, 4096): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=64,
@@ -1586,7 +1586,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=43.59,
     ),
     (90, 128, 4, 8192): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=64,
@@ -1594,7 +1594,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=72.34,
     ),
     (90, 128, 4, 16384): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=64,
@@ -1602,7 +1602,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=112.4,
     ),
     (90, 128, 8, 4): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1610,7 +1610,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=5.94,
     ),
     (90, 128, 8, 8): SelectLaunch(
-        one_program=True,
+        programs=1,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1618,7 +1618,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=8.1,
     ),
     (90, 128, 8, 16): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1627,7 +1627,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 128, 8, 32): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1636,7 +1636,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 128, 8, 64): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1645,7 +1645,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 128, 8, 128): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=4,
         warps=4,
         tokens=4,
@@ -1654,7 +1654,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         narrow=2,
     ),
     (90, 128, 8, 256): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=8,
@@ -1662,7 +1662,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=12.75,
     ),
     (90, 128, 8, 1024): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=16,
@@ -1670,7 +1670,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=20.34,
     ),
     (90, 128, 8, 2048): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=8,
         tokens=32,
@@ -1678,7 +1678,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=26.71,
     ),
     (90, 128, 8, 4096): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=64,
@@ -1686,7 +1686,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=58.77,
     ),
     (90, 128, 8, 8192): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=64,
@@ -1694,7 +1694,7 @@ SELECT: dict[SelectKey, SelectLaunch] = {
         microseconds=82.72,
     ),
     (90, 128, 8, 16384): SelectLaunch(
-        one_program=False,
+        programs=0,
         block_t=8,
         warps=4,
         tokens=64,

@@ -99,13 +99,14 @@ class Device:
 class Launch:
     """A kernel launch: function handle, programs, threads of each, dynamic shared memory in bytes, arguments.
 
-    programmatic: it may start while the launch before it runs. Each argument lies in a word of 8 bytes: pointers, null
-    pointers, and T, an int32 in the lower half.
+    programmatic: it may start while the launch before it runs; cluster: its programs are one. Each argument lies in a
+    word of 8 bytes: pointers, null pointers, and T, an int32 in the lower half.
     """
 
     def __init__(self, function: int, step: Step[Cubin], programs: int, arguments: Sequence[int]) -> None:
         self.function, self.programs = function, programs
-        self.threads, self.shared, self.programmatic = step.kernel.threads, step.kernel.shared, step.programmatic
+        self.threads, self.shared = step.kernel.threads, step.kernel.shared
+        self.programmatic, self.cluster = step.programmatic, step.cluster
         self.words = (ctypes.c_uint64 * len(arguments))(*arguments)
         start = ctypes.addressof(self.words)
         self._addresses = (ctypes.c_void_p * len(arguments))(*(start + 8 * n for n in range(len(arguments))))

@@ -7,10 +7,10 @@ pure: nothing here needs a GPU or the compiler.
 To run a plan for T tokens: give each region of the workspace its bytes, one after another, each from a multiple of
 ALIGNMENT; then launch the steps in order on one stream, each with `grid.programs(T, multiprocessors)` programs (0:
 leave it out) of 32 x warps threads; a programmatic step with CUDA's attribute of that name, which lets it start while
-the one before it still runs. A step's arguments are, in order, pointers by name (an input, an output or a
-region; "null" is a null pointer) and "T", the number of tokens as int32; every pointer is a multiple of 16. After them
-each kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else null), and
-one that is always null.
+the one before it still runs, and the programs of a step that is a cluster as one thread block cluster. A step's
+arguments are, in order, pointers by name (an input, an output or a region; "null" is a null pointer) and "T", the
+number of tokens as int32; every pointer is a multiple of 16. After them each kernel has two more pointers: global
+scratch memory (the region "scratch" if the kernel wants any, else null), and one that is always null.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SCRATCH_BYTES = 256
 # The module of each kernel, within lynx_trt.plugins.
 MODULES = {
     "select_kernel": "select_kernel",
+    "select_cluster_kernel": "select_cluster_kernel",
     "select_voting_kernel": "select_blocks_kernel",
     "select_votes_kernel": "select_blocks_kernel",
     "select_keep_kernel": "select_blocks_kernel",
@@ -133,13 +134,15 @@ class Region:
 class Step(Generic[Launchable]):
     """One launch: the arguments are names of inputs, outputs or regions, "null" or "T", as the kernel takes them.
 
-    programmatic: it may start while the launch before it still runs; its kernel waits itself.
+    programmatic: it may start while the launch before it still runs; its kernel waits itself. cluster: its programs
+    run at the same time and wait for each other (cluster.py).
     """
 
     kernel: Launchable
     grid: Grid
     arguments: tuple[str, ...]
     programmatic: bool = False
+    cluster: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,9 @@ class Plan(Generic[Launchable]):
 
     def with_kernels(self, of: Callable[[Launchable], Other]) -> Plan[Other]:
         """The same with another of each kernel: with what it was compiled to, say."""
-        steps = (Step(of(each.kernel), each.grid, each.arguments, each.programmatic) for each in self.steps)
+        steps = (
+            Step(of(each.kernel), each.grid, each.arguments, each.programmatic, each.cluster) for each in self.steps
+        )
         return Plan(self.max_tokens, tuple(steps), self.regions)
 
     def workspace_bytes(self, tokens: int) -> int:

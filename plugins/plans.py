@@ -6,6 +6,7 @@ Pure functions of a spec, an SM and a number of tokens; `plan.py` says what a pl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from lynx_trt.plugins.launch import (
     BLOCKS_HERE,
@@ -72,10 +73,13 @@ def workspace_bytes(spec: Spec, max_tokens: int) -> int:
 def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | None = None) -> Plan[Kernel]:
     """LynxSelect for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     launch = launch or select_launch(tokens, spec.experts, spec.experts_per_token, sm)
-    make = _select_in_one if launch.one_program else _select_in_blocks
+    make = _select_in_cluster if launch.programs > 1 else _select_in_one if launch.programs else _select_in_blocks
     steps = make(spec, launch, sm, tokens)
     regions = [] if spec.dispatch_taken else [_dispatch_region(spec)]
-    if not launch.one_program:
+    if launch.programs > 1:
+        rows = {"voting": 4, "votes": 8 * spec.experts, "table": 4 * spec.experts}
+        regions += [Region(name, fixed=size * launch.programs) for name, size in rows.items()]
+    elif not launch.programs:
         regions += [
             Region("voting", per=4, tokens=launch.tokens),
             Region("votes", per=8 * spec.experts, tokens=launch.tokens),
@@ -105,6 +109,22 @@ def _select_in_one(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int)
         "BLOCK_T": max(launch.block_t, tokens),
     }
     return [_step("select_kernel", Grid(fixed=1), {**_SELECT_INPUTS, **outputs}, constants, launch.warps)]
+
+
+def _select_in_cluster(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
+    tables = {"voting": "*i32", "votes": "*fp64", "table": "*i32"}
+    outputs = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
+    constants = {
+        **_vote_constants(spec),
+        **_choice_constants(spec),
+        **_waits(sm),
+        **_short(spec, tokens),
+        "BLOCK_T": launch.tokens,
+        "PROGRAMS": launch.programs,
+    }
+    buffers = {**_SELECT_INPUTS, **tables, **outputs}
+    step = _step("select_cluster_kernel", Grid(fixed=launch.programs), buffers, constants, launch.warps)
+    return [replace(step, cluster=True)]
 
 
 def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
@@ -391,7 +411,7 @@ def _step(
     `names` gives the argument of a parameter that has another name. It is programmatic if its kernel can be.
     """
     parameters = dict(buffers)
-    if MODULES[function] in ("select_kernel", "select_blocks_kernel", "dispatch_kernel", "draw_kernel"):
+    if MODULES[function].startswith(("select", "dispatch", "draw")):
         parameters["T"] = "i32"
     kernel = Kernel(function, tuple(parameters.items()), tuple(sorted(constants.items())), warps, stages)
     arguments = tuple((names or {}).get(name, name) for name in parameters)

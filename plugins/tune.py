@@ -315,7 +315,7 @@ def _share(spec: ExpertsSpec, batches: Sequence[Mapping[str, Tensor]], microseco
 
 def select_plans(spec: SelectSpec, sm: int, tokens: int) -> Iterator[Plan[Kernel]]:
     """All that is tried of a selection for a batch."""
-    for launch in select_candidates(tokens, spec.experts, spec.experts_per_token):
+    for launch in select_candidates(tokens, spec.experts, spec.experts_per_token, sm):
         yield select_plan(spec, sm, tokens, launch)
 
 
@@ -349,7 +349,7 @@ def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[Sel
         return bench.time(select_plan(spec, gpu.sm, tokens, launch), [inputs] * BATCHES, tokens)
 
     bench.compile(select_plans(spec, gpu.sm, tokens))
-    best, *others = select_candidates(tokens, spec.experts, spec.experts_per_token)
+    best, *others = select_candidates(tokens, spec.experts, spec.experts_per_token, gpu.sm)
     before = measure(best)
     fastest = before
     for launch in others:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest import mock
 
+from lynx_trt.plugins import launch
 from lynx_trt.plugins.blob import Cubin, Kernels
+from lynx_trt.plugins.launch import SelectLaunch
 from lynx_trt.plugins.launcher import Device, Launch
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import plans
-from lynx_trt.plugins.specs import Spec
+from lynx_trt.plugins.specs import SelectSpec, Spec
 
 
 def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> Kernels:
@@ -35,6 +38,13 @@ def fake_kernels(specs: Iterable[Spec], sms: Sequence[int], max_tokens: int) -> 
 
     ops = {spec.key: {sm: tuple(filled(p, sm) for p in plans(spec, sm, max_tokens)) for sm in sms} for spec in specs}
     return Kernels(tuple(cubins.values()), ops, ("0.0", "0.0"))
+
+
+def clustered_kernels(spec: SelectSpec, max_tokens: int) -> Kernels:
+    """The same for SM 90, of a selection whose batches of 9 to 16 tokens are a cluster of four programs."""
+    table = {(90, spec.experts, spec.experts_per_token, 16): SelectLaunch(4, 4, 4, 4, "")}
+    with mock.patch.object(launch, "_select_table", return_value=table):
+        return fake_kernels([spec], (90,), max_tokens)
 
 
 class FakeDriver:
@@ -67,5 +77,6 @@ class FakeDriver:
                 "stream": stream,
                 "words": words,
                 "programmatic": launch.programmatic,
+                "cluster": launch.cluster,
             }
         )

@@ -25,6 +25,11 @@ def on_device(function: Callable[..., Result], *arguments: Any, **options: Any) 
     """Call a function of a module that imports no kernels by itself, with tensors on the device; results on the CPU."""
     if DEVICE == "cuda":
         return _map(function(*_map(arguments, DEVICE), **_map(options, DEVICE)), "cpu")
+    return interpreted(function, *arguments, **options)
+
+
+def interpreted(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call it where kernels are interpreted, whatever this machine has."""
     return _process().submit(function, *arguments, **options).result()
 
 

@@ -94,8 +94,13 @@ def test_the_blob_holds_everything(kernels: Kernels) -> None:
     # Any language reads it: a line, text of as many bytes as it says, images.
     head, _, rest = blob.partition(b"\n")
     name, version, size = head.decode().split(" ")
-    assert (name, version) == ("lynx-kernels", "2")
+    assert (name, version) == ("lynx-kernels", "3")
     assert len(rest) == int(size) + sum(len(cubin.image) for cubin in kernels.cubins)
+
+
+def test_a_blob_of_before_clusters_is_read(kernels: Kernels) -> None:
+    blob = kernels.to_bytes()
+    assert Kernels.from_bytes(blob.replace(b"lynx-kernels 3", b"lynx-kernels 2", 1)) == kernels
 
 
 def test_nothing_of_this_machine_is_in_it(kernels: Kernels) -> None:
@@ -150,7 +155,7 @@ def test_another_gpu_is_told_which(kernels: Kernels) -> None:
     ("damage", "message"),
     [
         (lambda blob: b"", "it begins with b''"),
-        (lambda blob: blob.replace(b"lynx-kernels 2", b"lynx-kernels 9", 1), "lynx-kernels 9"),
+        (lambda blob: blob.replace(b"lynx-kernels 3", b"lynx-kernels 9", 1), "lynx-kernels 9"),
         (lambda blob: blob[:-1], "is damaged"),
         (lambda blob: blob[:-1] + b"?", "is damaged"),
         (lambda blob: blob.replace(b"region", b"legion"), "a line 'legion'"),

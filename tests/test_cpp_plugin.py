@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_kernels import FakeDriver, fake_kernels
+from fake_kernels import FakeDriver, clustered_kernels, fake_kernels
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
@@ -218,11 +218,11 @@ def zip_words(types: list[str], sources: list[list[str]]) -> list[list[str]]:
     return [[kind, *words] for kind, words in zip(types, sources, strict=True)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_launches(built, tmp_path, name):
+@pytest.mark.parametrize(("name", "cluster"), [*((name, False) for name in CASES), ("select-handing", True)])
+def test_launches(built, tmp_path, name, cluster):
     """The same launches as the Python launcher's, for each number of tokens in turn, down to the arguments."""
-    case, tokens = CASES[name], (1, 17, 512, 513, MOST, 3)
-    kernels = fake_kernels([case.spec], (90,), MOST)
+    case, tokens = CASES[name], (1, 9, 17, 512, 513, MOST, 3)
+    kernels = clustered_kernels(case.spec, MOST) if cluster else fake_kernels([case.spec], (90,), MOST)
     (tmp_path / "kernels").write_bytes(kernels.to_bytes())
     lines = probe(
         built, case.commands(*(f"run {each}" for each in tokens), kernels=f"kernels id {tmp_path / 'kernels'}")
@@ -237,8 +237,10 @@ def test_launches(built, tmp_path, name):
         f"launch {numbers[it['entry']]} {it['programs']} {it['threads']} {it['shared']} 77 "
         + " ".join(map(str, it["words"]))
         + (" attribute 6 1" if it["programmatic"] else "")
+        + (f" attribute 4 {it['programs']} 1 1" if it["cluster"] else "")
         for it in driver.launched
     ]
+    assert [it["programs"] for it in driver.launched if it["cluster"]] == ([4] if cluster else [])
     assert len(driver.launched) >= len(tokens)
     assert lines_of(lines, "status") == ["status 0 0"] * len(tokens)
     once = dict.fromkeys(cubin.entry for cubin in driver.loaded)
@@ -273,7 +275,7 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
     ],
 )
 def test_refusals(built, tmp_path, case, kernels, message):
-    (tmp_path / "file").write_bytes(b"lynx-kernels 2 9\nnonsense\n")
+    (tmp_path / "file").write_bytes(b"lynx-kernels 3 9\nnonsense\n")
     commands = case.commands(kernels=kernels.replace("FILE", str(tmp_path / "file")))
     lines = probe(built, commands)
     if "refused" not in lines:
@@ -312,26 +314,31 @@ def test_an_error_of_cuda_has_its_name(built, tmp_path):
 DRIVER_SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_cpp_plugin import CASES, MOST, fake_kernels
+from test_cpp_plugin import CASES, MOST, clustered_kernels, fake_kernels
 from lynx_trt.plugins.cuda_driver import CudaDriver
 from lynx_trt.plugins.launcher import Launcher
-case = CASES["experts-bias-handed"]
-driver, kernels = CudaDriver(), fake_kernels([case.spec], (90,), MOST)
+cluster = {cluster}
+case = CASES[{name!r}]
+kernels = clustered_kernels(case.spec, MOST) if cluster else fake_kernels([case.spec], (90,), MOST)
+driver = CudaDriver()
 launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
-inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000]
-for tokens in (17, 513):
+inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000 * n for n in range(1, 5)]
+for tokens in (9, 17, 513):
     launcher.prepare(tokens).run(driver, inputs, outputs, 0x7000000, 77)
 """
 
 
-def test_cuda_python_does_the_same(built, tmp_path):
+@pytest.mark.parametrize(("name", "cluster"), [("experts-bias-handed", False), ("select-handing", True)])
+def test_cuda_python_does_the_same(built, tmp_path, name, cluster):
     """The Python plugin's driver, cuda-python, on the library that prints: the same loads and launches."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         pytest.skip('cuda-python is not installed: pip install "cuda-python>=12.8"')
-    case = CASES["experts-bias-handed"]
-    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), MOST).to_bytes())
-    expected = probe(built, case.commands("run 17", "run 513", kernels=f"kernels id {tmp_path / 'kernels'}"))
-    script = DRIVER_SCRIPT.format(tests=str(Path(__file__).parent))
+    case = CASES[name]
+    kernels = clustered_kernels(case.spec, MOST) if cluster else fake_kernels([case.spec], (90,), MOST)
+    (tmp_path / "kernels").write_bytes(kernels.to_bytes())
+    runs = (f"run {tokens}" for tokens in (9, 17, 513))
+    expected = probe(built, case.commands(*runs, kernels=f"kernels id {tmp_path / 'kernels'}"))
+    script = DRIVER_SCRIPT.format(tests=str(Path(__file__).parent), name=name, cluster=cluster)
     lines = run([sys.executable, "-c", script], env={**os.environ, "LD_LIBRARY_PATH": str(built)}).splitlines()
     assert lines_of(lines, "launch")
     assert lines_of(lines, "load", "attribute", "launch") == lines_of(expected, "load", "attribute", "launch")

@@ -23,10 +23,11 @@ EXPERTS = ExpertsSpec(E, K, H, I, "float32", ExpertsForm(), bias=True)
 # One program; blocks whose tables every program adds up, held at once and in two tiles each; and blocks of which that
 # would be too many (with the number that is too many lowered to 1).
 SELECTS = {
-    "held": (SelectLaunch(True, 16, 4, 16, ""), 64),
-    "blocks": (SelectLaunch(False, 4, 4, 4, ""), 64),
-    "tiled-blocks": (SelectLaunch(False, 2, 4, 4, ""), 64),
-    "many-blocks": (SelectLaunch(False, 4, 4, 4, ""), 1),
+    "held": (SelectLaunch(1, 16, 4, 16, ""), 64),
+    "blocks": (SelectLaunch(0, 4, 4, 4, ""), 64),
+    "tiled-blocks": (SelectLaunch(0, 2, 4, 4, ""), 64),
+    "cluster": (SelectLaunch(8, 8, 4, 8, ""), 64),
+    "many-blocks": (SelectLaunch(0, 4, 4, 4, ""), 1),
 }
 _TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)
 _ALL_PROGRAMS = replace(_TILE, per_multiprocessor=1)
@@ -127,7 +128,7 @@ def test_the_estimated_launches() -> None:
     """Those that ship, of a batch that takes LynxSelect several launches: 6 experts and 520 tokens."""
     tokens = 520
     chosen = plans.select_launch(power_of_two(tokens), E, K, 90)
-    assert not chosen.one_program
+    assert chosen.programs == 0
     routing, weights = inputs(tokens, budget=3)
     made = on_device(layer, routing, weights, (chosen, LAUNCHES["prefill"]), 64, handed=True)
     check(made, routing, weights)

@@ -281,16 +281,19 @@ def test_what_does_not_fit_is_not_tried() -> None:
 
 
 def test_the_tuner_tries_selections_that_can_run() -> None:
-    """One program only of small batches; blocks whose tables stay small; what the estimate says among them."""
+    """One program only of small batches; clusters where there are any; blocks whose tables stay small; the estimate."""
     for name, tokens in itertools.product(SHAPES, (1, 16, 128, 512, 4096)):
         shape = SHAPES[name]
-        tried = select_candidates(tokens, shape.experts, shape.experts_per_token)
+        tried = select_candidates(tokens, shape.experts, shape.experts_per_token, 90)
         assert tried[0] == select_estimate(tokens, shape.experts, shape.experts_per_token)
         assert len(set(tried)) == len(tried)
-        assert 1 < len(tried) < 30
+        assert 1 < len(tried) < 32
+        older = select_candidates(tokens, shape.experts, shape.experts_per_token, 89)
+        assert older == [launch for launch in tried if launch.programs <= 1]
         for launch in tried:
-            assert launch.block_t * shape.experts <= 4096
-            assert launch.one_program or 4 * launch.tokens * shape.experts_per_token >= shape.experts
+            assert launch.block_t * shape.experts <= (8192 if launch.programs > 1 else 4096)
+            assert launch.programs == 0 or launch.programs * launch.tokens >= tokens
+            assert launch.programs or 4 * launch.tokens * shape.experts_per_token >= shape.experts
             assert select_plan(select_spec(name), 90, tokens, launch).steps
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_kernels import FakeDriver, fake_kernels
+from fake_kernels import FakeDriver, clustered_kernels, fake_kernels
 
 from lynx_trt.errors import ArtifactError, TensorRTError
 from lynx_trt.experts import ExpertsForm
@@ -72,7 +72,7 @@ def prescribed(kernels: Kernels, spec, tokens: int, driver: FakeDriver) -> list[
         scratch = places["scratch"] if cubin.scratch else 0
         words = [*(places[name] for name in step.arguments), scratch, 0]
         entry = {"entry": cubin.entry, "programs": programs, "threads": cubin.threads, "shared": cubin.shared}
-        entry |= {"stream": STREAM, "words": words, "programmatic": step.programmatic}
+        entry |= {"stream": STREAM, "words": words, "programmatic": step.programmatic, "cluster": step.cluster}
         launches.append(entry)
     return [launch for launch in launches if launch["programs"]]
 
@@ -85,6 +85,20 @@ def test_launches_are_the_plans(kernels, spec, tokens):
     launcher_of(kernels, spec, driver).prepare(tokens).run(driver, INPUTS, OUTPUTS, WORKSPACE, STREAM)
     assert driver.launched
     assert driver.launched == prescribed(kernels, spec, tokens, driver)
+
+
+@pytest.mark.parametrize("tokens", [9, 16])
+def test_a_cluster_is_one_launch_of_all_its_programs(tokens):
+    """Also of those that have no token: the others wait for them."""
+    kernels = Kernels.from_bytes(clustered_kernels(HANDING, MOST).to_bytes())
+    driver = FakeDriver()
+    launcher_of(kernels, HANDING, driver).prepare(tokens).run(driver, INPUTS, OUTPUTS, WORKSPACE, STREAM)
+    assert driver.launched == prescribed(kernels, HANDING, tokens, driver)
+    (launch,) = driver.launched
+    assert launch["cluster"]
+    assert launch["programs"] == 4
+    launcher_of(kernels, HANDING, driver).prepare(8).run(driver, INPUTS, OUTPUTS, WORKSPACE, STREAM)
+    assert not driver.launched[1]["cluster"]
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 64])
@@ -181,7 +195,7 @@ def test_kernels_are_found_whenever_they_come(kernels):
 
 @pytest.mark.usefixtures("registry")
 def test_damaged_kernels_are_refused():
-    publish("damaged", b"lynx-kernels 2 3\nab")
+    publish("damaged", b"lynx-kernels 3 3\nab")
     with pytest.raises(ArtifactError, match="can't be read"):
         published("damaged")
 

@@ -25,9 +25,10 @@ from lynx_trt.selection import PRESETS, Selection
 Array = NDArray[Any]
 
 # The ways through the kernels: one program that holds the batch, and blocks of 2 tokens.
-HELD = SelectLaunch(True, 16, 4, 16, "")
-BLOCKS = SelectLaunch(False, 2, 4, 2, "")
-WAYS = {"held": HELD, "blocks": BLOCKS}
+HELD = SelectLaunch(1, 16, 4, 16, "")
+BLOCKS = SelectLaunch(0, 2, 4, 2, "")
+CLUSTER = SelectLaunch(4, 4, 4, 4, "")
+WAYS = {"held": HELD, "blocks": BLOCKS, "cluster": CLUSTER}
 
 
 def _spec(
@@ -208,6 +209,16 @@ def test_no_token_counts(way: str) -> None:
     batch.token_mask[:2] = False
     batch.topk_weight[2:] = np.inf
     _check(batch, PRESETS["lynx"], 2, WAYS[way])
+
+
+# Several values a thread and a cumulative sum down the tokens; programs with one token, and with none; E is no power.
+@pytest.mark.parametrize(("tokens", "programs", "block"), [(130, 4, 64), (17, 8, 4), (5, 2, 4)])
+@pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])
+def test_clusters(preset: str, tokens: int, programs: int, block: int) -> None:
+    batch, launch = _router(tokens, 40, 6), SelectLaunch(programs, block, 4, block, "")
+    for budget in (12, 40):
+        _check(batch, PRESETS[preset], budget, launch)
+    _check(batch, PRESETS[preset], 40, launch, floor=0.002)
 
 
 @pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])

@@ -17,9 +17,9 @@ constexpr int kMajor = 75;
 constexpr int kMinor = 76;
 constexpr int kMaxDynamicSharedSize = 8;
 constexpr int64_t kSharedByDefault = 48 * 1024;
-constexpr int kProgrammaticStreamSerialization = 6;
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
 
-// CUlaunchAttribute and CUlaunchConfig. The value is a union of 64 bytes; the one used here is an int at its start.
+// CUlaunchAttribute and CUlaunchConfig. The value is a union of 64 bytes: here an int, or three sizes, at its start.
 struct LaunchAttribute {
     int id;
     int padding;
@@ -125,9 +125,16 @@ void* loadFunction(Cubin const& cubin, Device const& device) {
 }
 
 void launch(Launch& launch, void* stream) {
-    LaunchAttribute programmatic{kProgrammaticStreamSerialization, 0, {1}};
-    LaunchConfig const config{{launch.programs, 1, 1}, {launch.threads, 1, 1}, launch.shared, stream, &programmatic,
-        launch.programmatic ? 1U : 0U};
+    LaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (launch.programmatic) {
+        attributes[count++] = {kProgrammaticStreamSerialization, 0, {1}};
+    }
+    if (launch.cluster) {
+        attributes[count++] = {kClusterDimension, 0, {static_cast<int>(launch.programs), 1, 1}};
+    }
+    LaunchConfig const config{
+        {launch.programs, 1, 1}, {launch.threads, 1, 1}, launch.shared, stream, attributes, count};
     check(driver().launchKernel(&config, launch.function, launch.addresses.data(), nullptr), "cuLaunchKernelEx");
 }
 

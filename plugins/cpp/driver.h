@@ -23,6 +23,7 @@ struct Launch {
     unsigned threads;
     unsigned shared;
     bool programmatic;  // it may start while the launch before it runs
+    bool cluster;       // its programs are one thread block cluster
     std::vector<uint64_t> words;
     std::vector<void*> addresses;  // of the words, as cuLaunchKernelEx takes them
 };

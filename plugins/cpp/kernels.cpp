@@ -15,7 +15,9 @@ constexpr int64_t kAlignment = 256;
 constexpr int64_t kMostPrograms = 1024;
 // Of SM 86 to 89, which run the kernels of a lower SM 8 if they need no more than this.
 constexpr int64_t kSharedMemory86 = 101376;
-constexpr char kFormat[] = "lynx-kernels 2 ";
+constexpr char kFormat[] = "lynx-kernels 3 ", kBefore[] = "lynx-kernels 2 ";  // the latter has no clusters
+// Of plugins/blob.py.
+constexpr int64_t kProgrammatic = 1, kCluster = 2;
 
 int64_t ceilDivide(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -60,7 +62,8 @@ int64_t Plan::workspaceBytes(int64_t tokens) const {
 
 Kernels::Kernels(std::shared_ptr<std::string const> blob) : blob_(std::move(blob)) {
     std::size_t const end = blob_->find('\n');
-    if (blob_->compare(0, sizeof(kFormat) - 1, kFormat) != 0 || end == std::string::npos) {
+    auto const begins = [&](char const* format) { return blob_->compare(0, sizeof(kFormat) - 1, format) == 0; };
+    if (!(begins(kFormat) || begins(kBefore)) || end == std::string::npos) {
         damaged("they are of another format");
     }
     std::size_t const size = std::stoull(blob_->substr(sizeof(kFormat) - 1, end));
@@ -106,11 +109,14 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
     } else if (kind == "step" && plan_ != nullptr) {
         Step step{};
         Grid& grid = step.grid;
+        int64_t how = 0;
         words >> step.cubin >> grid.fixed >> grid.per >> grid.cap >> grid.slots >> grid.times >> grid.over >>
-            grid.perMultiprocessor >> step.programmatic;
+            grid.perMultiprocessor >> how;
         if (!words || step.cubin >= cubins_.size()) {
             damaged("a step has no cubin");
         }
+        step.programmatic = (how & kProgrammatic) != 0;
+        step.cluster = (how & kCluster) != 0;
         for (std::string argument; words >> argument;) {
             step.arguments.push_back(argument);
         }

@@ -38,7 +38,8 @@ struct Region {
 struct Step {
     std::size_t cubin;
     Grid grid;
-    int64_t programmatic;  // 1 if it may start while the launch before it runs: its kernel waits itself
+    bool programmatic;  // it may start while the launch before it runs: its kernel waits itself
+    bool cluster;       // its programs are one thread block cluster
     std::vector<std::string> arguments;
 };
 

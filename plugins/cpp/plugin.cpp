@@ -346,7 +346,8 @@ private:
         names.emplace_back(cubin.scratch > 0 ? "scratch" : "null");
         names.emplace_back("null");
         Launch made{loadFunction(cubin, device), programs, static_cast<unsigned>(cubin.threads),
-            static_cast<unsigned>(cubin.shared), step.programmatic != 0, std::vector<uint64_t>(names.size()), {}};
+            static_cast<unsigned>(cubin.shared), step.programmatic, step.cluster, std::vector<uint64_t>(names.size()),
+            {}};
         for (std::size_t i = 0; i < names.size(); ++i) {
             made.addresses.push_back(&made.words[i]);  // stays right when `made` moves: the words lie on the heap
             if (names[i] == "T") {

@@ -43,12 +43,16 @@ struct config {
 
 int cuLaunchKernelEx(struct config const* config, void* function, void** parameters, void** extra) {
     int image, count;
-    if (sscanf(function, "%d %d", &image, &count) != 2 || extra || config->count > 1) return 1;
+    if (sscanf(function, "%d %d", &image, &count) != 2 || extra || config->count > 2) return 1;
     if (config->gy != 1 || config->gz != 1 || config->by != 1 || config->bz != 1) return 1;
     printf("launch %d %u %u %u %llu", image, config->gx, config->bx, config->shared,
            (unsigned long long)(uintptr_t)config->stream);
     for (int i = 0; i < count; ++i) printf(" %llu", (unsigned long long)*(uint64_t*)parameters[i]);
-    if (config->count) printf(" attribute %d %d", config->attributes[0][0], config->attributes[0][2]);
+    for (unsigned i = 0; i < config->count; ++i) {
+        int const* attribute = config->attributes[i];
+        printf(" attribute %d %d", attribute[0], attribute[2]);
+        if (attribute[0] == 4) printf(" %d %d", attribute[3], attribute[4]);
+    }
     printf("\n");
     return 0;
 }
