@@ -251,8 +251,8 @@ FEWEST_ROWS = 4
 TABLE_ROWS = 32
 # Programs of a cluster that every GPU which has clusters can run, and the first SM that has them.
 CLUSTER_PROGRAMS, CLUSTER_SM = 8, 90
-# Tokens of such a program at most: sums over tokens are serial in a thread.
-CLUSTER_TOKENS = 128
+# Tokens of such a program at most: a bit each of an int64.
+CLUSTER_TOKENS = 64
 # Up to this many blocks each program of the next launch adds up their tables, instead of one more launch doing it.
 BLOCKS_HERE = 64
 # Tokens of a block of the selection whose table is bits of an int32.

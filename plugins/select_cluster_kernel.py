@@ -25,6 +25,7 @@ from lynx_trt.plugins.select_kernel import (
     load_tile,
     tile_choice,
     tile_votes,
+    write_pairs,
 )
 
 
@@ -130,16 +131,12 @@ def select_cluster_kernel(
         BLOCK_E,
         BLOCK_K,
     )
-    number, before = count_used(used, BLOCK_T)
+    number, which = count_used(used, BLOCK_T)
     tl.store(table + block * E + expert, number, mask=expert < E)
     meet()
     at = program[:, None] * E + expert[None, :]
     numbers = tl.load(table + at, mask=(expert < E)[None, :], other=0, cache_modifier=".cg")
     totals, earlier = tl.reduce((numbers, tl.where(program[:, None] < block, numbers, 0)), 0, add_both)
-    # The running sum is made in each token's row, inside a warp.
-    rows = tl.broadcast_to(totals[None, :], used.shape)
-    place = write_header(dispatch, active, rows, block, E, BLOCK_E, SHORT) + earlier[None, :] + before
-    known = (experts >= 0) & (experts < E)
-    place = tl.gather(place, tl.where(known, experts, 0).to(tl.int32), axis=1)
-    pair = token[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(dispatch + 2 * E + 2 + place, pair, mask=known)
+    begins = write_header(dispatch, active, totals[None, :], block, E, BLOCK_E, SHORT)
+    begins = tl.reshape(begins, [BLOCK_E]) + earlier
+    write_pairs(dispatch, experts, begins, which, block * BLOCK_T, E, K, BLOCK_T, BLOCK_K)

@@ -204,13 +204,17 @@ def kept_set(votes, voting, budget, floor, E: tl.constexpr, BLOCK_E: tl.constexp
     ballots = votes.to(tl.float32)
     rank = tl.zeros([BLOCK_E], tl.int32)
     if budget < E:
-        # Votes are not negative, so the bits of the float32 order as it does. The lower index is before: no two keys
-        # are equal, and a rank is the number of larger ones. A thread has all others of its own, and sums in itself.
-        key = (ballots.to(tl.int32, bitcast=True).to(tl.int64) << 16) - tl.arange(0, BLOCK_E)
+        # Votes are not negative, so the bits of the float32 order as it does, and can be subtracted. A thread has all
+        # others of its own and adds up the signs of differences: a comparison is followed by a wait for its predicate.
+        # Of equal votes the lower index is before: another 1 less. The compiler would make comparisons of differences
+        # of indices that can't overflow; that the budget is not negative it does not know.
+        key = (ballots + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
         width: tl.constexpr = min(MOST_PAIRS // BLOCK_E, BLOCK_E)  # more pairs do not fit registers
         for start in range(0, BLOCK_E, width):
-            others = key if width == BLOCK_E else tl.gather(key, start + tl.arange(0, width), axis=0)
-            rank += tl.sum((others[:, None] > key[None, :]).to(tl.int32), axis=0)
+            expert = start + tl.arange(0, width)
+            others = key if width == BLOCK_E else tl.gather(key, expert, axis=0)
+            lower = ((expert | (budget & LOWEST))[:, None] - tl.arange(0, BLOCK_E)[None, :]) >> 31
+            rank -= tl.sum((key[None, :] - others[:, None] + lower) >> 31, axis=0)
     # Both factors are exact in float32, and the product is rounded once, as in the reference.
     enough = ballots > floor * voting.to(tl.float32)
     kept = (votes == FORCED) | ((rank < budget) & enough)
@@ -291,29 +295,66 @@ def tile_choice(
 
 @triton.jit
 def bits_set(mask):
-    """How many bits of an int32 are set; the compiler knows this for one instruction."""
-    mask = mask.to(tl.uint32, bitcast=True)
-    mask = mask - ((mask >> 1) & 0x55555555)
-    mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333)
-    mask = (mask + (mask >> 4)) & 0x0F0F0F0F
-    return ((mask * 0x01010101) >> 24).to(tl.int32)
+    """How many bits of an int32 or an int64 are set."""
+    number = _bits_of_word(mask.to(tl.int32))
+    if mask.dtype == tl.int64:
+        number += _bits_of_word((mask >> 32).to(tl.int32))
+    return number
+
+
+@triton.jit
+def _bits_of_word(word):
+    # The compiler knows this for one instruction.
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
 def count_used(used, BLOCK_T: tl.constexpr):
-    """Of what `tile_choice` returns: how many tokens use an expert [BLOCK_E], and how many of those before each token
-    [BLOCK_T, BLOCK_E].
+    """Of what `tile_choice` returns: how many tokens use an expert [BLOCK_E], and for `write_pairs` which: a bit a
+    token [BLOCK_E], or of more than 64 tokens how many before each [BLOCK_T, BLOCK_E].
     """
-    if BLOCK_T <= 32:
-        # One exchange between warps, of a bit a token: what lies before a token are the lower ones.
+    if BLOCK_T <= 64:
         row = tl.arange(0, BLOCK_T)[:, None]
-        tokens = tl.sum(used << row, axis=0)
-        number = bits_set(tokens)
-        before = bits_set(tokens[None, :] & ((1 << row) - 1))
+        which = tl.sum(used << (row if BLOCK_T <= 32 else row.to(tl.int64)), axis=0)
+        number = bits_set(which)
     else:
+        which = tl.cumsum(used, axis=0) - used
         number = tl.sum(used, axis=0)
-        before = tl.cumsum(used, axis=0) - used
-    return number, before
+    return number, which
+
+
+@triton.jit
+def write_pairs(
+    dispatch,
+    experts,
+    begins,
+    which,
+    first,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write the pairs of the tokens from `first` on: `experts` [BLOCK_T, BLOCK_K]; `begins` [BLOCK_E], where their
+    pairs of each expert begin; `which` of `count_used`.
+    """
+    row = tl.arange(0, BLOCK_T)[:, None]
+    known = (experts >= 0) & (experts < E)
+    expert = tl.where(known, experts, 0).to(tl.int32)
+    flat = tl.reshape(expert, [BLOCK_T * BLOCK_K])
+    place = tl.reshape(tl.gather(begins, flat, axis=0), [BLOCK_T, BLOCK_K])
+    if BLOCK_T <= 64:
+        # What lies before a token are the lower bits.
+        tokens = tl.reshape(tl.gather(which, flat, axis=0), [BLOCK_T, BLOCK_K])
+        place += bits_set(tokens & ((tl.full([1, 1], 1, which.dtype) << row) - 1))
+    else:
+        place += tl.gather(which, expert, axis=1)
+    pair = (first + row) * K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(dispatch + 2 * E + 2 + place, pair, mask=known)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -401,11 +442,6 @@ def select_kernel(
         BLOCK_E,
         BLOCK_K,
     )
-    number, before = count_used(used, BLOCK_T)
-    # The running sum is made in each token's row, inside a warp.
-    numbers = tl.broadcast_to(number[None, :], used.shape)
-    place = write_header(dispatch, active, numbers, 0, E, BLOCK_E, BLOCK_T * K < 1 << 16) + before
-    known = (experts >= 0) & (experts < E)
-    place = tl.gather(place, tl.where(known, experts, 0).to(tl.int32), axis=1)
-    pair = token[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(dispatch + 2 * E + 2 + place, pair, mask=known)
+    number, which = count_used(used, BLOCK_T)
+    begins = write_header(dispatch, active, number[None, :], 0, E, BLOCK_E, BLOCK_T * K < 1 << 16)
+    write_pairs(dispatch, experts, tl.reshape(begins, [BLOCK_E]), which, 0, E, K, BLOCK_T, BLOCK_K)

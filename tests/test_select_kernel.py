@@ -135,6 +135,8 @@ def _router(tokens: int, experts: int, width: int, seed: int = 0) -> Batch:
         (37, 64, 6),  # DeepSeek-V2-Lite; blocks, the last not full
         (5, 40, 4),  # E is no power of two
         (16, 8, 2),  # Mixtral: a row shorter than a warp
+        (40, 8, 2),  # its tokens in one program, too many for the bits of an int32
+        (100, 8, 2),  # and of an int64
         (9, 512, 10),  # the longest row
     ],
 )
