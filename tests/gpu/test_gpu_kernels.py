@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,14 @@ from gpu_layer import (
     restrict,
     selection_tensors,
     specs_of,
+    supported_sm,
 )
+from torch import Tensor
 
 from lynx_trt.plugins import execute
-from lynx_trt.plugins.specs import DrawSpec
+from lynx_trt.plugins.launch import CLUSTER_SM, SelectLaunch
+from lynx_trt.plugins.plans import select_plan
+from lynx_trt.plugins.specs import DrawSpec, SelectSpec
 from lynx_trt.plugins.twins import dispatch_twin
 from lynx_trt.runtime.draws import BEYOND
 from lynx_trt.runtime.sampling import Sampling, draw, draws_of
@@ -117,11 +122,8 @@ def test_a_graph_takes_new_inputs(tokens: int) -> None:
     assert torch.equal(output, want)
 
 
-@pytest.mark.parametrize("by", ["budget", "floor"])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 33, 128, 512])
-@EVERY_MODEL
-def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
-    """Index by index, with a masked and a broken row, and the metadata of that choice."""
+def check_selection(model: str, tokens: int, by: str, run: Callable[[SelectSpec, dict[str, Tensor]], None]) -> None:
+    """What `run` makes of a batch is the reference's, index by index, with a masked and a broken row."""
     experts, select = specs_of(model, "bfloat16", dry=False)
     layer = Layer(model, experts, select, {})
     batch = make_batch(layer, tokens, 0, CUDA)
@@ -134,7 +136,7 @@ def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
         batch = restrict(layer, batch, max(experts.experts // 4, 2))
     spec = replace(select, dispatch_taken=True)
     tensors = selection_tensors(batch, spec)
-    kernels_for(model, "bfloat16", tokens).prepare(spec, tensors, tokens)()
+    run(spec, tensors)
     given = (batch.choice, batch.choice, batch.topk_index, batch.topk_weight)
     want = select_ref(
         replace(PRESETS["lynx"], guarantee=0),
@@ -153,6 +155,38 @@ def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
     begin = 2 + 2 * experts.experts
     for first, last in ((0, 2 + active), (2 + experts.experts, 2 + experts.experts + active), (begin, begin + pairs)):
         assert torch.equal(got[first:last], expected[first:last])
+
+
+@pytest.mark.parametrize("by", ["budget", "floor"])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 33, 128, 512])
+@EVERY_MODEL
+def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
+    """With the launches that ship."""
+
+    def run(spec: SelectSpec, tensors: dict[str, Tensor]) -> None:
+        kernels_for(model, "bfloat16", tokens).prepare(spec, tensors, tokens)()
+
+    check_selection(model, tokens, by, run)
+
+
+# All programs with tokens; some with few or none; bits of an int64.
+@pytest.mark.parametrize(("tokens", "programs", "block"), [(16, 4, 4), (33, 8, 8), (200, 8, 32), (300, 8, 64)])
+@pytest.mark.parametrize("by", ["budget", "floor"])
+@pytest.mark.parametrize("model", MODELS)
+def test_selection_in_a_cluster_is_the_reference(model: str, by: str, tokens: int, programs: int, block: int) -> None:
+    """Whatever ships; again and again, since what one program reads too early is there by chance sometimes."""
+    if (sm := supported_sm()) < CLUSTER_SM:
+        pytest.skip(f"there are no clusters on SM {sm}")
+    launch = SelectLaunch(programs, block, 8, block, "")
+
+    def run(spec: SelectSpec, tensors: dict[str, Tensor]) -> None:
+        again, _ = execute.prepare(select_plan(spec, sm, programs * block, launch), tensors, tokens)
+        for _ in range(50):
+            for name in ("index", "weight", "active", "dispatch"):
+                tensors[name].fill_(77)
+            again()
+
+    check_selection(model, tokens, by, run)
 
 
 @EVERY_MODEL
