@@ -119,7 +119,7 @@ def _select_in_cluster(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: 
         **_choice_constants(spec),
         **_waits(sm),
         **_short(spec, tokens),
-        "BLOCK_T": launch.tokens,
+        "BLOCK_T": max(launch.tokens, tokens // launch.programs),
         "PROGRAMS": launch.programs,
     }
     buffers = {**_SELECT_INPUTS, **tables, **outputs}
