@@ -162,7 +162,7 @@ class Cuda:
             work()
         except BaseException:
             _, graph = self._driver.cuStreamEndCapture(self._stream)  # whatever it answers, the capture has ended
-            if int(graph):
+            if graph is not None and int(graph):  # None: the capture was no longer valid
                 self._driver.cuGraphDestroy(graph)
             raise
         graph = call("cuStreamEndCapture", self._stream)
