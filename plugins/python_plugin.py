@@ -111,7 +111,14 @@ class _Plugin:
     trt: Any
 
     def __init__(
-        self, contract: Contract, values: dict[str, Value], node: str, kernels_id: str = "", blob: bytes = b""
+        self,
+        contract: Contract,
+        values: dict[str, Value],
+        node: str,
+        kernels_id: str = "",
+        blob: bytes = b"",
+        *,
+        building: bool = False,
     ) -> None:
         for base in _plugin_bases(self.trt):
             base.__init__(self)
@@ -119,6 +126,9 @@ class _Plugin:
         self.values = values
         self.node = node
         self.kernels_id, self.blob = kernels_id, blob
+        # A builder may time a plugin on inputs that it makes up: indices of experts that there are not. Until it is
+        # attached to an execution context, one that was made for a build launches nothing.
+        self.building = building
         self._launcher: Any = None
         self._prepared: Any = None
         self.plugin_name = contract.name
@@ -142,7 +152,10 @@ class _Plugin:
         return self
 
     def clone(self) -> Any:
-        return type(self)(self.contract, self.values, self.node, self.kernels_id, self.blob)
+        return self._copy(building=self.building)
+
+    def _copy(self, *, building: bool) -> Any:
+        return type(self)(self.contract, self.values, self.node, self.kernels_id, self.blob, building=building)
 
     # ---- build
 
@@ -195,12 +208,14 @@ class _Plugin:
         shapes = [tuple(tensor.dims) for tensor in inputs]
         with _refusing(self.node):
             self.contract.check_sizes(shapes)
+            if self.building:
+                return
             if self._launcher is None:
                 self._launcher = self._make_launcher(shapes, inputs[0].type)
             self._prepared = self._launcher.prepare(shapes[0][0])
 
     def attach_to_context(self, context: Any) -> Any:
-        return self.clone()
+        return self._copy(building=False)
 
     def get_fields_to_serialize(self) -> Any:
         return self._collection
@@ -214,6 +229,8 @@ class _Plugin:
         workspace: int,
         stream: int,
     ) -> None:
+        if self.building:
+            return
         with _refusing(self.node):
             if not self.kernels_id:
                 raise TensorRTError(NO_KERNELS.format(name=self.contract.name))
@@ -282,7 +299,8 @@ class _Creator:
             from lynx_trt.plugins.launcher import publish
 
             publish(kernels_id, blob)
-        return self.plugin_class(self.contract.of_node(values), values, name, kernels_id, blob)
+        building = phase == self.trt.TensorRTPhase.BUILD
+        return self.plugin_class(self.contract.of_node(values), values, name, kernels_id, blob, building=building)
 
 
 def _plugin_field(trt: Any, name: str, kind: FieldType, value: Value | bytes) -> Any:

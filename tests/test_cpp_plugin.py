@@ -249,6 +249,17 @@ def test_launches(built, tmp_path, name, cluster):
     assert lines_of(lines, "attribute") == [f"attribute {number} 8 60000" for number in allowed]
 
 
+def test_a_builder_may_run_it_on_anything(built, tmp_path):
+    """TensorRT may time a plugin on inputs of its own, which hold indices of experts that there are not."""
+    case = experts_case(dispatch=1)
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
+    commands = case.commands("time 4", kernels=f"kernels id {tmp_path / 'kernels'}")
+    lines = probe(built, commands + "run 4\n")
+    assert lines_of(lines, "status", "launch")[0] == "status 0 0"
+    assert len(lines_of(lines, "status", "launch")) > 2
+    assert lines_of(probe(built, commands), "status", "launch", "load") == ["status 0 0"]
+
+
 @pytest.mark.parametrize(
     ("sm", "built_for", "runs"), [(86, 80, True), (80, 86, False), (120, 90, False), (91, 90, False)]
 )

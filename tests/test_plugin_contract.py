@@ -348,6 +348,28 @@ def test_kernels_travel_and_run(trt, monkeypatch):
     assert runner.get_workspace_size(dynamic, []) == launcher.workspace_bytes(kernels, select.key, 64) > 0
 
 
+def test_a_builder_may_run_it_on_anything(trt, monkeypatch):
+    """TensorRT may time a plugin on inputs of its own: it launches nothing before it is attached to a context."""
+    select = SelectSpec.from_attributes(SELECT_ATTRIBUTES, experts=8, experts_per_token=2)
+    blob = fake_kernels([select], (90,), 64).to_bytes()
+    plugin = creator_of(trt, "LynxSelect").create_plugin(
+        "n", with_kernels(trt, "LynxSelect", "timed", blob), trt.TensorRTPhase.BUILD
+    )
+    driver = FakeDriver()
+    monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: driver))
+    shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (), (5,)]
+    descs = [SimpleNamespace(dims=shape, type=trt.DataType.FLOAT) for shape in shapes]
+    pointers = [256 * n for n in range(1, 8)]
+    for timed in (plugin, plugin.clone()):
+        timed.on_shape_change(descs, [])
+        timed.enqueue(descs, [], pointers, pointers[:3], 4096, 77)
+    assert driver.launched == driver.loaded == []
+    attached = plugin.attach_to_context(None)
+    attached.on_shape_change(descs, [])
+    attached.enqueue(descs, [], pointers, pointers[:3], 4096, 77)
+    assert len(driver.launched) == 1
+
+
 def test_handed_metadata_is_read(trt, monkeypatch):
     """LynxExperts launches what was made for a node with the metadata, and refuses that of another T."""
     spec = ExpertsSpec.from_attributes(

@@ -265,7 +265,9 @@ class _Builder:
 
     def _reasons(self) -> str:
         hint = ". Raise or drop the workspace limit" if "workspace" in " ".join(self.errors) else ""
-        return ("; ".join(self.errors[-3:]) or "it gave no reason") + hint
+        from lynx_trt.plugins.python_plugin import take_refusals
+
+        return ("; ".join([*take_refusals(), *self.errors[-3:]]) or "it gave no reason") + hint
 
 
 def _make_logger(trt: Any, builder: _Builder) -> Any:

@@ -72,14 +72,16 @@ class Plugin final : public IPluginV3,
                      public IPluginV3OneBuild,
                      public IPluginV3OneRuntime {
 public:
-    // The contract is that of the node (Contract::ofNode).
+    // The contract is that of the node (Contract::ofNode). A builder may time a plugin on inputs that it makes up: indices
+    // of experts that there are not. Until it is attached to an execution context, one for a build launches nothing.
     Plugin(Contract contract, std::vector<Value> values, std::string node, std::string kernelsId,
-        std::shared_ptr<std::string const> blob)
+        std::shared_ptr<std::string const> blob, bool building)
         : contract_(std::move(contract))
         , values_(std::move(values))
         , node_(std::move(node))
         , kernelsId_(std::move(kernelsId))
-        , blob_(std::move(blob)) {
+        , blob_(std::move(blob))
+        , building_(building) {
         storeFields();
     }
 
@@ -94,10 +96,7 @@ public:
         return nullptr;
     }
 
-    IPluginV3* clone() noexcept override {
-        return guarded<IPluginV3*>(
-            contract_.name, node_.c_str(), nullptr, [&] { return new Plugin(contract_, values_, node_, kernelsId_, blob_); });
-    }
+    IPluginV3* clone() noexcept override { return copy(building_); }
 
     char const* getPluginName() const noexcept override { return contract_.name; }
     char const* getPluginVersion() const noexcept override { return kVersion; }
@@ -178,7 +177,7 @@ public:
     int32_t onShapeChange(
         PluginTensorDesc const* inputs, int32_t nInputs, PluginTensorDesc const*, int32_t) noexcept override {
         return guarded(contract_.name, node_.c_str(), -1, [&] {
-            if (!kernelsId_.empty()) {  // TensorRT also calls this where nothing runs; enqueue refuses
+            if (!kernelsId_.empty() && !building_) {  // TensorRT also calls this where nothing runs; enqueue refuses
                 nInputs_ = nInputs;
                 prepare(inputs);
             }
@@ -188,6 +187,9 @@ public:
 
     int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
         void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+        if (building_) {
+            return 0;
+        }
         return guarded(contract_.name, node_.c_str(), -1, [&] {
             if (kernelsId_.empty()) {
                 throw std::runtime_error("it holds no GPU kernels, so this engine can't run: build it again with --sm "
@@ -206,11 +208,16 @@ public:
         });
     }
 
-    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return copy(false); }
 
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &collection_; }
 
 private:
+    IPluginV3* copy(bool building) noexcept {
+        return guarded<IPluginV3*>(contract_.name, node_.c_str(), nullptr,
+            [&] { return new Plugin(contract_, values_, node_, kernelsId_, blob_, building); });
+    }
+
     enum class Source { kInput, kOutput, kWorkspace };
 
     // A word to fill in before a launch: of an input or output by number, or workspace plus offset.
@@ -394,6 +401,7 @@ private:
     std::string node_;
     std::string kernelsId_;
     std::shared_ptr<std::string const> blob_;  // null, except on the node that carries the kernels
+    bool building_;
 
     std::vector<std::array<char, 4>> numbers_;
     std::vector<PluginField> fields_;
@@ -418,7 +426,8 @@ public:
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     }
 
-    IPluginV3* createPlugin(char const* name, PluginFieldCollection const* fields, TensorRTPhase) noexcept override {
+    IPluginV3* createPlugin(
+        char const* name, PluginFieldCollection const* fields, TensorRTPhase phase) noexcept override {
         return guarded<IPluginV3*>(contract_.name, name, nullptr, [&]() -> IPluginV3* {
             std::string kernelsId;
             std::shared_ptr<std::string const> blob;
@@ -437,7 +446,8 @@ public:
                 publish(kernelsId, blob);
             }
             std::vector<Value> values = parseFields(contract_, *fields);
-            return new Plugin(contract_.ofNode(values), values, name, kernelsId, blob);
+            return new Plugin(
+                contract_.ofNode(values), values, name, kernelsId, blob, phase == TensorRTPhase::kBUILD);
         });
     }
 

@@ -1,6 +1,6 @@
 // Does with the plugin library what TensorRT would, and prints what it answers. Commands come on standard input:
 //   op NAME | field NAME char|int32|float32 VALUE | kernels ID FILE | noblob ID | create
-//   input TYPE SIZE...  (a size may be T, or D for 2 T + 18) | outputs | formats | workspace T | run T
+//   input TYPE SIZE...  (a size may be T, or D for 2 T + 18) | outputs | formats | workspace T | run T | time T
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -76,6 +76,7 @@ struct Probe {
     std::vector<PluginField> fields;
     std::vector<Input> inputs;
     IPluginV3* plugin{};
+    IPluginV3* timed{};  // what a builder may run, with inputs that it makes up
 
     char const* keep(std::string const& text) {
         bytes.push_back(text);
@@ -124,6 +125,7 @@ struct Probe {
             std::cout << "refused\n";
             return;
         }
+        timed = plugin->clone();
         // As an engine does: made again from what was stored, then cloned for a context.
         auto const* const stored = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
         plugin = creator->createPlugin("node", stored, TensorRTPhase::kRUNTIME);
@@ -259,10 +261,12 @@ struct Probe {
             outputs();
         } else if (command == "formats") {
             formats();
-        } else if (command == "workspace" || command == "run") {
+        } else if (command == "workspace" || command == "run" || command == "time") {
             int64_t tokens = 0;
             line >> tokens;
-            command == "run" ? run(tokens) : workspace(tokens);
+            if (command == "time") std::swap(plugin, timed);
+            command == "workspace" ? workspace(tokens) : run(tokens);
+            if (command == "time") std::swap(plugin, timed);
         }
     }
 };
