@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lynx_trt.plugins.plan import MODULES, Kernel
+from lynx_trt.plugins.plan import MODULES, SINGLE_VALUES, Kernel
 
 
 def main() -> None:
@@ -86,13 +86,17 @@ def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
 
 
 def _signature(kernel: Kernel, names: list[str]) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """(types, constants, attributes) as the compiler takes them; every pointer is a multiple of 16."""
+    """(types, constants, attributes) as the compiler takes them; pointers are multiples as plan.py says."""
     constants, types = dict(kernel.constants), dict(kernel.parameters)
     if [name for name in names if name not in constants] != list(types) or len(names) != len(constants) + len(types):
         raise RuntimeError(f"the plan's parameters {list(types)} and constants {sorted(constants)} are not {names}")
     signature = {name: types.get(name, "constexpr") for name in names}
     places = {name: number for number, name in enumerate(names)}
-    attributes = {(places[name],): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
+    attributes: dict[tuple[int], Any] = {
+        (places[name],): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") and name not in SINGLE_VALUES
+    }
     return signature, {(places[name],): value for name, value in constants.items()}, attributes
 
 

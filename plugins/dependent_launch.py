@@ -2,7 +2,8 @@
 
 A kernel that is compiled with PROGRAMMATIC calls `wait_for_earlier` before it reads or writes what another launch has
 to do with, and only then `let_next_start`. So whatever is launched two before has ended, and can be seen, when a kernel
-begins: of that it may read before it waits. Needs SM 90 or later.
+begins: of that it may read before it waits. The first launch of an op begins when everything before it has ended, but
+for LynxExperts behind its LynxSelect (`plans.py`). Needs SM 90 or later.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

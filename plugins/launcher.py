@@ -23,8 +23,9 @@ from lynx_trt.plugins.contract import DISPATCH, Contract
 from lynx_trt.plugins.plan import Plan, Step, find_plan
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec, Spec, Value
 
-# Pointers are multiples of this: the kernels are compiled for it, and would fault on others.
-POINTER_ALIGNMENT = 16
+# Pointers are multiples of these, of tensors, of single values and of the workspace: the kernels are compiled for the
+# former and would fault on others, and the descriptors in the workspace want it.
+TENSOR_ALIGNMENT, VALUE_ALIGNMENT, WORKSPACE_ALIGNMENT = 16, 4, 64
 
 _LOCK = threading.Lock()
 _BLOBS: dict[str, bytes] = {}
@@ -136,6 +137,7 @@ class _Pointer:
     word: int
     source: str
     number: int
+    alignment: int
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,10 @@ class Prepared:
                 value = workspace + pointer.number
             else:
                 value = (inputs if pointer.source == "input" else outputs)[pointer.number]
-            if value % POINTER_ALIGNMENT:
+            if value % pointer.alignment:
                 raise ArtifactError(
                     f"{pointer.source} {pointer.number} lies at {value:#x}; the kernels want multiples of "
-                    f"{POINTER_ALIGNMENT}: bind buffers as CUDA allocates them"
+                    f"{pointer.alignment}: bind buffers as CUDA allocates them"
                 )
             pointer.launch.words[pointer.word] = value
         for launch in self.launches:
@@ -184,8 +186,9 @@ class Launcher:
     def __init__(self, contract: Contract, kernels: Kernels, key: str, n_inputs: int, driver: Driver) -> None:
         self._kernels, self._key, self._driver = kernels, key, driver
         self._places = {
-            **{tensor.name: ("input", number) for number, tensor in enumerate(contract.inputs_of(n_inputs))},
-            **{tensor.name: ("output", number) for number, tensor in enumerate(contract.outputs)},
+            tensor.name: (source, number, TENSOR_ALIGNMENT if tensor.shape else VALUE_ALIGNMENT)
+            for source, tensors in (("input", contract.inputs_of(n_inputs)), ("output", contract.outputs))
+            for number, tensor in enumerate(tensors)
         }
 
     def prepare(self, tokens: int) -> Prepared:
@@ -226,5 +229,7 @@ class Launcher:
         for word, name in enumerate(names):
             if name in ("T", "null"):
                 continue
-            source, number = ("workspace", offsets[name]) if name in offsets else self._places[name]
-            pointers.append(_Pointer(launch, word, source, number))
+            if name in offsets:
+                pointers.append(_Pointer(launch, word, "workspace", offsets[name], WORKSPACE_ALIGNMENT))
+            else:
+                pointers.append(_Pointer(launch, word, *self._places[name]))

@@ -9,8 +9,9 @@ ALIGNMENT; then launch the steps in order on one stream, each with `grid.program
 leave it out) of 32 x warps threads; a programmatic step with CUDA's attribute of that name, which lets it start while
 the one before it still runs, and the programs of a step that is a cluster as one thread block cluster. A step's
 arguments are, in order, pointers by name (an input, an output or a region; "null" is a null pointer) and "T", the
-number of tokens as int32; every pointer is a multiple of 16. After them each kernel has two more pointers: global
-scratch memory (the region "scratch" if the kernel wants any, else null), and one that is always null.
+number of tokens as int32; every pointer is a multiple of 16, but for those of SINGLE_VALUES, of 4. After them each
+kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else null), and one
+that is always null.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from lynx_trt.plugins.launch import MOST_PROGRAMS
 from lynx_trt.plugins.specs import Value
 
 ALIGNMENT = 256
+
+# Arguments of one value. TensorRT may let an op write its own into a place of a larger tensor.
+SINGLE_VALUES = ("budget", "floor", "active")
 
 # Bytes of global scratch memory a program may want: two tensor descriptors, of 128 each.
 SCRATCH_BYTES = 256

@@ -86,7 +86,7 @@ def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | N
             Region("kept", fixed=4 * spec.experts),
             *_table_regions(spec, launch.tokens),
         ]
-    return Plan(tokens, tuple(steps), tuple(regions))
+    return Plan(tokens, _after_others(steps), tuple(regions))
 
 
 _SELECT_INPUTS = {
@@ -159,6 +159,15 @@ def _select_in_blocks(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: i
     if not spec.dispatch_taken:
         grid = Grid(fixed=1)
     return [*steps, _step("select_place_kernel", grid, buffers, constants, launch.narrow)]
+
+
+def _after_others(steps: list[Step[Kernel]]) -> tuple[Step[Kernel], ...]:
+    """The same launches, of which the first begins when everything before it has ended.
+
+    Before it are kernels of TensorRT's, which since SM 90 may themselves begin early. A launch that waits for the one
+    before it alone would rely on that one having waited too.
+    """
+    return (replace(steps[0], programmatic=False), *steps[1:])
 
 
 def _waits(sm: int) -> dict[str, Value]:
@@ -263,7 +272,8 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     ]
     if launch.gate_up.descriptors or launch.down.descriptors:
         regions.append(Region("scratch", fixed=SCRATCH_BYTES * MOST_PROGRAMS))
-    return Plan(tokens, tuple(steps), tuple(regions))
+    # What hands the metadata over is LynxSelect, whose last launch is most often the one before the first here.
+    return Plan(tokens, tuple(steps) if spec.dispatch_given else _after_others(steps), tuple(regions))
 
 
 def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int) -> Step[Kernel]:

@@ -140,6 +140,19 @@ def test_plans_cover_all_numbers_of_tokens(model: str, sm: int) -> None:
             assert all(step.grid.programs(plan.max_tokens, 132) > 0 for step in plan.steps)
 
 
+@pytest.mark.parametrize("handed", [True, False])
+def test_only_experts_behind_their_selection_begin_early(handed: bool) -> None:
+    """What is before the first launch of an op is otherwise TensorRT's, and waits for whom it likes."""
+    select = select_spec("qwen3-30b-a3b", dispatch_taken=handed)
+    experts = experts_spec("qwen3-30b-a3b", "bfloat16", dispatch_given=handed)
+    for sm, spec in itertools.product((80, 90), (select, experts)):
+        early = [[step.programmatic for step in plan.steps] for plan in plans(spec, sm, 4096)]
+        # Of the experts' launches some are measured to be slower so.
+        assert any(first for first, *_ in early) == (sm == 90 and handed and spec is experts)
+        assert any(any(others) for _, *others in early) == (sm == 90)
+        assert sm == 80 or spec is experts or all(all(others) for _, *others in early)
+
+
 def test_a_batch_beyond_the_plans() -> None:
     with pytest.raises(ValueError, match="5000 tokens: the kernels are made for up to 64"):
         find_plan(plans(select_spec("mixtral-8x7b"), 90, 64), 5000)

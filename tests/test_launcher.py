@@ -17,7 +17,7 @@ from lynx_trt.plugins.blob import Kernels, lookup
 from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, SELECT_CONTRACT, Contract
 from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.launcher import Launcher, publish, published, spec_of, workspace_bytes
-from lynx_trt.plugins.plan import find_plan
+from lynx_trt.plugins.plan import SINGLE_VALUES, find_plan
 from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.plans import workspace_bytes as planned_workspace
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
@@ -135,9 +135,21 @@ def test_misaligned_pointers_are_refused(kernels, where):
     driver = FakeDriver()
     given = {"inputs": INPUTS, "outputs": OUTPUTS, "workspace": WORKSPACE, "stream": STREAM}
     given[where] = WORKSPACE + 8 if where == "workspace" else [given[where][0] + 8, *given[where][1:]]
-    with pytest.raises(ArtifactError, match="the kernels want multiples of 16"):
+    with pytest.raises(ArtifactError, match=f"the kernels want multiples of {64 if where == 'workspace' else 16}"):
         launcher_of(kernels, SELECT, driver).prepare(700).run(driver, **given)
     assert driver.launched == []
+
+
+def test_single_values_may_lie_in_a_larger_tensor(kernels):
+    """`active` of each layer, say, in the tensor of all layers: at multiples of 4."""
+    names = [tensor.name for tensor in SELECT_CONTRACT.inputs]
+    inputs = [each + 4 * (name in SINGLE_VALUES) for name, each in zip(names, INPUTS, strict=False)]
+    outputs = [OUTPUTS[0], OUTPUTS[1], OUTPUTS[2] + 12]
+    driver = FakeDriver()
+    launcher_of(kernels, SELECT, driver).prepare(4).run(driver, inputs, outputs, WORKSPACE, STREAM)
+    assert {OUTPUTS[2] + 12, *inputs[4:6]} <= set(driver.launched[0]["words"])
+    with pytest.raises(ArtifactError, match="multiples of 4: "):
+        launcher_of(kernels, SELECT, driver).prepare(4).run(driver, inputs, [*outputs[:2], 14], WORKSPACE, STREAM)
 
 
 def test_another_gpu_is_refused_by_name(kernels):

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstddef>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -113,7 +115,10 @@ void* loadFunction(Cubin const& cubin, Device const& device) {
     if (function == nullptr) {
         void* module = nullptr;
         void* found = nullptr;
-        check(driver().moduleLoadData(&module, cubin.image), "cuModuleLoadData");
+        // The image lies anywhere in the blob; the driver gets it where any object may lie.
+        std::vector<std::max_align_t> image(cubin.size / sizeof(std::max_align_t) + 1);
+        std::memcpy(image.data(), cubin.image, cubin.size);
+        check(driver().moduleLoadData(&module, image.data()), "cuModuleLoadData");
         check(driver().moduleGetFunction(&found, module, cubin.entry.c_str()), "cuModuleGetFunction");
         if (cubin.shared > kSharedByDefault) {
             check(driver().funcSetAttribute(found, kMaxDynamicSharedSize, static_cast<int>(cubin.shared)),

@@ -91,6 +91,7 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
             damaged("a cubin is cut off");
         }
         cubin.image = images + offset;
+        cubin.size = length;
         cubins_.push_back(std::move(cubin));
     } else if (kind == "op") {
         words >> name;

@@ -18,6 +18,7 @@ struct Cubin {
     int64_t shared;
     int64_t scratch;
     char const* image;
+    std::size_t size;
 };
 
 // A number of programs: per * (fixed + min(cap, T * slots) + ceil(T * times / over)).

@@ -33,7 +33,8 @@ constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "lynx";
 constexpr char kKernelsId[] = "kernels_id";
 constexpr char kKernels[] = "kernels";
-constexpr uint64_t kPointerAlignment = 16;
+// Pointers are multiples of these, as in plugins/launcher.py.
+constexpr uint64_t kTensorAlignment = 16, kValueAlignment = 4, kWorkspaceAlignment = 64;
 
 // ---- messages
 
@@ -226,6 +227,7 @@ private:
         std::size_t word;
         Source source;
         int64_t number;
+        uint64_t alignment;
     };
 
     // TensorRT reads the fields after getFieldsToSerialize has returned, so their values live with the plugin.
@@ -362,7 +364,7 @@ private:
             } else if (names[i] != "null") {
                 auto const region = offsets.find(names[i]);
                 pointers_.push_back(region != offsets.end()
-                        ? Pointer{launches_.size(), i, Source::kWorkspace, region->second}
+                        ? Pointer{launches_.size(), i, Source::kWorkspace, region->second, kWorkspaceAlignment}
                         : bound(names[i], i));
             }
         }
@@ -370,14 +372,19 @@ private:
     }
 
     Pointer bound(std::string const& name, std::size_t word) const {
+        auto const alignment = [](Tensor const& tensor) {
+            return tensor.shape[0] == '\0' ? kValueAlignment : kTensorAlignment;
+        };
         for (std::size_t i = 0; i < contract_.outputs.size(); ++i) {
-            if (name == contract_.outputs[i].name) {
-                return {launches_.size(), word, Source::kOutput, static_cast<int64_t>(i)};
+            Tensor const& output = contract_.outputs[i];
+            if (name == output.name) {
+                return {launches_.size(), word, Source::kOutput, static_cast<int64_t>(i), alignment(output)};
             }
         }
         for (int32_t i = 0; i < nInputs_; ++i) {
-            if (name == contract_.input(i, nInputs_).name) {
-                return {launches_.size(), word, Source::kInput, i};
+            Tensor const& input = contract_.input(i, nInputs_);
+            if (name == input.name) {
+                return {launches_.size(), word, Source::kInput, i, alignment(input)};
             }
         }
         throw std::runtime_error("a kernel wants " + name + ", which the node lacks: build the engine again");
@@ -390,8 +397,9 @@ private:
         case Source::kOutput: value = reinterpret_cast<uint64_t>(outputs[pointer.number]); break;
         case Source::kWorkspace: value = reinterpret_cast<uint64_t>(workspace) + pointer.number; break;
         }
-        if (value % kPointerAlignment != 0) {
-            throw std::runtime_error("a tensor does not lie at a multiple of 16: bind buffers as CUDA allocates them");
+        if (value % pointer.alignment != 0) {
+            throw std::runtime_error("a tensor does not lie at a multiple of " + std::to_string(pointer.alignment) +
+                ": bind buffers as CUDA allocates them");
         }
         return value;
     }
