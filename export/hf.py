@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Steps of up to this many tokens a sequence are decode steps, to which the budgets apply.
 DECODE_MAX_LENGTH = 1
+# Rows of a cache come in whole groups of so many: with heads of 16 values or more, each sequence's cache then begins at
+# a multiple of 256 bytes, which TensorRT asks of what it is given.
+ROWS_TOGETHER = 8
 _INPUTS = ("input_ids", "past_lengths", "lengths", "budgets", "floors")
 PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
 
@@ -77,7 +80,7 @@ class Exported:
 
     graph: ir.Model
     source: Source
-    cache_rows: int  # L; one more than the usable length where a row is reserved for attention sinks
+    cache_rows: int  # L; the usable length, and a row where attention sinks have one, to whole ROWS_TOGETHER
 
 
 class _StepModule(nn.Module):
@@ -169,7 +172,8 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
         ExportError: fewer blocks were rewritten than the model has.
     """
     model = source.model
-    cache_rows = max_length + (1 if _has_sinks(model) else 0)
+    wanted = max_length + (1 if _has_sinks(model) else 0)
+    cache_rows = -(-wanted // ROWS_TOGETHER) * ROWS_TOGETHER
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)

@@ -69,7 +69,7 @@ class ModelRecord(_Record):
     parameters: int
     weight_bytes: int
     max_length: int
-    cache_rows: int = Field(description="rows of the cache; more than max_length where one is reserved for sinks")
+    cache_rows: int = Field(description="rows of the cache: max_length, one more for attention sinks, rounded up")
     moe_layers: list[MoeLayerRecord]
     caches: list[CacheRecord]
     end_tokens: list[int]

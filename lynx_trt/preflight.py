@@ -77,13 +77,14 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
 
 def engine_problems(artifact: Artifact) -> list[str]:
     """Why this machine can't run the artifact's engine, a sentence each; empty if nothing is known to hinder it."""
+    from lynx_trt.plugins.blob import runs_on
     from lynx_trt.tensorrt.gpu import PRODUCTS, compute_capabilities, unsupported
     from lynx_trt.tensorrt.loader import describe
 
     engine = artifact.manifest.engine
     if engine is None:
         return [f"there is no engine: {artifact.manifest.engine_absent}"]
-    capabilities = sorted(set(compute_capabilities()))
+    capabilities = compute_capabilities()[:1]  # the runtime takes the first; CUDA_VISIBLE_DEVICES says which that is
     if not capabilities:
         return ["there is no GPU that the CUDA driver reports"]
     # Neither another version nor other kernels would help then.
@@ -106,8 +107,8 @@ def engine_problems(artifact: Artifact) -> list[str]:
     has = ", ".join(map(str, engine.compute_capabilities))
     problems += [
         f"the engine has kernels for SM {has}, and this GPU is SM {capability}; build it again for it"
-        for capability in sorted(set(capabilities) - set(engine.compute_capabilities))
-        if engine.compute_capabilities
+        for capability in capabilities
+        if engine.compute_capabilities and not any(runs_on(sm, capability) for sm in engine.compute_capabilities)
     ]
     # A graph that others exported gives its logits to whoever runs it.
     if engine.compute_capabilities and artifact.manifest.foreign is None and DRAWS not in artifact.manifest.files:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lynx_trt.console import Progress, new_app, note, print_json, run, size
+from lynx_trt.console import Progress, new_app, print_json, run, size
 from lynx_trt.errors import ServingError, UsageError
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ def main(
     stream_interval: Annotated[
         float, typer.Option(help="Seconds between two pieces of a stream, at least; 0 sends every token by itself.")
     ] = 0.05,
-    plugin: Annotated[
-        Path | None, typer.Option(help="The plugin library for NAME_engine, if one was compiled.")
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,
     docker: Annotated[bool, typer.Option("--docker", help="Print the command for the vendor's container.")] = False,
@@ -66,6 +63,7 @@ def main(
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
     """Turn an artifact into a model repository of Triton Inference Server, and serve it (--start)."""
+    from lynx_trt.serving.repository import write_repository
     from lynx_trt.serving.server import IMAGE, Address
     from lynx_trt.serving.settings import Settings
 
@@ -91,13 +89,12 @@ def main(
     name = name or _name(opened)
     output = output or Path("out") / f"{name}-repository"
     address = Address(host, http_port, grpc_port, metrics_port)
-    repository = _write(opened, output, name, settings, plugin, overwrite)
-    models = [name, *_engine_to_load(opened, repository)]
+    repository = write_repository(opened, output, name=name, settings=settings, overwrite=overwrite)
     more = _more_requirements(opened, backend)
-    command = _docker(repository, models, address, image or IMAGE, drain, more) if docker else None
-    _tell(opened, repository, settings, models, command, json_output)
+    command = _docker(repository, address, image or IMAGE, drain, more) if docker else None
+    _tell(opened, repository, settings, command, json_output)
     if start:
-        _start(repository, models, address, drain, more, json_output)
+        _start(repository, address, drain, more, json_output)
 
 
 def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Artifact:
@@ -162,71 +159,29 @@ def _name(artifact: Artifact) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", artifact.manifest.model.name).strip("-._") or "lynx"
 
 
-def _write(
-    artifact: Artifact, output: Path, name: str, settings: Settings, plugin: Path | None, overwrite: bool
-) -> Repository:
-    from lynx_trt.serving.repository import write_repository
-
-    if plugin is not None and not plugin.is_file():
-        raise UsageError(f"there is no plugin library {plugin}")
-    return write_repository(artifact, output, name=name, settings=settings, plugin=plugin, overwrite=overwrite)
-
-
-def _engine_to_load(artifact: Artifact, repository: Repository) -> list[str]:
-    """The engine's model, if this machine can run it; else a note says why not."""
-    from lynx_trt.preflight import preflight
-    from lynx_trt.tensorrt.gpu import compute_capabilities
-
-    engine = artifact.manifest.engine
-    if engine is None or repository.engine is None:
-        return []
-    problems = preflight(artifact, verify=False).problems
-    if not compute_capabilities():
-        reason = "there is no GPU here"
-    elif engine.flavor == "rtx":
-        reason = "TensorRT for RTX built it, and the server's backend is full TensorRT; build it with --tensorrt full"
-    elif engine.external:
-        reason = "its expert weights are outside, which this server can't bind; build it with --expert-weights engine"
-    elif repository.plugin is None:
-        reason = "its plugin library is not there; name it with --plugin"
-    elif problems:
-        reason = problems[0]
-    else:
-        return [repository.engine]
-    note(f"{repository.engine} is in the repository but not loaded: {reason}")
-    return []
-
-
-def _docker(repository: Repository, models: list[str], address: Any, image: str, drain: int, more: list[str]) -> str:
+def _docker(repository: Repository, address: Any, image: str, drain: int, more: list[str]) -> str:
     from lynx_trt.serving.server import docker_command
     from lynx_trt.tensorrt.gpu import compute_capabilities
 
-    gpu = bool(compute_capabilities()) or len(models) > 1
-    return docker_command(repository, models, address, image=image, gpu=gpu, drain=drain, more=more)
+    gpu = bool(compute_capabilities())
+    return docker_command(repository, address, image=image, gpu=gpu, drain=drain, more=more)
 
 
 def _tell(
     artifact: Artifact,
     repository: Repository,
     settings: Settings,
-    models: list[str],
     docker: str | None,
     json_output: bool,
 ) -> None:
     from lynx_trt.inspect import cache_bytes
-    from lynx_trt.serving.repository import PLUGIN
-    from lynx_trt.serving.server import backend_config
 
     caches = cache_bytes(artifact.manifest) * settings.slots
-    library = repository.plugin and str(repository.plugin.absolute())
-    flag = backend_config(library or f"/path/to/{PLUGIN}") if repository.engine else None
     if json_output:
         print_json(
             {
                 "repository": str(repository.folder),
-                "models": models,
-                "engine": repository.engine,
-                "backend_config": flag,
+                "model": repository.name,
                 "cache_bytes": caches,
                 "docker": docker,
             }
@@ -234,19 +189,15 @@ def _tell(
         return
     verb = "is as it should be" if repository.reused else "is written"
     typer.echo(f"Repository: {repository.folder} {verb}; {settings.slots} slots with {size(caches)} of cache")
-    if flag:
-        typer.echo(f"Engine: {repository.engine}; a server that loads it needs {flag}")
     if docker:
         typer.echo(docker)
 
 
-def _start(
-    repository: Repository, models: list[str], address: Any, drain: int, more: list[str], json_output: bool
-) -> None:
+def _start(repository: Repository, address: Any, drain: int, more: list[str], json_output: bool) -> None:
     from lynx_trt.serving.server import local_command, start
 
     with Progress(quiet=json_output) as progress:
-        command = local_command(repository, models, address, drain=drain, phase=progress.phase, more=more)
+        command = local_command(repository, address, drain=drain, phase=progress.phase, more=more)
     if not json_output:
         url = f"http://{address.host}:{address.http}/v2/models/{repository.name}/generate"
         typer.echo(f"Serving at {url}; when it is ready:")

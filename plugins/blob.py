@@ -117,11 +117,14 @@ def lookup(kernels: Kernels, sm: int, key: str) -> tuple[Plan[Cubin], ...]:
 
 
 def _runs_on(kernels: Kernels, built: int, sm: int) -> bool:
-    """Whether kernels for one SM run on another: the same, or within SM 8 a lower one (from 9 on they are for one)."""
-    if built == sm:
-        return True
+    """Also whether they find as much shared memory as they want."""
     largest = max((cubin.shared for cubin in kernels.cubins if cubin.sm == built), default=0)
-    return built // 10 == sm // 10 == 8 and built < sm and largest <= SHARED_MEMORY.get(sm, SHARED_MEMORY[86])
+    return built == sm or (runs_on(built, sm) and largest <= SHARED_MEMORY.get(sm, SHARED_MEMORY[86]))
+
+
+def runs_on(built: int, sm: int) -> bool:
+    """Whether kernels for one SM run on another: the same, or within SM 8 a lower one (from 9 on they are for one)."""
+    return built == sm or (built // 10 == sm // 10 == 8 and built < sm)
 
 
 def _words(*words: object) -> str:

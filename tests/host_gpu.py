@@ -259,6 +259,7 @@ class HostContext:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert name in self.engine.names
+        assert address % 256 == 0, f"{name} lies at {address:#x}: TensorRT asks for multiples of 256"
         self.addresses[name] = address
         return True
 

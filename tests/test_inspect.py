@@ -169,6 +169,12 @@ def test_gpu_of_another_sm(with_engine: Artifact, tmp_path: Path, monkeypatch: p
     assert any("SM 80, 89" in problem and "SM 120" in problem for problem in preflight(built, verify=False).problems)
     on_a_machine_with(monkeypatch, sms=[89], tensorrt=engine.tensorrt)
     assert preflight(built, verify=False).problems == []
+    # The first GPU is the one that is taken, and kernels of SM 80 run on a later 8.
+    for sms in ([89, 75], [86], [89, 120]):
+        on_a_machine_with(monkeypatch, sms=sms, tensorrt=engine.tensorrt)
+        assert preflight(built, verify=False).problems == [], sms
+    on_a_machine_with(monkeypatch, sms=[75, 89], tensorrt=engine.tensorrt)
+    assert any("SM 75" in problem for problem in preflight(built, verify=False).problems)
 
 
 @pytest.mark.parametrize(("sm", "runs"), [(80, True), (90, False), (100, False), (110, False), (121, True)])

@@ -18,7 +18,7 @@ from lynx_trt import console, serve
 from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord
 from lynx_trt.errors import LynxError, ServingError, UsageError
 from lynx_trt.serving import environment, server
-from lynx_trt.serving.config import Name, engine_config, protobuf_text, text_config
+from lynx_trt.serving.config import Name, protobuf_text, text_config
 from lynx_trt.serving.repository import Repository, set_quality, write_repository
 from lynx_trt.serving.schema import INPUTS, OUTPUTS
 from lynx_trt.serving.settings import Settings
@@ -100,29 +100,6 @@ def test_text_model_s_configuration(text_artifact: Artifact) -> None:
 
 
 @needs_client
-def test_engine_s_configuration(with_engine: Artifact) -> None:
-    """Every tensor of the engine with its batch dimension; both profiles; a warm-up of each, caches and all."""
-    from tritonclient.grpc import model_config_pb2
-
-    config = parsed(engine_config("tiny_engine", with_engine.manifest))
-    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 0)
-    assert list(config.instance_group[0].profile) == ["0", "1"]
-    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
-    inputs = {tensor.name: list(tensor.dims) for tensor in config.input}
-    assert inputs["input_ids"] == [-1, -1]
-    assert inputs["budgets"] == [2]
-    assert len(inputs) == 8
-    assert {tensor.name: tensor.label_filename for tensor in config.output if tensor.label_filename} == {
-        "logits": "tokens.txt",
-        "active_experts": "moe_layers.txt",
-    }
-    assert [warm_up.name for warm_up in config.model_warmup] == ["decode", "prefill"]
-    for warm_up in config.model_warmup:
-        assert set(warm_up.inputs) == set(inputs)
-        assert all(-1 not in tensor.dims for tensor in warm_up.inputs.values())
-
-
-@needs_client
 def test_text_format_takes_any_string() -> None:
     """Quotes, line breaks, control characters and other scripts come back as they went in."""
     for value in ['a "b" \\ c', "line\nbreak\ttab", "\x01\x1f", "żółw 龟", ""]:
@@ -131,41 +108,15 @@ def test_text_format_takes_any_string() -> None:
     assert protobuf_text({"kind": Name("KIND_CPU"), "on": True, "n": [1, 2]}) == "kind: KIND_CPU\non: true\nn: [1, 2]\n"
 
 
-@needs_client
-def test_weights_outside_the_engine_are_not_warmed_up(with_engine: Artifact) -> None:
-    engine = with_engine.manifest.engine
-    assert engine is not None
-    outside = engine.model_copy(update={"external": [{"name": "w"}]})
-    config = parsed(engine_config("x", with_engine.manifest.model_copy(update={"engine": outside})))
-    assert not config.model_warmup
-
-
-def test_unknown_tensor_type_is_said(with_engine: Artifact) -> None:
-    engine = with_engine.manifest.engine
-    assert engine is not None
-    tensors = [{**engine.tensors[0], "dtype": "complex64"}]
-    manifest = with_engine.manifest.model_copy(update={"engine": engine.model_copy(update={"tensors": tensors})})
-    with pytest.raises(ServingError, match="input_ids is complex64"):
-        engine_config("x", manifest)
-
-
 # --- The folder.
 
 
 def test_repository_is_whole(with_engine: Artifact, tmp_path: Path) -> None:
-    plugin = tmp_path / "plugin.so"
-    plugin.write_bytes(b"library")
-    written = write(with_engine, tmp_path / "repository", plugin=plugin)
-    folder = written.folder
-    assert written.engine == "tiny_engine"
-    assert written.plugin == folder / "liblynx_plugin.so"
-    assert written.plugin.read_bytes() == b"library"
-    assert (folder / "tiny_engine" / "1" / "model.plan").read_bytes() == b"plan"
+    folder = write(with_engine, tmp_path / "repository").folder
     assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced"}
     layers = (folder / "tiny" / "moe_layers.txt").read_text().splitlines()
     assert layers == [layer.name for layer in with_engine.manifest.model.moe_layers]
-    tokens = (folder / "tiny_engine" / "tokens.txt").read_text().splitlines()
-    assert len(tokens) == 256
+    assert sorted(path.name for path in folder.iterdir()) == ["dial.json", "lynx-repository.json", "tiny"]
     # A hard link: the same file, once on the disk.
     weights = folder / "tiny" / "1" / "artifact" / "weights.safetensors"
     assert weights.samefile(with_engine.folder / "weights.safetensors")
@@ -239,21 +190,20 @@ def test_set_quality(text_artifact: Artifact, tmp_path: Path) -> None:
 
 def test_flags_keep_to_loopback_and_close_the_doors() -> None:
     """Loopback on all three ports; what could load models or name files answers to a random key alone."""
-    found = server.flags("/r", ["m"], server.Address(), plugin="/p.so", drain=5)
+    found = server.flags("/r", "m", server.Address(), drain=5)
     assert found.count("--http-address=127.0.0.1") == 1
     assert {"--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1", "--load-model=m"} <= set(found)
-    assert "--backend-config=tensorrt,plugins=/p.so" in found
     restricted = [flag for flag in found if "restricted" in flag]
     assert len(restricted) == 2
     assert all("model-repository,shared-memory,trace,logging:lynx-operator=" in flag for flag in restricted)
-    again = server.flags("/r", ["m"], server.Address(), plugin=None, drain=5)
+    again = server.flags("/r", "m", server.Address(), drain=5)
     assert not set(restricted) & set(again)
 
 
 def test_docker_command_is_one_shell_command(text_artifact: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "it's a path"
     repository = write(text_artifact, folder)
-    text = server.docker_command(repository, ["tiny"], server.Address(), image="image:1", gpu=True, drain=9)
+    text = server.docker_command(repository, server.Address(), image="image:1", gpu=True, drain=9)
     words = shlex.split(text.replace("\\\n", " "))
     assert words[:2] == ["docker", "run"]
     assert f"{folder}:/models:ro" in words
@@ -350,19 +300,10 @@ def test_command_writes_and_tells(text_artifact: Artifact, tmp_path: Path) -> No
     assert "16 slots with 524.3 kB of cache" in result.stdout
     assert "docker run" in result.stdout
     report = json.loads(command(*arguments, "--json").stdout)
-    assert report["models"] == ["tiny"]
+    assert report["model"] == "tiny"
     changed = command("-o", str(tmp_path / "r"), "--set-quality", "fast")
     assert changed.returncode == 0
     assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast"}
-
-
-def test_command_says_why_the_engine_stays(with_engine: Artifact, tmp_path: Path) -> None:
-    """Here there is no GPU: the engine is in the repository, with the exact flag it needs, but not loaded."""
-    (with_engine.folder / "lynx.json").write_text(with_engine.manifest.model_dump_json())
-    result = command(str(with_engine.folder), "-o", str(tmp_path / "r"), "--name", "tiny")
-    assert result.returncode == 0, result.stderr
-    assert "tiny_engine is in the repository but not loaded: there is no GPU here" in result.stderr
-    assert "--backend-config=tensorrt,plugins=" in result.stdout
 
 
 def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
@@ -384,7 +325,6 @@ def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
         (["ARTIFACT", "--quality", "best"], 1, "'best'"),
         (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
         (["ARTIFACT", "--name", "../x"], 2, "--name"),
-        (["ARTIFACT", "--plugin", "nowhere.so"], 2, "no plugin library nowhere.so"),
         (["ARTIFACT", "--http-port", "70000"], 2, "--http-port"),
         (["--set-quality", "max"], 2, "--output"),
         (["BARE"], 1, "has no tokenizer"),

@@ -125,9 +125,9 @@ def test_unknown_flavor():
         loader.load("lean")
 
 
-def fake_tensorrt(monkeypatch, *, works: bool) -> types.ModuleType:
+def fake_tensorrt(monkeypatch, *, works: bool, version: str = "11.4.0.106") -> types.ModuleType:
     module = types.ModuleType("tensorrt")
-    module.__version__ = "11.4.0.106"
+    module.__version__ = version
     module.__file__ = "/somewhere/tensorrt/__init__.py"
     module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
 
@@ -147,6 +147,18 @@ def test_full_is_taken_where_there_is_a_gpu(monkeypatch):
     loaded = loader._load.__wrapped__("auto")
     assert loaded.module is module
     assert (loaded.flavor, loaded.version, loaded.matched) == ("full", "11.4.0.106", True)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("10.14.1.48", False), ("10.15.0", True), ("12.0", True)])
+def test_full_that_is_too_old(monkeypatch, version, taken):
+    """Its parser would refuse our graphs operator by operator."""
+    fake_tensorrt(monkeypatch, works=True, version=version)
+    monkeypatch.setattr(loader, "count_gpus", lambda: 1)
+    if taken:
+        assert loader._load.__wrapped__("full").version == version
+        return
+    with pytest.raises(TensorRTError, match=r'TensorRT 10\.14\.1\.48 .*TensorScatter: pip install "tensorrt>=10\.15"'):
+        loader._load.__wrapped__("full")
 
 
 @pytest.mark.parametrize(("gpus", "works", "reason"), [(0, True, "reports no GPU"), (1, False, "returned nullptr")])

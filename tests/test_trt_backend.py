@@ -249,6 +249,20 @@ def test_least_sizes_are_filled_up(text_artifact: Artifact, tmp_path: Path) -> N
     assert texts(artifact, backend, ["abc"]) == texts(artifact, reference, ["abc"])
 
 
+def test_a_prompt_of_one_token_is_no_decode_step_of_more_rows(text_artifact: Artifact, tmp_path: Path) -> None:
+    artifact = with_engine(
+        text_artifact, tmp_path / "artifact", {"decode": ((2, 4), (1, 1)), "prefill": ((1, 2), (1, 8))}
+    )
+    reference, everything = OrtBackend(artifact, 3, threads=1), Restriction((8, 8))
+    steps = [
+        backend.step(np.array([[65]]), np.zeros(1, np.int64), np.array([1]), everything, first=2).logits
+        for backend in (backend_of(artifact, 3), reference)
+    ]
+    np.testing.assert_allclose(steps[0], steps[1], rtol=1e-4, atol=1e-4)
+    # Nine tokens are a chunk of eight and one of one.
+    assert texts(artifact, backend_of(artifact, 1), ["abcdefghi"]) == texts(artifact, reference, ["abcdefghi"])
+
+
 def test_steps_that_do_not_fit(engined: Artifact) -> None:
     backend = backend_of(engined, 2)
     everything = Restriction((8, 8))

@@ -72,7 +72,7 @@ class TensorRTBackend:
             raise ArtifactError(f"{artifact.folder} has no engine: {artifact.manifest.engine_absent}")
         self._artifact, self._graphs_wanted = artifact, graphs
         decode, prefill = (_Limits.of(artifact, name) for name in ("decode", "prefill"))
-        self._prefill_least = prefill.length[0]
+        self._prefill_least, self._decode_least = prefill.length[0], decode.batch[0]
         self._check_slots(slots, decode, prefill)
         # An engine that takes no fewer rows gets idle ones.
         self.slots = max(slots, decode.batch[0])
@@ -213,9 +213,11 @@ class TensorRTBackend:
     ) -> tuple[int, int]:
         """Queue the copy of a step's inputs; its batch and length."""
         batch, length = input_ids.shape
-        if 1 < length < self._prefill_least:
-            input_ids = np.pad(input_ids, ((0, 0), (0, self._prefill_least - length)))
-            length = self._prefill_least
+        # One token of a prompt is no decode step where those have more rows.
+        if 1 < length < self._prefill_least or (length == 1 and batch < self._decode_least):
+            wider = max(self._prefill_least, 2)
+            input_ids = np.pad(input_ids, ((0, 0), (0, wider - length)))
+            length = wider
         # Padding is written to the cache as well, so the whole width has to fit, not the real tokens alone.
         if int(past_lengths.max()) + length > self._rows:
             raise GenerationError(

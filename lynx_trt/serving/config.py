@@ -1,27 +1,16 @@
-"""The two model configurations of a repository, as protobuf text."""
+"""The configuration of a repository's model, as protobuf text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lynx_trt.artifact import Manifest
-from lynx_trt.errors import ServingError
 from lynx_trt.serving.schema import INPUTS, OUTPUTS, Tensor
 from lynx_trt.serving.settings import Settings
 
-TYPES = {
-    "bool": "TYPE_BOOL",
-    "int8": "TYPE_INT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16",
-    "float32": "TYPE_FP32",
-    "bfloat16": "TYPE_BF16",
-}
 LAYER_LABELS = "moe_layers.txt"
-TOKEN_LABELS = "tokens.txt"  # noqa: S105  (a file's name)
 WARM_UP_TEXT = "warm-up"
 
 
@@ -53,63 +42,6 @@ def text_config(name: str, manifest: Manifest, settings: Settings) -> str:
             "model_warmup": [{"name": "one_prompt", "batch_size": 1, "inputs": _map(warm_up)}],
         }
     )
-
-
-def engine_config(name: str, manifest: Manifest) -> str:
-    """The engine itself, for those who drive it: every tensor with its batch dimension, both profiles.
-
-    Raises:
-        ServingError: the artifact has no engine, or a tensor of a type that the server doesn't know.
-    """
-    engine = manifest.engine
-    if engine is None:
-        raise ServingError(f"there is no engine: {manifest.engine_absent}")
-    inputs = [_engine_tensor(tensor) for tensor in engine.tensors if tensor["mode"] == "input"]
-    outputs = [_engine_tensor(tensor) for tensor in engine.tensors if tensor["mode"] == "output"]
-    labels = {"active_experts": LAYER_LABELS, "logits": TOKEN_LABELS}
-    for tensor in outputs:
-        if tensor["name"] in labels:
-            tensor["label_filename"] = labels[tensor["name"]]
-    profiles = [str(number) for number in range(len(engine.profiles))]
-    names = ", ".join(f"{number} is {profile['name']}" for number, profile in enumerate(engine.profiles))
-    chosen = manifest.selection
-    about = {
-        "lynx_profiles": names,
-        "lynx_budgets": json.dumps(chosen.budgets),
-        "lynx_floors": json.dumps(chosen.floors),
-    }
-    return protobuf_text(
-        {
-            "name": name,
-            "platform": "tensorrt_plan",
-            "max_batch_size": 0,  # budgets, floors and active_experts have no batch dimension
-            "version_policy": {"latest": {"num_versions": 1}},
-            "input": inputs,
-            "output": outputs,
-            # Both profiles in one instance: the backend takes the one that fits a request's shapes.
-            "instance_group": [{"name": name, "count": 1, "kind": Name("KIND_GPU"), "profile": profiles}],
-            "optimization": {"cuda": {"graphs": False}, "input_pinned_memory": {"enable": True}},
-            "parameters": _map({key: {"string_value": value} for key, value in about.items()}),
-            # Expert weights that are inputs would be gigabytes of zeros.
-            "model_warmup": [] if engine.external else [_engine_warm_up(p, inputs) for p in engine.profiles],
-        }
-    )
-
-
-def _engine_warm_up(profile: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Zeros of a profile's smallest shapes: lengths of 0 are idle rows, so no expert is loaded."""
-    values = {}
-    for tensor in inputs:
-        smallest = profile["shapes"].get(tensor["name"])
-        dims = list(smallest[0]) if smallest else tensor["dims"]
-        values[tensor["name"]] = {"data_type": tensor["data_type"], "dims": dims, "zero_data": True}
-    return {"name": profile["name"], "batch_size": 1, "inputs": _map(values)}
-
-
-def _engine_tensor(tensor: Mapping[str, Any]) -> dict[str, Any]:
-    if tensor["dtype"] not in TYPES:
-        raise ServingError(f"the engine's tensor {tensor['name']} is {tensor['dtype']}, which the server doesn't know")
-    return {"name": tensor["name"], "data_type": Name(TYPES[tensor["dtype"]]), "dims": list(tensor["shape"])}
 
 
 def _tensor(tensor: Tensor, *flags: str) -> dict[str, Any]:

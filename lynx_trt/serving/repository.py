@@ -1,11 +1,10 @@
-"""The model repository: two models, the artifact's files, and the copy of lynx_trt that serves them.
+"""The model repository: a model, the artifact's files, and the copy of lynx_trt that serves them.
 
     REPOSITORY/
       dial.json               the default quality; an operator changes it while the server runs
       lynx-repository.json    what the repository was made from, and how
       NAME/config.pbtxt       text in, tokens streamed out (Python backend)
       NAME/1/model.py         with lynx_trt/, and the artifact's files in artifact/
-      NAME_engine/            the TensorRT engine alone, for those who drive it (platform tensorrt_plan)
 
 Files of the artifact are hard links where the file system allows it, so they take no space twice, a container that
 mounts the repository alone finds them, and building the artifact anew leaves a running server's files alone.
@@ -27,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from lynx_trt import __version__
-from lynx_trt.artifact import ENGINE, MANIFEST, TOKENIZER, Artifact, sha256
+from lynx_trt.artifact import MANIFEST, Artifact, sha256
 from lynx_trt.errors import ServingError, UsageError
-from lynx_trt.serving.config import LAYER_LABELS, TOKEN_LABELS, WARM_UP_TEXT, engine_config, text_config
+from lynx_trt.serving.config import LAYER_LABELS, WARM_UP_TEXT, text_config
 from lynx_trt.serving.settings import Settings
 
 MARKER = "lynx-repository.json"
 DIAL = "dial.json"
-PLUGIN = "liblynx_plugin.so"
 # What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
 MODULES = ("__init__.py", "artifact.py", "budgets.py", "errors.py", "experts.py", "preflight.py", "selection.py")
 PACKAGES = {
@@ -48,12 +46,10 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Repository:
-    """A written repository. `plugin` is its plugin library's path, None without one."""
+    """A written repository."""
 
     folder: Path
     name: str
-    engine: str | None
-    plugin: Path | None
     reused: bool = False
 
 
@@ -74,7 +70,6 @@ def write_repository(
     *,
     name: str,
     settings: Settings,
-    plugin: Path | None = None,
     overwrite: bool = False,
 ) -> Repository:
     """Write the repository, or find it as it should be.
@@ -84,20 +79,14 @@ def write_repository(
         ServingError: it can't be written.
     """
     check_name(name)
-    made_from = _made_from(artifact, name, settings, plugin)
-    engine = f"{name}_engine" if artifact.manifest.engine else None
-    library = target / PLUGIN if plugin else None
+    made_from = _made_from(artifact, name, settings)
     if _is_same(target, made_from):
-        return Repository(target, name, engine, library, reused=True)
+        return Repository(target, name, reused=True)
     with _writing(target, overwrite=overwrite) as folder:
         _write_text_model(folder / name, artifact, name, settings)
-        if engine:
-            _write_engine_model(folder / engine, artifact, engine)
-        if plugin:
-            shutil.copyfile(plugin, folder / PLUGIN)
         (folder / DIAL).write_text(_json({"quality": settings.quality}), encoding="utf-8")
         (folder / MARKER).write_text(_json(made_from), encoding="utf-8")
-    return Repository(target, name, engine, library)
+    return Repository(target, name)
 
 
 def set_quality(folder: Path, quality: str) -> None:
@@ -118,13 +107,12 @@ def set_quality(folder: Path, quality: str) -> None:
     (folder / DIAL).write_text(_json({"quality": quality}), encoding="utf-8")
 
 
-def _made_from(artifact: Artifact, name: str, settings: Settings, plugin: Path | None) -> dict[str, Any]:
+def _made_from(artifact: Artifact, name: str, settings: Settings) -> dict[str, Any]:
     return {
         "name": name,
         "lynx_trt": __version__,
         "artifact": sha256(artifact.path(MANIFEST)),
         "settings": settings.parameters(),
-        "plugin": sha256(plugin) if plugin else None,
         "code": _code_digest(),
     }
 
@@ -176,28 +164,6 @@ def _write_text_model(folder: Path, artifact: Artifact, name: str, settings: Set
     for file in [MANIFEST, *manifest.files]:
         _link(artifact.path(file), version / "artifact" / file)
     _copy_code(version)
-
-
-def _write_engine_model(folder: Path, artifact: Artifact, name: str) -> None:
-    (folder / "1").mkdir(parents=True)
-    (folder / "config.pbtxt").write_text(engine_config(name, artifact.manifest), encoding="utf-8")
-    layers = [layer.name for layer in artifact.manifest.model.moe_layers]
-    (folder / LAYER_LABELS).write_text(_lines(layers), encoding="utf-8")
-    (folder / TOKEN_LABELS).write_text(_lines(_tokens(artifact)), encoding="utf-8")
-    _link(artifact.path(ENGINE), folder / "1" / "model.plan")
-
-
-def _tokens(artifact: Artifact) -> list[str]:
-    """The vocabulary by token id; ids that the tokenizer doesn't have are empty lines."""
-    tokens = [""] * artifact.manifest.model.vocabulary
-    path = artifact.path(TOKENIZER)
-    if path.is_file():
-        from lynx_trt.runtime.text import Tokenizer
-
-        for token, index in Tokenizer(path).vocabulary().items():
-            if index < len(tokens):
-                tokens[index] = token
-    return tokens
 
 
 def _lines(labels: list[str]) -> str:

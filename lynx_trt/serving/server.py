@@ -16,7 +16,7 @@ from pathlib import Path
 from lynx_trt.errors import ServingError, UsageError
 from lynx_trt.serving import watchdog
 from lynx_trt.serving.environment import Environment, libpython, prepare, requirements
-from lynx_trt.serving.repository import PLUGIN, Repository
+from lynx_trt.serving.repository import Repository
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.09-py3"
 # HTTP bodies that say they are forms (curl's default) are parsed on the stack: 4 MB of them kill a server with the
@@ -45,21 +45,20 @@ class Command:
     variables: dict[str, str]
 
 
-def flags(repository: str, models: list[str], address: Address, *, plugin: str | None, drain: int) -> list[str]:
+def flags(repository: str, model: str, address: Address, *, drain: int) -> list[str]:
     """The server's flags.
 
     Args:
         repository: the repository's path as the server sees it.
-        models: those to load; others in the repository are left alone.
+        model: what to load; others in the repository are left alone.
         address: where to listen.
-        plugin: path of the plugin library as the server sees it, for an engine.
         drain: seconds that requests in flight have after SIGTERM.
     """
     key = secrets.token_hex(16)
     return [
         f"--model-repository={repository}",
         "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in models),
+        f"--load-model={model}",
         f"--http-address={address.host}",
         f"--grpc-address={address.host}",
         f"--metrics-address={address.host}",
@@ -69,18 +68,11 @@ def flags(repository: str, models: list[str], address: Address, *, plugin: str |
         f"--http-restricted-api={RESTRICTED}:lynx-operator={key}",
         f"--grpc-restricted-protocol={RESTRICTED}:lynx-operator={key}",
         f"--exit-timeout-secs={drain}",
-        *([backend_config(plugin)] if plugin else []),
     ]
-
-
-def backend_config(plugin: str) -> str:
-    """The flag with which the server's TensorRT backend loads the plugin library."""
-    return f"--backend-config=tensorrt,plugins={plugin}"
 
 
 def local_command(
     repository: Repository,
-    models: list[str],
     address: Address,
     *,
     drain: int,
@@ -97,9 +89,8 @@ def local_command(
     _check_ports(address)
     found = shutil.which("tritonserver")
     made = prepare(server=found is None, phase=phase, more=more)
-    plugin = str(repository.plugin.absolute()) if repository.plugin else None
     arguments = [found or str(made.server)]
-    arguments += flags(str(repository.folder.absolute()), models, address, plugin=plugin, drain=drain)
+    arguments += flags(str(repository.folder.absolute()), repository.name, address, drain=drain)
     _remove_stale_memory()
     arguments.append(f"--backend-config=python,shm-region-prefix-name={SHM_PREFIX}{os.getpid()}_")
     if found is None:
@@ -130,7 +121,6 @@ def start(command: Command) -> None:
 
 def docker_command(
     repository: Repository,
-    models: list[str],
     address: Address,
     *,
     image: str,
@@ -139,10 +129,9 @@ def docker_command(
     more: Sequence[str] = (),
 ) -> str:
     """The command for the vendor's container, to be printed; `more` as in `local_command`."""
-    plugin = f"/models/{PLUGIN}" if repository.plugin else None
     inside = Address("0.0.0.0", 8000, 8001, 8002)  # noqa: S104  (inside the container; published below on `host`)
     needs = " ".join(shlex.quote(name) for name in (*requirements(), *more))
-    server = shlex.join(["tritonserver", *flags("/models", models, inside, plugin=plugin, drain=drain)])
+    server = shlex.join(["tritonserver", *flags("/models", repository.name, inside, drain=drain)])
     ports = zip((address.http, address.grpc, address.metrics), (8000, 8001, 8002), strict=True)
     parts = [
         "docker run --rm --init",

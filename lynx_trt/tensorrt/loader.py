@@ -43,6 +43,8 @@ LIBRARIES_WHEEL = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 BINDINGS_WHEEL = "tensorrt-cu13-bindings"
 INSTALL_CPU = 'pip install "lynx-trt[cpu]"'
 INSTALL_FULL = "pip install tensorrt"
+# The first whose ONNX parser knows all operators of our graphs.
+LEAST_FULL = (10, 15)
 CACHE_VARIABLE = "LYNX_TRT_CACHE"
 
 # `tensorrt.so` refers to this function by a data relocation, so it must exist even though it is never called:
@@ -186,6 +188,14 @@ def _full(reasons: list[str]) -> Loaded | None:
             raise RuntimeError("it makes no Builder")
     except Exception as error:  # whatever its import does: libraries missing, a package that is only a downloader
         reasons.append(f"{type(error).__name__}: {_one_line(error)}")
+        return None
+    version = tuple(int(word) for word in str(module.__version__).split(".")[:2] if word.isdigit())
+    if version < LEAST_FULL:
+        least = ".".join(map(str, LEAST_FULL))
+        reasons.append(
+            f"TensorRT {module.__version__} doesn't know RMSNormalization, RotaryEmbedding and TensorScatter: "
+            f'pip install "tensorrt>={least}"'
+        )
         return None
     origin = f"the module tensorrt in {Path(str(module.__file__)).parent}"
     return Loaded(module, "full", str(module.__version__), origin, matched=True)
