@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import signal
 import sys
@@ -18,6 +20,10 @@ def new_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that typer doesn't know: it ends a KeyboardInterrupt with 130 and no word."""
+
+
 def run(app: typer.Typer) -> None:
     """Run a command; a LynxError becomes one line on stderr and its exit code, Ctrl-C becomes 130."""
     # Hub look-ups would only wait for a time-out: checkpoints are folders here.
@@ -26,18 +32,57 @@ def run(app: typer.Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it otherwise (nohup)
         signal.signal(signal.SIGINT, _on_interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # text that a terminal has no letters for is no reason to end
+    for command in app.registered_commands:
+        if command.callback:
+            command.callback = _tell_interrupts(command.callback)
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # at exit Python would only say that it ignores what goes wrong with it
     except LynxError as error:
         fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Interrupted):
         fail("interrupted; nothing was left behind")
         sys.exit(130)
     except BrokenPipeError:
         # The reader went away (`| head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         sys.exit(1)
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        _silence_stdout()
+        fail(f"the output can't be written: {error.strerror or error}; free some space, or send it elsewhere")
+        sys.exit(1)
+
+
+def _tell_interrupts(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(callback)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return callback(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+    return wrapped
+
+
+def _stdout_fails() -> bool:
+    try:
+        print(flush=True)  # noqa: T201
+    except OSError:
+        return True
+    return False
+
+
+def _silence_stdout() -> None:
+    """What is still to be written to stdout goes nowhere: Python tries once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _interrupted = False

@@ -490,4 +490,6 @@ def test_interrupted_build_leaves_nothing(phase: str, own_checkpoint: Path, tmp_
     # made, say), whoever handles it afterwards. To a shell both are 130.
     assert process.returncode in (130, -signal.SIGINT), errors
     assert "Traceback" not in errors
+    if phase:
+        assert errors.endswith("error: interrupted; nothing was left behind\n")
     assert left_behind(tmp_path) == []
