@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lynx_trt.console import Progress, fail, new_app, print_json, run
-from lynx_trt.errors import UsageError
+from lynx_trt.errors import LynxError, UsageError
 
 REPORT, PAGE = "report.json", "report.html"
 
@@ -88,6 +90,7 @@ def main(
         memory=memory,
         seed=seed,
     )
+    check_output(output)
     opened = open_artifact(artifact, verify=verify)
     with Progress(quiet=json_output) as progress:
         report = compare(opened, options, progress)
@@ -106,21 +109,44 @@ def main(
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json and report.html.
+    """Write report.json and report.html, each aside and then renamed: a report that is there is whole.
 
     Raises:
-        UsageError: the folder can't be written to.
+        LynxError: there is no room for them, or the folder can't be written to.
     """
     import json
 
     from lynx_trt.comparison.page import page
 
+    files = {PAGE: page(report), REPORT: json.dumps(report, indent=1) + "\n"}
+    asides = {folder / f"{name}.partial-{os.getpid()}": folder / name for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (folder / PAGE).write_text(page(report), encoding="utf-8")
+        for aside, text in zip(asides, files.values(), strict=True):
+            aside.write_text(text, encoding="utf-8")
+        for aside, path in asides.items():
+            aside.replace(path)
     except OSError as error:
-        raise UsageError(f"--output {folder} can't be written to: {error.strerror or error}") from None
+        raise LynxError(
+            f"can't write to {folder}: {error.strerror or error}; make room, or choose another --output"
+        ) from None
+    finally:
+        for aside in asides:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def check_output(folder: Path) -> None:
+    """Refuse what can't be a folder to write to before anything is measured; nothing is made yet.
+
+    Raises:
+        UsageError: it, or a folder that it is to lie in, is a file or can't be written to.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--output {folder} can't be a folder: {there} is a file; choose another --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder} can't be written to: no permission for {there}; choose another --output")
 
 
 def _tell(report: Mapping[str, Any], folder: Path) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.calibration.source import _same_bits
 from lynx_trt.compare import app, write
 from lynx_trt.comparison.against import changes, read_report
 from lynx_trt.comparison.conditions import Condition
@@ -22,7 +28,7 @@ from lynx_trt.comparison.page import page
 from lynx_trt.comparison.run import CompareOptions, compare
 from lynx_trt.comparison.summary import summarize
 from lynx_trt.console import Progress
-from lynx_trt.errors import ArtifactError, UsageError
+from lynx_trt.errors import ArtifactError, CheckpointError, LynxError, UsageError
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -139,6 +145,69 @@ def test_wrong_input(
     result = CliRunner().invoke(app, [str(text_artifact.folder), "-o", str(tmp_path / "out"), *arguments])
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
+
+
+def test_another_model_s_checkpoint_is_no_reference(
+    text_artifact: Artifact, byte_model: Path, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of another architecture, and of the same with other values."""
+    changed = tmp_path / "changed"
+    shutil.copytree(byte_model, changed)
+    tiny_models.save(tiny_models.random_model("qwen3_moe", seed=9, eos_token_id=None), changed)
+    for folder, words in ((checkpoint("mixtral"), "architecture is Mixtral"), (changed, "holds other values")):
+        arguments = [str(text_artifact.folder), "-o", str(tmp_path / "out"), "--checkpoint", str(folder)]
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, CheckpointError)
+        assert f"{folder} is not the model of {text_artifact.folder}" in str(result.exception)
+        assert words in str(result.exception)
+
+
+def test_a_value_that_is_no_number_is_still_the_same_value() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert _same_bits(nan, nan.clone())
+    assert not _same_bits(nan, torch.tensor([1.0, 2.0]))
+    assert not _same_bits(nan, nan.half())
+    assert _same_bits(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_results_that_are_no_numbers_are_said(
+    byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]
+) -> None:
+    """Weights that are finite, and so large that logits are not."""
+    folder = Path(shutil.copytree(byte_model, tmp_path / "large"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][:] = 3e38
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    built = build_quietly(folder, tmp_path / "artifact")
+    arguments = ["--checkpoint", str(folder), "--baseline", "hf-eager", "--budget", "off", "--batch", "1", "--prompt"]
+    arguments += ["4", "--steps", "1", "--rounds", "1", "--sequences", "1", "--no-memory", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [str(built.folder), *arguments])
+    assert result.exit_code == 0, result.exception
+    assert "hf-eager: its logits are not all finite numbers" in result.stdout
+    assert "judged against it" in result.stdout
+    assert "lynx@off: its logits are not all finite numbers" in result.stdout
+
+
+def test_an_output_that_is_a_file_is_said_first(tmp_path: Path) -> None:
+    """Before the artifact is even looked for."""
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = CliRunner().invoke(app, [str(tmp_path / "nowhere"), "-o", str(output)])
+        assert isinstance(result.exception, UsageError)
+        assert f"{tmp_path / 'file'} is a file" in str(result.exception)
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("the one before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(LynxError, match="File too large; make room"):
+            write({**report, "failures": []}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "the one before"
 
 
 def test_an_artifact_of_another_version(text_artifact: Artifact, tmp_path: Path) -> None:

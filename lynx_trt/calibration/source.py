@@ -69,9 +69,15 @@ def _changed_tensor(artifact: Artifact, weights: CheckpointWeights) -> str | Non
         named = [(name, stored.get_slice(name).get_shape()) for name in stored.keys()]  # noqa: SIM118 - no dict
         common = [(_elements(shape), name) for name, shape in named if weights.resolve(name) == name]
         for _, name in sorted(common)[:TENSORS_COMPARED]:
-            if not torch.equal(stored.get_tensor(name), weights.load(name)):
+            if not _same_bits(stored.get_tensor(name), weights.load(name)):
                 return str(name)
     return None
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Not of their values: a NaN, in a checkpoint that has some, equals nothing."""
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _elements(shape: list[int]) -> int:

@@ -38,13 +38,15 @@ def judge(
     for number, name in enumerate(names):
         forced[name] = _forced(runners[name], ids, prompt)
         free[name] = _greedy(runners[name], ids[:, :prompt], ids.shape[1] - prompt)
-        found[name] = {
-            "reference": reference,
-            **_difference(forced[reference], forced[name], reference, name),
-            "top1": float((forced[name].argmax(-1) == forced[reference].argmax(-1)).mean()),
-            "greedy": float((free[name] == free[reference]).mean()),
-            "perplexity": _perplexity(forced[name], ids, prompt),
-        }
+        # `finite` says it of logits that are no numbers; NumPy need not as well.
+        with np.errstate(invalid="ignore", over="ignore"):
+            found[name] = {
+                "reference": reference,
+                **_difference(forced[reference], forced[name], reference, name),
+                "top1": float((forced[name].argmax(-1) == forced[reference].argmax(-1)).mean()),
+                "greedy": float((free[name] == free[reference]).mean()),
+                "perplexity": _perplexity(forced[name], ids, prompt),
+            }
         if name != reference:
             del forced[name]
         on_progress((number + 1) / len(names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 
 from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.comparison import footprint, layers, right, speed
-from lynx_trt.comparison.runners import BASELINES, CUDA, Opened, Runner, open_runner, specs, try_out
+from lynx_trt.comparison.runners import BASELINES, CUDA, HF, Opened, Runner, open_runner, specs, try_out
 from lynx_trt.comparison.summary import summarize
 from lynx_trt.console import Progress
-from lynx_trt.errors import LynxError, UsageError
+from lynx_trt.errors import LynxError, UnsupportedModelError, UsageError
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.ort_graphs import PROVIDERS, Device, device_problem
 
@@ -47,14 +47,16 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
     """Compare; the result is the content of report.json.
 
     Raises:
-        LynxError: an option is out of its range, or nothing at all could be run.
+        LynxError: an option is out of its range, the checkpoint is another model's, or nothing at all could be run.
     """
     check(options)
     providers, problems = _providers(options.providers)
     checkpoint = options.checkpoint or shipped_checkpoint(artifact)
+    unsupported = _check_checkpoint(artifact, checkpoint) if options.checkpoint or HF in options.baselines else None
     rows = specs(
         artifact, baselines=options.baselines, budgets=options.budgets, checkpoint=checkpoint, providers=providers
     )
+    rows = [replace(row, absent=unsupported) if unsupported and row.name == HF else row for row in rows]
     batches = _batches(artifact, options, problems)
     slots = max(*batches, options.sequences)
     if not providers:
@@ -82,6 +84,9 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
         "runners": [],
     }
     _judge(report, runners, ids, options, progress)
+    for item in opened:
+        if item.runner and not report["right"][item.spec.name]["finite"]:
+            item.notes.append(_not_finite(item.spec.name, report["reference"]))
     update = progress.phase("Speed")
     samples = speed.measure(
         runners, ids, batches, prompt=options.prompt, steps=options.steps, rounds=options.rounds, on_progress=update
@@ -120,6 +125,28 @@ def shipped_checkpoint(artifact: Artifact) -> Path | None:
 
     folder = shipped_model()
     return folder if artifact.manifest.model.name == SHIPPED and folder.is_dir() else None
+
+
+def _check_checkpoint(artifact: Artifact, checkpoint: Path | None) -> str | None:
+    """Why transformers can't run the checkpoint here, None if nothing is known to hinder it.
+
+    Raises:
+        CheckpointError: it can't be read, or it is not what the artifact was built from: no reference, then.
+    """
+    if checkpoint is None:
+        return None
+    from lynx_trt.calibration.source import open_source
+
+    try:
+        open_source(artifact, checkpoint)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def _not_finite(name: str, reference: str) -> str:
+    judged = "; the others are judged against it, so theirs don't either" if name == reference else ""
+    return f"its logits are not all finite numbers, so its perplexity and differences mean nothing{judged}"
 
 
 def _providers(asked: Sequence[str]) -> tuple[list[Device], list[str]]:

@@ -138,7 +138,9 @@ class HuggingFaceRunner:
     def __init__(self, checkpoint: Path, threads: int | None) -> None:
         import torch
         import transformers
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
         try:
