@@ -175,6 +175,7 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
     wanted = max_length + (1 if _has_sinks(model) else 0)
     cache_rows = -(-wanted // ROWS_TOGETHER) * ROWS_TOGETHER
     use_native_norms(model)
+    attention.keep_latents(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
     module = _StepModule(model, source.layers, selection).eval()

@@ -103,6 +103,43 @@ def test_every_block_is_rewritten(name: str, artifact: Any) -> None:
         assert sum(node.op_type == op for node in nodes) == expected
 
 
+def test_latent_attention_stays_in_its_latents(artifact: Any) -> None:
+    """One key a row for all heads, put together of the two caches: nothing is expanded row by row."""
+    import onnx
+
+    built = artifact("deepseek_v3", preset="lynx")
+    graph = onnx.load(built.path("model.onnx"), load_external_data=False).graph
+    known = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
+    model = built.manifest.model
+    attentions = [node for node in graph.node if node.op_type == "Attention"]
+    assert len(attentions) == model.layers
+    for node, cache in zip(attentions, model.caches, strict=True):
+        assert node.input[1] == node.input[2]
+        key = [size.dim_value for size in known[node.input[1]]]
+        assert key[1:] == [1, model.cache_rows, cache.key_size + cache.value_size]
+    # The caches themselves are outputs of the graph; of what is computed in it nothing else has their rows.
+    shapes = {value.name: [size.dim_value for size in known[value.name]] for value in graph.value_info}
+    over_rows = [name for name, shape in shapes.items() if model.cache_rows in shape[1:-1]]
+    assert sorted(over_rows) == sorted(node.input[1] for node in attentions)
+
+
+def test_another_expansion_is_left_alone() -> None:
+    """One with a bias, and one that is not DeepSeek-V3's word for word."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    from lynx_trt.export import attention
+
+    class Scaled(DeepseekV3Attention):
+        def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> Any:
+            return super().expand_kv(2 * kv_nope, k_rot)
+
+    config = tiny_models.random_model("deepseek_v3").config
+    plain, biased, scaled = DeepseekV3Attention(config, 0), DeepseekV3Attention(config, 0), Scaled(config, 0)
+    biased.kv_b_proj.bias = torch.nn.Parameter(torch.zeros(biased.kv_b_proj.out_features))
+    attention.keep_latents(torch.nn.ModuleList([plain, biased, scaled]))
+    assert ["expand_kv" in vars(each) for each in (plain, biased, scaled)] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [

@@ -62,6 +62,19 @@ def test_equals_the_function_bodies(name: str, artifact: Callable[..., Artifact]
             assert np.abs(got - expected).max() <= bound, form
 
 
+def test_a_key_of_parts_is_cut_before_it_is_put_together(artifact: Callable[..., Artifact]) -> None:
+    """Latent attention's: no step touches the rows of the cache that no sequence has."""
+    lowered = lower(artifact("deepseek_v3", preset="lynx")).model.graph
+    producers = {name: node for node in lowered.node for name in node.output}
+    attentions = [node for node in lowered.node if node.op_type == "Attention"]
+    assert attentions
+    for node in attentions:
+        assert node.input[1] == node.input[2]
+        key = producers[node.input[1]]
+        assert key.op_type == "Concat"
+        assert {producers[part].op_type for part in key.input} == {"Slice"}
+
+
 def test_the_baseline_is_the_model_without_selection(artifact: Callable[..., Artifact]) -> None:
     built = artifact("qwen3_moe", preset="lynx")
     plain, fused = steps(built, None), steps(built, "baseline")

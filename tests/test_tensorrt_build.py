@@ -390,13 +390,23 @@ def test_memory(tmp_path):
 # ---- the copy for TensorRT
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("fp32", 1), ("fp16", 0)])
-def test_decomposable_attention(tmp_path, dtype, expected):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "expected"),
+    [
+        ("fp32", (1, 4, 1, 64), 1),
+        ("fp16", ("batch", 4, "sequence", 256), 0),
+        ("fp16", ("batch", 4, "sequence", 576), 1),  # DeepSeek's latents
+        ("fp16", ("batch", 4, "sequence", "size"), 1),
+        ("fp16", None, 1),
+    ],
+)
+def test_decomposable_attention(tmp_path, dtype, shape, expected):
+    """What TensorRT has no fused kernel for, and what nothing is known of."""
     path = make_graph(tmp_path / "model.onnx", dtype)
 
     def annotate(model):
         elem = model.graph.output[0].type.tensor_type.elem_type
-        model.graph.value_info.append(helper.make_tensor_value_info("q", elem, None))
+        model.graph.value_info.append(helper.make_tensor_value_info("q", elem, shape))
 
     model = prepare(edit(path, annotate)).model
     attributes = [

@@ -13,6 +13,7 @@ at 100 rows 39 and 31; a prompt of 128 tokens 780 and 580. With heads of 128 the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,8 +170,17 @@ def _trim(edit: GraphEdit, node: onnx.NodeProto) -> None:
         copy.CopyFrom(node)
         bounds = [edit.integers([0]), rows, edit.integers([2])]
         for place in (1, 2):
-            copy.input[place] = edit.add("Slice", [node.input[place], *bounds])
+            name = node.input[place]
+            copy.input[place] = edit.once(f"rows/{ends}/{name}", functools.partial(_first_rows, edit, name, bounds))
         edit.put(copy)
+
+
+def _first_rows(edit: GraphEdit, name: str, bounds: list[str]) -> str:
+    """The first rows [B,h,rows,d] of a key or value [B,h,L,d]; where it is put together of parts, of each of them."""
+    parts = edit.producer(name)
+    if parts is None or parts.op_type != "Concat" or _attributes(parts).get("axis") not in (-1, 3):
+        return edit.add("Slice", [name, *bounds])
+    return edit.add("Concat", [edit.add("Slice", [part, *bounds]) for part in parts.input], axis=-1)
 
 
 def _rows(edit: GraphEdit, ends: str) -> str:

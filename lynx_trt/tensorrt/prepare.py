@@ -3,8 +3,8 @@
 The file that ONNX Runtime runs differs from what TensorRT wants in five points:
 
 - the ops' function bodies are dropped: TensorRT's parser silently prefers a local function to a plugin;
-- a float32 Attention gets `TRT_decomposable = 1`: TensorRT has no fused kernel for it, and ONNX Runtime rejects
-  the attribute;
+- an Attention in float32 or with heads of more than FUSED_HEAD values gets `TRT_decomposable = 1`: TensorRT has no
+  fused kernel for it, and ONNX Runtime rejects the attribute;
 - with kernels, one lynx node carries them, and each their id (`contract.KERNELS`);
 - a LynxSelect hands the dispatch metadata to the LynxExperts that its `index` goes to, which else makes it once more
   (`hand_over`, once TensorRT has told the shapes);
@@ -37,6 +37,8 @@ Dims = tuple[int | str, ...]
 _SELECT_INPUTS = [tensor.name for tensor in SELECT_CONTRACT.inputs]
 _EXPERTS_INPUTS = [tensor.name for tensor in EXPERTS_CONTRACT.inputs]
 _FIRST_WEIGHT = _EXPERTS_INPUTS.index("gate_up")
+# TensorRT's fused attention takes heads of up to so many values; of latent attention they have more.
+FUSED_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def prepare(onnx_path: Path, *, expert_weights: ExpertWeights = "engine", kernel
     _check_data(model, onnx_path)
     del model.functions[:]
     plugins = _plugin_nodes(model.graph)
-    _decompose_float_attention(model)
+    _decompose_attention(model)
     if kernels:
         _add_kernels(model.graph, kernels)
     external = _externalize(model.graph, onnx_path) if expert_weights == "external" else ()
@@ -266,22 +268,27 @@ def _add_kernels(graph: onnx.GraphProto, kernels: bytes) -> None:
                 carried = True
 
 
-def _decompose_float_attention(model: onnx.ModelProto) -> int:
-    """Allow TensorRT to decompose each Attention that is float32, or whose type nothing says; return how many."""
+def _decompose_attention(model: onnx.ModelProto) -> int:
+    """Allow TensorRT to decompose each Attention that is float32 or has large heads; return how many.
+
+    What nothing says the type or size of is taken to be so: the attribute permits and does not force.
+    """
     import onnx
 
     attention = [node for node in _nodes(model.graph) if node.op_type == "Attention" and node.domain in ("", "ai.onnx")]
     if not attention:
         return 0
     graph = model.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    known = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
     changed = 0
     for node in attention:
-        # The attribute permits and does not force, so a type that is not recorded is treated as float32.
-        if types.get(node.input[0], onnx.TensorProto.UNDEFINED) in (
-            onnx.TensorProto.FLOAT,
-            onnx.TensorProto.UNDEFINED,
-        ) and not any(attribute.name == "TRT_decomposable" for attribute in node.attribute):
+        query = known.get(node.input[0])
+        fused = query is not None and query.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
+        sizes = [] if query is None else query.shape.dim
+        # In three dimensions the heads are side by side; the attributes say how many.
+        count = next((each.i for each in node.attribute if each.name == "q_num_heads"), 1) or 1
+        fused = fused and len(sizes) > 0 and 0 < sizes[-1].dim_value <= FUSED_HEAD * count
+        if not fused and not any(attribute.name == "TRT_decomposable" for attribute in node.attribute):
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
             changed += 1
     return changed
