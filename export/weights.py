@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from lynx_trt.export.checkpoint import Checkpoint, StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
+# What a parameter may be stored in; any other type is somebody's quantization, whose scales nobody here would apply.
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Initializers below this stay inside the .onnx file; it keeps shape constants readable in a viewer.
 EXTERNAL_BYTES = 1024
 SAFETENSORS_DTYPE = {
@@ -49,6 +52,9 @@ class _Source:
     converter: Any
     stored: dict[str, list[StoredTensor]] = field(default_factory=dict)
 
+    def tensors(self) -> list[StoredTensor]:
+        return [tensor for tensors in self.stored.values() for tensor in tensors]
+
 
 class CheckpointWeights:
     """Parameters of `model` by name, each read and converted only when it is asked for."""
@@ -57,7 +63,7 @@ class CheckpointWeights:
         """Plan where every parameter and stored buffer comes from.
 
         Raises:
-            CheckpointError: tensors are missing, or their shapes are not what the config says.
+            CheckpointError: tensors are missing, their shapes are not what the config says, or they are quantized.
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
@@ -105,6 +111,8 @@ class CheckpointWeights:
                 f"first {missing[0]!r}; config.json and the weights in {checkpoint.folder} don't belong together"
             )
         for name, source in self._sources.items():
+            if self._wanted[name].is_floating_point():
+                _refuse_quantized(source)
             wanted = tuple(self._wanted[name].shape)
             if source.converter is None:
                 stored = source.stored[name][0].shape
@@ -114,8 +122,11 @@ class CheckpointWeights:
                 self._check_merged(name, source, wanted)
 
     def _check_merged(self, name: str, source: _Source, wanted: tuple[int, ...]) -> None:
-        """One stored tensor an expert: their number and size must add up, which needs no data to see."""
-        stored = [tensor for tensors in source.stored.values() for tensor in tensors]
+        """One stored tensor an expert: their number and shapes must add up, which needs no data to see."""
+        for pattern, tensors in source.stored.items():
+            if "*" in pattern:  # what is stacked
+                _refuse_odd_one(tensors)
+        stored = source.tensors()
         elements = sum(_elements(tensor.shape) for tensor in stored)
         expected = sum(_elements(tuple(self._wanted[t].shape)) for t, first in self._targets.items() if first == name)
         if elements != expected:
@@ -141,25 +152,65 @@ class CheckpointWeights:
         """Parameter `name`, in the model's dtype.
 
         Raises:
-            CheckpointError: its shape, after conversion, is not the model's.
+            CheckpointError: its shape, after conversion, is not the model's, or a value is no number or is beyond what
+                the dtype holds; the message names the stored tensor.
         """
+        import torch
+
+        from lynx_trt.export.finite import all_finite, refuse_not_finite
+
         first = self._targets[name]
         source = self._sources[first]
-        with _Shards() as shards:
-            if source.converter is None:
-                tensor = shards.read(source.stored[name][0])
-            else:
-                converter = copy.deepcopy(source.converter)
-                for pattern, stored in source.stored.items():
-                    converter.collected_tensors[pattern] = [shards.read(item) for item in stored]
-                converted = converter.convert(first, model=self._model, config=self._model.config)
-                value = converted[name]
-                tensor = value[0] if isinstance(value, list) else value
         wanted = self._wanted[name]
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
-        result: torch.Tensor = tensor.to(wanted.dtype)
+        with _Shards() as shards:
+            tensor = self._read(name, first, source, shards)
+            if tensor.shape != wanted.shape:
+                raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
+            result: torch.Tensor = tensor.to(wanted.dtype)
+            if not all_finite(result):
+                masks = tensor.dim() == 1 or not isinstance(wanted, torch.nn.Parameter)  # biases, sinks; buffers
+                for stored in source.tensors():
+                    refuse_not_finite(stored.key, shards.read(stored), wanted.dtype, masks=masks)
+                refuse_not_finite(name, tensor, wanted.dtype, masks=masks)
         return result
+
+    def _read(self, name: str, first: str, source: _Source, shards: _Shards) -> torch.Tensor:
+        if source.converter is None:
+            return shards.read(source.stored[name][0])
+        converter = copy.deepcopy(source.converter)
+        for pattern, stored in source.stored.items():
+            converter.collected_tensors[pattern] = [shards.read(item) for item in stored]
+        try:
+            value = converter.convert(first, model=self._model, config=self._model.config)[name]
+        except RuntimeError:  # torch's, of shapes that can't be put together
+            shapes = "; ".join(f"{stored[0].key} {list(stored[0].shape)}" for stored in source.stored.values())
+            wanted = list(self._wanted[name].shape)
+            raise CheckpointError(
+                f"{name} {wanted} can't be made of what is stored ({shapes}); convert or copy the checkpoint again"
+            ) from None
+        tensor: torch.Tensor = value[0] if isinstance(value, list) else value
+        return tensor
+
+
+def _refuse_quantized(source: _Source) -> None:
+    for stored in source.tensors():
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{stored.key} is stored as {stored.dtype}, so the checkpoint is quantized, which this version can't "
+                "read; load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
+            )
+
+
+def _refuse_odd_one(tensors: list[StoredTensor]) -> None:
+    """Tensors that will be one, an expert each, have one shape."""
+    usual = Counter(tensor.shape for tensor in tensors).most_common(1)[0][0]
+    for tensor in tensors:
+        if tensor.shape != usual:
+            other = next(item for item in tensors if item.shape == usual)
+            raise CheckpointError(
+                f"{tensor.key} is stored as {list(tensor.shape)}, but {other.key} as {list(usual)}, and experts are of "
+                "one shape; convert or copy the checkpoint again"
+            )
 
 
 class _Shards(ExitStack):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,11 +19,14 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 
 from lynx_trt import build as command_module
 from lynx_trt.artifact import MANIFEST
 from lynx_trt.budgets import Restriction, parse_budget, with_floor
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
+from lynx_trt.export.finite import all_finite, refuse_not_finite
 from lynx_trt.tensorrt import gpu, loader
 
 Build = Callable[..., Any]
@@ -184,6 +188,118 @@ def test_config_disagrees_with_the_weights(
 ) -> None:
     edit_config(own_checkpoint, **changes)
     refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "don't belong together")
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+ROUTER = "model.layers.0.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (EXPERT, float("nan"), ["nan at [2, 3]", "broken"]),  # one tensor of many that are stacked
+        (EXPERT, float("-inf"), ["-inf at [2, 3]", "broken"]),
+        (EXPERT, 1e6, ["1e+06 at [2, 3]", "more than fp16 holds", "--precision bf16 or fp32"]),
+        (EXPERT, -65520.0, ["-65520 at [2, 3]", "more than fp16 holds"]),  # the least that rounds to infinity
+        (ROUTER, float("inf"), ["inf at [2, 3]", "broken"]),
+    ],
+)
+def test_weight_that_is_no_number_in_the_precision(
+    name: str, value: float, words: list[str], build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without a word it would be wrong text later."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][2, 3] = value
+
+    edit_weights(own_checkpoint, edit)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, name, *words, precision="fp16")
+
+
+def test_weight_that_only_bf16_holds(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """What the refusal says to do works; the largest value of fp16 is no reason for it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT][2, 3] = 1e6
+        tensors[ROUTER][2, 3] = 65504.0
+
+    edit_weights(own_checkpoint, edit)
+    assert build_quietly(own_checkpoint, tmp_path / "artifact", precision="bf16").manifest.model.precision == "bf16"
+
+
+def test_small_weight_that_is_no_number(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Those that stay in the ONNX file are read elsewhere."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][-1] = float("nan")
+
+    edit_weights(own_checkpoint, edit)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "model.norm.weight holds nan at [63]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 64, 1001])
+def test_one_value_among_many(dtype: torch.dtype, size: int) -> None:
+    """The extremes see it at every place of a vector register and of the rest behind the last one."""
+    for value in (math.nan, math.inf, -math.inf):
+        for place in {0, size // 2, size - 1}:
+            tensor = torch.linspace(-1, 1, size).to(dtype)
+            assert all_finite(tensor)
+            tensor[place] = value
+            assert not all_finite(tensor)
+            with pytest.raises(CheckpointError, match=rf"x holds {value:g} at \[{place}\]"):
+                refuse_not_finite("x", tensor, dtype, masks=False)
+
+
+def test_minus_infinity_masks() -> None:
+    """A bias may keep an expert from ever being chosen; plus infinity and NaN are nothing of the kind."""
+    assert all_finite(torch.empty(0))
+    assert all_finite(torch.tensor([True]))
+    refuse_not_finite("bias", torch.tensor([0.0, -math.inf]), torch.float16, masks=True)
+    for value in (math.inf, math.nan, -1e5):
+        with pytest.raises(CheckpointError, match="bias holds"):
+            refuse_not_finite("bias", torch.tensor([-math.inf, value]), torch.float16, masks=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_tensor_without_a_word_in_the_config(
+    dtype: torch.dtype, build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its scales would be left out like any tensor that nobody asked for."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT] = tensors[EXPERT].to(dtype)
+
+    edit_weights(own_checkpoint, edit)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, EXPERT, "quantized", "dequantize=True")
+
+
+def test_one_expert_of_another_shape(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """As many values as there should be, so their number tells nothing."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT] = tensors[EXPERT].T.contiguous()
+
+    edit_weights(own_checkpoint, edit)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, f"{EXPERT} is stored as [64, 32]", "[32, 64]")
+
+
+def test_all_gates_of_another_shape(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Each alike, so that it shows only where they meet what they are put together with."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".gate_proj." in name]:
+            tensors[name] = tensors[name].T.contiguous()
+
+    edit_weights(own_checkpoint, edit)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "gate_up_proj", "gate_proj.weight [64, 32]")
 
 
 def test_output_that_exists(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
