@@ -77,11 +77,16 @@ WRONG: dict[str, tuple[Callable[[CalibrateOptions], CalibrateOptions], str]] = {
     "too long": (_wrong(length=4096), r"--length is 4096, but the artifact takes 64 tokens at most"),
     "nothing to decode": (
         _wrong(prompt_length=48),
-        r"sequences of 48 tokens leave nothing to decode after --prompt-length 48; give 46 or less",
+        r"sequences of 48 tokens leave nothing to decode after --prompt-length 48; give --prompt-length 46 or less, or "
+        r"--length 50 or more$",
     ),
     "nothing to decode at all": (
         _wrong(prompt_length=63, length=None),
-        r"sequences of 64 tokens leave nothing to decode after --prompt-length 63; give 62 or less$",
+        r"sequences of 64 tokens leave nothing to decode after --prompt-length 63; give --prompt-length 62 or less$",
+    ),
+    "a single token": (
+        _wrong(prompt_length=8, length=1),
+        r"sequences of 1 tokens leave nothing to decode after --prompt-length 8; give --length 10 or more$",
     ),
     "no prompt": (_wrong(prompt_length=0), r"--prompt-length is 0"),
     "a limit out of range": (_wrong(max_kl=-1.0), r"--max-kl is -1; it must be above 0"),

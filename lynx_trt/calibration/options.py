@@ -186,10 +186,12 @@ def sequence_length(options: CalibrateOptions, artifact: Artifact) -> int:
     if options.prompt_length < 1:
         raise UsageError(f"--prompt-length is {options.prompt_length}; it must be 1 or more")
     if length < options.prompt_length + 2:
-        longer = f", or --length {options.prompt_length + 2} or more" if options.prompt_length + 2 <= longest else ""
+        ways = [f"--prompt-length {length - 2} or less"] if length >= 3 else []
+        if options.prompt_length + 2 <= longest:
+            ways.append(f"--length {options.prompt_length + 2} or more")
         raise UsageError(
             f"sequences of {length} tokens leave nothing to decode after --prompt-length {options.prompt_length}; "
-            f"give {length - 2} or less{longer}"
+            f"give {', or '.join(ways) or 'an artifact with a larger --max-length'}"
         )
     return length
 

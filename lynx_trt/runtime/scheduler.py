@@ -369,7 +369,7 @@ def check_prompt(prompt: Sequence[int], limits: Limits, what: str = "the prompt"
     if len(prompt) >= limits.max_length:
         raise GenerationError(
             f"{what} has {len(prompt)} tokens, and the cache holds {limits.max_length} with the output: "
-            f"shorten it to {limits.max_length - 1} tokens or build with a larger --max-length"
+            f"shorten it to {limits.max_length - 1} tokens, or build with a larger --max-length if the model takes more"
         )
 
 
