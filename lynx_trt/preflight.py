@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lynx_trt.artifact import DRAWS, Artifact, check_files
+from lynx_trt.artifact import DRAWS, TOKENIZER, Artifact, check_files
+from lynx_trt.errors import ArtifactError
 
 PLUGIN = {"namespace": "lynx", "version": "1"}
 
@@ -29,9 +30,22 @@ def preflight(artifact: Artifact, *, verify: bool = True) -> Preflight:
     _check_plugin(artifact, problems)
     _check_onnxruntime(artifact, problems, notes)
     _check_engine(artifact, problems, notes)
-    if "tokenizer.json" not in artifact.manifest.files:
-        notes.append("no tokenizer: the artifact takes token ids but no text; build with --tokenizer FOLDER to add one")
+    _check_tokenizer(artifact, problems, notes)
     return Preflight(problems, notes)
+
+
+def _check_tokenizer(artifact: Artifact, problems: list[str], notes: list[str]) -> None:
+    from lynx_trt.runtime.text import Tokenizer
+
+    if TOKENIZER not in artifact.manifest.files:
+        notes.append("no tokenizer: the artifact takes token ids but no text; build with --tokenizer FOLDER to add one")
+        return
+    if any(TOKENIZER in problem for problem in problems):  # its sum has said what is wrong with it
+        return
+    try:
+        Tokenizer(artifact.path(TOKENIZER))
+    except ArtifactError as error:
+        problems.append(str(error))
 
 
 def _check_plugin(artifact: Artifact, problems: list[str]) -> None:
@@ -70,7 +84,9 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
     if engine is None:
         notes.append(f"no engine: {artifact.manifest.engine_absent}")
     elif not compute_capabilities():
-        notes.append("no GPU here, so the engine can't run; ONNX Runtime on the CPU can")
+        # A graph with inputs of its own is run by whoever exported it, not by our runtime.
+        can = "; ONNX Runtime on the CPU can" if artifact.manifest.foreign is None else ""
+        notes.append(f"no GPU here, so the engine can't run{can}")
     else:
         problems += engine_problems(artifact)
 

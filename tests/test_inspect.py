@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lynx_trt import preflight as preflights
-from lynx_trt.artifact import DRAWS, MANIFEST, Artifact, CalibrationRecord, read, record_files
+from lynx_trt.artifact import DRAWS, MANIFEST, Artifact, CalibrationRecord, ForeignRecord, read, record_files
 from lynx_trt.errors import ArtifactError
 from lynx_trt.inspect import rows
 from lynx_trt.preflight import engine_problems, preflight
@@ -45,6 +45,24 @@ def test_table_says_what_was_built(with_engine: Artifact) -> None:
     assert table["floors"] == "0.01562 in every MoE layer"  # a quarter of 1 / (K E)
     assert "expert weights inside" in table["engine"]
     assert table["calibrated"] == "no: nothing is promised about quality"
+
+
+def test_a_tokenizer_that_can_t_be_read(text_artifact: Artifact, tmp_path: Path) -> None:
+    """It was built in so, and its sum is right: said here, and not by the server that starts with it."""
+    folder = Path(shutil.copytree(text_artifact.folder, tmp_path / "artifact"))
+    (folder / "tokenizer.json").write_text('{"version": "9"}')
+    manifest = text_artifact.manifest.model_copy(update={"files": record_files(folder)})
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    result = command(str(folder))
+    assert result.returncode == 1
+    assert f"error: {folder / 'tokenizer.json'} can't be read as a tokenizer" in result.stderr
+    assert preflight(text_artifact).problems == []
+
+
+def test_a_tokenizer_that_was_changed_is_one_problem(text_artifact: Artifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(text_artifact.folder, tmp_path / "artifact"))
+    (folder / "tokenizer.json").write_text("{}")
+    assert len(preflight(read(folder)).problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,4 +243,13 @@ def test_no_gpu_is_no_problem(with_engine: Artifact) -> None:
     found = preflight(with_engine)
     if gpu.compute_capabilities():
         pytest.skip("this machine has a GPU")
-    assert any("no GPU here" in line for line in found.notes)
+    assert any("no GPU here" in line and "ONNX Runtime on the CPU can" in line for line in found.notes)
+
+
+def test_a_graph_of_others_runs_in_no_runtime_of_ours(with_engine: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` refuses it, so nothing here says that the CPU could."""
+    monkeypatch.setattr(gpu, "compute_capabilities", list)
+    known = {"file": "x.onnx", "producer": "torch", "opset": 24, "patterns": {}, "phase_known": True, "packed": {}}
+    foreign = ForeignRecord.model_validate({**known, "inputs": [], "outputs": [], "added": [], "kept": [], "notes": []})
+    theirs = Artifact(with_engine.folder, with_engine.manifest.model_copy(update={"foreign": foreign}))
+    assert "no GPU here, so the engine can't run" in preflight(theirs, verify=False).notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lynx_trt.errors import ArtifactError
+from lynx_trt.errors import ArtifactError, GenerationError
 
 
 class Tokenizer:
@@ -35,7 +35,15 @@ class Tokenizer:
         return dict(self._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with whatever the tokenizer puts before and after a text."""
+        """Token ids of `text`, with whatever the tokenizer puts before and after a text.
+
+        Raises:
+            GenerationError: it holds bytes that were no UTF-8, as an argument of a command can.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise GenerationError(f"the text {text[:32]!r} is no valid UTF-8; give it in that encoding") from None
         return list(self._tokenizer.encode(text).ids)
 
     def stream(self) -> Stream:
