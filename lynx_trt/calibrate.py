@@ -138,7 +138,9 @@ def main(
 def _check_early(options: CalibrateOptions) -> None:
     """What can be seen without the imports that take seconds."""
     from lynx_trt.calibration.options import batch_sizes
+    from lynx_trt.machine import check_threads
 
+    check_threads(options.threads)
     output_folder(options)
     batch_sizes(options)
 

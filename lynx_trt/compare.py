@@ -71,7 +71,9 @@ def main(
     from lynx_trt.comparison.conditions import Condition
     from lynx_trt.comparison.run import CompareOptions, compare
     from lynx_trt.comparison.runners import BASELINES
+    from lynx_trt.machine import check_threads
 
+    check_threads(threads)
     conditions = [Condition.parse(item) for item in fail_if or ()]
     earlier = read_report(against) if against else None
     options = CompareOptions(

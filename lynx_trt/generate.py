@@ -39,10 +39,14 @@ def restriction_for(manifest: Manifest, budget: str | None, floor: float | None 
     from lynx_trt import budgets as dial
 
     chosen = manifest.selection.restriction
+    for name, value in (("--budget", budget), ("--floor", floor)):
+        if value is not None and manifest.selection.preset == "off":
+            raise UsageError(
+                f"{name} {value} means nothing for an artifact built with --preset off, which uses all experts; "
+                "leave it out, or build with another preset"
+            )
     if budget is not None:
         chosen = dial.parse_budget(budget, [layer.experts for layer in manifest.model.moe_layers])
-    if floor is not None and manifest.selection.preset == "off":
-        raise UsageError(f"--floor {floor} means nothing for an artifact built with --preset off")
     chosen = dial.with_floor(chosen, floor)
     dial.check_leaves_experts(chosen, selection_of(manifest), manifest.model.moe_layers[0].experts_per_token)
     return chosen
@@ -135,8 +139,10 @@ def main(
 ) -> None:
     """Generate text from an artifact: with its engine on a GPU, or with ONNX Runtime on the CPU."""
     from lynx_trt.artifact import open_artifact
+    from lynx_trt.machine import check_threads
     from lynx_trt.runtime.sampling import Sampling
 
+    check_threads(threads)
     if any(not text for text in stop or []):
         raise UsageError("--stop is empty; an empty text would end every sequence at once")
     prompts = prompt or []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lynx_trt.console import Progress, new_app, print_json, run, size
+from lynx_trt.console import Progress, new_app, note, print_json, run, size
 from lynx_trt.errors import ServingError, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def main(
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
     """Turn an artifact into a model repository of Triton Inference Server, and serve it (--start)."""
+    from lynx_trt.machine import check_threads
     from lynx_trt.serving.repository import write_repository
     from lynx_trt.serving.server import IMAGE, Address
     from lynx_trt.serving.settings import Settings
@@ -71,8 +72,10 @@ def main(
         _prepare(json_output)
         return
     if set_quality is not None:
-        _set_quality(output, set_quality)
+        _set_quality(output, set_quality, json_output)
         return
+    if start:
+        check_threads(threads)
     if artifact is None:
         raise UsageError("there is no artifact; name its folder, as python -m lynx_trt.build has written it")
     settings = Settings(
@@ -130,8 +133,26 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
-    Dial.of(opened.manifest).restriction(settings.quality)
+    Dial.of(opened.manifest).check_default(settings.quality)
+    if refused:
+        _check_slots(opened, settings.slots, here=here)
     return opened
+
+
+def _check_slots(artifact: Artifact, slots: int, *, here: bool) -> None:
+    """Caches in this machine's memory, as ONNX Runtime has them; where it won't be this machine, that is only said.
+
+    Raises:
+        UsageError: they don't fit this machine, which is to serve them.
+    """
+    from lynx_trt.inspect import cache_bytes
+    from lynx_trt.machine import slots_problem
+
+    problem = slots_problem(slots, cache_bytes(artifact.manifest))
+    if problem and here:
+        raise UsageError(f"{problem}; lower --slots")
+    if problem:
+        note(f"{problem}; serve the repository on a larger one, or lower --slots")
 
 
 def _why_no_engine(artifact: Artifact, backend: str, problems: list[str]) -> str | None:
@@ -205,12 +226,15 @@ def _start(repository: Repository, address: Any, drain: int, more: list[str], js
     start(command)
 
 
-def _set_quality(output: Path | None, quality: str) -> None:
+def _set_quality(output: Path | None, quality: str, json_output: bool) -> None:
     from lynx_trt.serving.repository import set_quality
 
     if output is None:
         raise UsageError("--set-quality changes a repository; name it with --output")
     set_quality(output, quality)
+    if json_output:
+        print_json({"repository": str(output), "quality": quality})
+        return
     typer.echo(f"The default quality of {output} is {quality}; a running server takes it within two seconds")
 
 

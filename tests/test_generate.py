@@ -67,6 +67,9 @@ def test_preset_off_and_full_budget_are_the_same(
 ) -> None:
     off = build_quietly(byte_model, tmp_path / "off", preset="off")
     assert tokens(off, PROMPTS) == tokens(text_artifact, PROMPTS, budget="8")
+    for dial in ({"budget": "1"}, {"floor": 0.1}):
+        with pytest.raises(UsageError, match="means nothing for an artifact built with --preset off"):
+            generate_text(off, PROMPTS, **dial)  # type: ignore[arg-type]
 
 
 def test_sampling_depends_on_seed_alone(text_artifact: Artifact) -> None:
@@ -152,6 +155,7 @@ def test_end_token_ends(byte_model: Path, text_artifact: Artifact, tmp_path: Pat
         ([""], {}, GenerationError, "empty"),
         (["fine", "x" * 64], {}, GenerationError, "prompt 2 has 64 tokens"),
         (["x"], {"max_new_tokens": 0}, UsageError, "0"),
+        (["x\udcff"], {}, GenerationError, "no valid UTF-8"),
         (["x"], {"budget": "-1"}, UsageError, "-1"),
         (["x"], {"budget": str(10**9)}, UsageError, str(10**9)),
     ],
@@ -251,6 +255,7 @@ def test_command_json(text_artifact: Artifact) -> None:
         (["ARTIFACT", "-p", "x", "--temperature", "-1"], 2, "temperature"),
         (["ARTIFACT", "-p", "x", "--stop", ""], 2, "--stop"),
         (["ARTIFACT", "-p", "x" * 70], 1, "70 tokens"),
+        (["ARTIFACT", "-p", "x", "--threads", "100000"], 2, "--threads is 100000, and this process may use"),
     ],
 )
 def test_command_mistakes(arguments: list[str], code: int, words: str, text_artifact: Artifact) -> None:

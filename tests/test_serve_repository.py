@@ -317,18 +317,61 @@ def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
     return folder
 
 
+def with_another_manifest(artifact: Artifact, folder: Path, **changes: dict[str, Any]) -> None:
+    """A copy whose manifest says something else in some of its parts."""
+    import shutil
+
+    shutil.copytree(artifact.folder, folder)
+    parts = {name: getattr(artifact.manifest, name).model_copy(update=change) for name, change in changes.items()}
+    (folder / MANIFEST).write_text(artifact.manifest.model_copy(update=parts).model_dump_json())
+
+
+def test_slots_for_a_larger_machine(text_artifact: Artifact, tmp_path: Path) -> None:
+    """A repository may be served elsewhere: its size is only said."""
+    with_another_manifest(text_artifact, tmp_path / "huge", model={"cache_rows": 10**9})
+    result = command(str(tmp_path / "huge"), "-o", str(tmp_path / "r"), "--slots", "9999")
+    assert result.returncode == 0, result.stderr
+    assert "note: 9999 sequences need" in result.stderr
+    assert "serve the repository on a larger one" in result.stderr
+
+
+def test_set_quality_for_machines(text_artifact: Artifact, tmp_path: Path) -> None:
+    written = write(text_artifact, tmp_path / "r")
+    result = command("-o", str(written.folder), "--set-quality", "0.3", "--json")
+    assert json.loads(result.stdout) == {"repository": str(written.folder), "quality": "0.3"}
+    assert command("-o", str(written.folder), "--set-quality", "best").returncode == 2
+
+
+def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> None:
+    """Of the preset off: what would restrict it is refused, as `generate --budget` is, and the default is not."""
+    from lynx_trt.artifact import read
+
+    with_another_manifest(text_artifact, tmp_path / "off", selection={"preset": "off", "budgets": [8, 8]})
+    written = write(read(tmp_path / "off"), tmp_path / "r")
+    for quality in ("0.1", "fast"):
+        with pytest.raises(UsageError, match=f"'{quality}' means nothing .* --preset off"):
+            set_quality(written.folder, quality)
+    set_quality(written.folder, "max")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         ([], 2, "there is no artifact"),
         (["nowhere"], 1, "no such artifact"),
-        (["ARTIFACT", "--quality", "best"], 1, "'best'"),
+        (["ARTIFACT", "--quality", "best"], 2, "'best'"),
+        (["OFF", "--quality", "fast"], 2, "'fast' means nothing for an artifact built with --preset off"),
         (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
+        (["ARTIFACT", "--slots", "9" * 20], 2, "slots is 99999999999999999999; it must be 65536 or less"),
+        (["HUGE", "--slots", "9999", "--start"], 2, "9999 sequences need"),
+        (["ARTIFACT", "--threads", "9999999999"], 2, "threads is 9999999999; it must be 1024 or less"),
+        (["ARTIFACT", "--threads", "1024", "--start"], 2, "--threads is 1024, and this process may use"),
         (["ARTIFACT", "--name", "../x"], 2, "--name"),
         (["ARTIFACT", "--http-port", "70000"], 2, "--http-port"),
         (["--set-quality", "max"], 2, "--output"),
         (["BARE"], 1, "has no tokenizer"),
         (["CHANGED"], 1, "was changed since it was built"),
+        (["GARBLED", "--no-verify"], 1, "tokenizer.json can't be read as a tokenizer"),
     ],
 )
 def test_command_mistakes(
@@ -342,8 +385,13 @@ def test_command_mistakes(
 ) -> None:
     import shutil
 
-    places = {"ARTIFACT": text_artifact.folder, "BARE": tmp_path / "bare", "CHANGED": tmp_path / "changed"}
+    places = {name: tmp_path / name.lower() for name in ("BARE", "CHANGED", "OFF", "HUGE", "GARBLED")}
+    places["ARTIFACT"] = text_artifact.folder
     without_tokenizer(text_artifact, places["BARE"])
+    with_another_manifest(text_artifact, places["OFF"], selection={"preset": "off", "floors": [0.0, 0.0]})
+    with_another_manifest(text_artifact, places["HUGE"], model={"cache_rows": 10**9})
+    with_another_manifest(text_artifact, places["GARBLED"])
+    (places["GARBLED"] / "tokenizer.json").write_text("{}")
     shutil.copytree(text_artifact.folder, places["CHANGED"])
     content = bytearray((places["CHANGED"] / "model.onnx").read_bytes())
     content[-1] ^= 1

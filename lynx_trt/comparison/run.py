@@ -17,6 +17,8 @@ from lynx_trt.comparison.runners import BASELINES, CUDA, HF, Opened, Runner, ope
 from lynx_trt.comparison.summary import summarize
 from lynx_trt.console import Progress
 from lynx_trt.errors import LynxError, UnsupportedModelError, UsageError
+from lynx_trt.inspect import cache_bytes
+from lynx_trt.machine import slots_problem
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.ort_graphs import PROVIDERS, Device, device_problem
 
@@ -61,6 +63,9 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
     slots = max(*batches, options.sequences)
     if not providers:
         raise LynxError("nothing can be compared: " + "; ".join(problems))
+    problem = slots_problem(slots, cache_bytes(artifact.manifest))
+    if problem:
+        raise UsageError(f"{problem}; lower --sequences or --batch")
     ids, text = _tokens(artifact, options, slots, problems)
     opened = []
     update = progress.phase("Loading")
@@ -189,7 +194,7 @@ def _tokens(
     if length > model.max_length:
         raise UsageError(
             f"--prompt {options.prompt} and --steps {options.steps} need {length} tokens, and the artifact was built "
-            f"for {model.max_length}; lower one of them or build with a larger --max-length"
+            f"for {model.max_length}; lower one of them, or build with a larger --max-length if the model takes more"
         )
     generator = np.random.default_rng(options.seed)
     if not artifact.path(TOKENIZER).is_file():

@@ -5,7 +5,6 @@ For comparisons it also runs on CUDA (`device`), where the caches stay on the GP
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError
+from lynx_trt.machine import cores
 from lynx_trt.runtime import ort_graphs
 from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
 from lynx_trt.runtime.ort_graphs import Device, Graph, left_to_cpu, open_graphs
@@ -85,7 +85,7 @@ class OrtBackend:
             )
         self.slots, self.sizes = slots, StepSizes()
         self._device = device
-        self._pieces = 1 if profile or device != "cpu" else pieces or threads or _cores()
+        self._pieces = 1 if profile or device != "cpu" else pieces or threads or cores()
         self._graphs = open_graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
         self._helpers = ThreadPoolExecutor(max(1, self._pieces - 1), "lynx-piece")  # starts them when needed
         self.notes = [] if device == "cpu" else left_to_cpu(self._graphs, device)
@@ -229,11 +229,6 @@ class OrtBackend:
     def end_profile(self) -> list[str]:
         """Stop profiling; returns the files' paths, one for each graph."""
         return [str(session.end_profiling()) for session in self._graphs.sessions()]
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cuts(first: int, batch: int, pieces: int) -> list[slice]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lynx_trt.artifact import Manifest
 from lynx_trt.budgets import Restriction
-from lynx_trt.errors import GenerationError
+from lynx_trt.errors import GenerationError, UsageError
 from lynx_trt.selection import Selection
 
 QUALITIES = ("max", "balanced", "fast")
@@ -62,6 +62,22 @@ class Dial:
         pairs = zip(self.own.budgets, self.own.floors, strict=True)
         budgets = self._at_least(budget if floor else budget / 2 for budget, floor in pairs)
         return Restriction(budgets, tuple(FASTER * floor for floor in self.own.floors))
+
+    def check_default(self, quality: str) -> None:
+        """Refuse what an operator can't mean as the quality of requests that ask for none.
+
+        Raises:
+            UsageError: it is no quality, or one that an artifact without a dial can't have.
+        """
+        try:
+            self.restriction(quality)
+        except GenerationError as error:
+            raise UsageError(str(error)) from None
+        if self.fixed and quality.strip() not in ("max", "balanced"):
+            raise UsageError(
+                f"the quality {quality!r} means nothing for an artifact built with --preset off, which uses all "
+                "experts; leave it out, or build with another preset"
+            )
 
     def share(self, restriction: Restriction) -> float:
         """Its budgets as a fraction of all experts, mean over the layers."""

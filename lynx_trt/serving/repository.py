@@ -34,7 +34,16 @@ from lynx_trt.serving.settings import Settings
 MARKER = "lynx-repository.json"
 DIAL = "dial.json"
 # What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
-MODULES = ("__init__.py", "artifact.py", "budgets.py", "errors.py", "experts.py", "preflight.py", "selection.py")
+MODULES = (
+    "__init__.py",
+    "artifact.py",
+    "budgets.py",
+    "errors.py",
+    "experts.py",
+    "machine.py",
+    "preflight.py",
+    "selection.py",
+)
 PACKAGES = {
     "runtime": ("*.py",),
     "serving": ("*.py",),
@@ -93,8 +102,7 @@ def set_quality(folder: Path, quality: str) -> None:
     """Change the default quality of a repository, also while it is served: the server looks every second.
 
     Raises:
-        UsageError: `folder` is no repository of ours.
-        GenerationError: no such quality.
+        UsageError: `folder` is no repository of ours, or there is no such quality for its artifact.
     """
     from lynx_trt.artifact import read
     from lynx_trt.runtime.quality import Dial
@@ -102,7 +110,7 @@ def set_quality(folder: Path, quality: str) -> None:
     if not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
     made_from = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).restriction(quality)
+    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).check_default(quality)
     # In place and not renamed: a file mounted into a container keeps its inode.
     (folder / DIAL).write_text(_json({"quality": quality}), encoding="utf-8")
 

@@ -9,6 +9,18 @@ from dataclasses import asdict, dataclass, fields
 from lynx_trt.errors import UsageError
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
+LEAST: dict[str, float] = {"threads": 0, "stream_interval": 0.0, "deadline": 0.001}
+# Far beyond what any machine serves, so that a slip of the hand is no repository; tokens are i32 in requests.
+MOST: dict[str, float] = {
+    "slots": 65536,
+    "queue": 10**6,
+    "max_tokens": 2**31 - 1,
+    "deadline": 10**7,
+    "threads": 1024,
+    "chunk": 2**20,
+    "prefill_tokens": 2**24,
+    "stream_interval": 3600,
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UsageError(f"the backend is {self.backend!r}; it must be one of {', '.join(BACKENDS)}")
-        least = {"threads": 0, "stream_interval": 0.0, "deadline": 0.001}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, str):
                 continue
-            if not math.isfinite(value) or value < least.get(field.name, 1):
+            least, most = LEAST.get(field.name, 1), MOST[field.name]
+            if not math.isfinite(value) or not least <= value <= most:
                 name = field.name.replace("_", "-")
-                raise UsageError(f"{name} is {value}; it must be {least.get(field.name, 1)} or more")
+                bound = f"{most:.10g} or less" if value > most else f"{least} or more"
+                raise UsageError(f"{name} is {value}; it must be {bound}")
 
     def parameters(self) -> dict[str, str]:
         """As the model's configuration holds them."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from lynx_trt.artifact import TOKENIZER, read
+from lynx_trt.machine import cores
 from lynx_trt.runtime.open import Name, limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
@@ -40,10 +40,13 @@ def start_service(
     opened = read(artifact)
     settings = Settings.of(parameters)
     name = cast("Name", settings.backend)
-    cores = len(os.sched_getaffinity(0))
+    there = cores()
+    asked = min(settings.threads, there)  # the repository may have been written on a larger machine
+    if asked < settings.threads:
+        print(f"lynx: {settings.threads} threads were asked for; there are {there} cores", file=sys.stderr)  # noqa: T201
     # Threads that wait for each other at every operator lose far more to a busy core than they win with it, and the
     # server and its streams need one. Pieces of a decode step meet once, so they may have all.
-    threads, pieces = settings.threads or max(1, cores - 1), settings.threads or cores
+    threads, pieces = asked or max(1, there - 1), asked or there
     backend = open_backend(opened, settings.slots, threads=threads, pieces=pieces, name=name)
     print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
