@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
+from lynx_trt.export.config import check_activation, check_experts, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     """Read the config and the safetensors headers of `folder`.
 
     Raises:
-        CheckpointError: no such folder, no config.json, a shard missing or truncated, pickled weights only.
+        CheckpointError: no such folder, no config.json, numbers of experts in it that no model has, a shard missing or
+            truncated, pickled weights only.
         UnsupportedModelError: transformers doesn't know the model, it wants to run code of its own, or it is quantized.
     """
     if not folder.exists():
@@ -89,14 +91,14 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             f"the checkpoint is quantized ({method}), which this version can't read; "
             "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
         )
+    check_experts(raw, path)
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"transformers can't read {path} (model_type {raw['model_type']!r}): {message}"
+            f"transformers can't read {path} (model_type {raw['model_type']!r}): {refusal(error)}"
         ) from None
 
 
@@ -176,10 +178,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     as transformers does when it loads a checkpoint.
 
     Raises:
+        CheckpointError: the config names an activation that transformers doesn't know.
         UnsupportedModelError: the config is of no causal language model, or transformers can't build it.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    check_activation(checkpoint.config, checkpoint.folder / "config.json")
 
     try:
         with torch.device("meta"):

@@ -325,17 +325,14 @@ def _quiet() -> Iterator[None]:
     """Torch's exporter talks on stdout, through warnings and through loggers; none of it is for a user of ours."""
     import io
 
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # all: what torch can't trace it tells several of its loggers, at length
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def _root_cause(error: BaseException) -> str:

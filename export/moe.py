@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export import ops
+from lynx_trt.export.config import EXPERTS, EXPERTS_PER_TOKEN
 from lynx_trt.export.routing import Rule, find_routing
 from lynx_trt.selection import Selection
 
@@ -106,7 +107,7 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
 def _experts_per_token(name: str, model: PreTrainedModel) -> int:
     """K as the config has it, for a block that can't be run on its own."""
     config = model.config.get_text_config()
-    for attribute in ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"):
+    for attribute in EXPERTS_PER_TOKEN:
         value = getattr(config, attribute, None)
         if isinstance(value, int) and value > 0:
             return value
@@ -118,8 +119,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _refuse_without_experts(model: PreTrainedModel) -> None:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    count = next((c for n in names if (c := getattr(model.config, n, None))), None)
+    count = next((c for n in EXPERTS if (c := getattr(model.config, n, None))), None)
     kind = f"{type(model).__name__} (model_type {model.config.model_type!r})"
     if count:
         raise UnsupportedModelError(

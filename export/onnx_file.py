@@ -52,16 +52,25 @@ def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name the .onnx file in it")
     try:
-        proto = onnx.load(path, load_external_data=False)
+        # Named, since onnx takes it from the file's name: .json and .textproto are formats of its own.
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise CheckpointError(f"can't read the ONNX file {path}: {error.strerror or error}") from None
     except (DecodeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not an ONNX file, or is damaged; export it again") from error
+        raise CheckpointError(_not_onnx(path, "")) from error
     if not proto.graph.node:  # an empty file parses, and so do some files that are no ONNX
-        raise CheckpointError(f"{path} is not an ONNX file, or is damaged: it holds no graph; export it again")
+        raise CheckpointError(_not_onnx(path, ": it holds no graph"))
     if not any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import):
         raise CheckpointError(f"{path} doesn't say which opset it is of (opset_import is missing); export it again")
     return proto
+
+
+def _not_onnx(path: Path, why: str) -> str:
+    """What to say of a file that holds no graph; those of a folder that is one thing get the folder named."""
+    for name, what in (("config.json", "checkpoint"), ("lynx.json", "artifact")):
+        if path.suffix != ".onnx" and (path.parent / name).is_file():
+            return f"{path} is not an ONNX file, but one of a {what}'s; name the folder: {path.parent}"
+    return f"{path} is not an ONNX file, or is damaged{why}; export it again"
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -32,14 +32,6 @@ SHIPPED = "lynx-tiny"
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PREFILL_LENGTH = (1, 128, 512)
 BITS = {"fp32": 4, "fp16": 2, "bf16": 2}
-# What a tokenizer may consist of; tokenizer.json is what decoding reads, the rest is for other tools.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -93,12 +85,16 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     from lynx_trt import artifact as artifacts
     from lynx_trt.export.checkpoint import open_checkpoint
     from lynx_trt.export.hf import read_source
+    from lynx_trt.tokenizer_files import check_tokenizer, copy_tokenizer
 
     _parse_ranges(options, None)
     sms = _sms(options)
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     max_length = _max_length(options, checkpoint)
     _parse_ranges(options, max_length)
+    end_tokens = _end_tokens(checkpoint)
+    tokenizer = options.tokenizer or options.model
+    check_tokenizer(tokenizer)
     build_record: dict[str, Any] = {"options": _plain(options), "seconds": {}}
     with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
         clock = _Clock(build_record["seconds"])
@@ -109,9 +105,9 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         exported, weight_bytes = _export(
             source, checkpoint, max_length, selection, folder, progress, clock, data=options.weight_data
         )
-        _copy_tokenizer(options, folder)
+        copy_tokenizer(tokenizer, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
-        model = _model_record(options, checkpoint, exported, max_length, weight_bytes)
+        model = _model_record(options, end_tokens, exported, max_length, weight_bytes)
         if report and sms:
             from lynx_trt.tensorrt.kernels import write_draws
 
@@ -238,30 +234,6 @@ def _selection(options: BuildOptions, source: Source) -> tuple[Selection, Restri
     return selection, chosen
 
 
-def _copy_tokenizer(options: BuildOptions, folder: Path) -> None:
-    source = options.tokenizer or options.model
-    if not source.is_dir():
-        raise CheckpointError(f"no such tokenizer folder: {source}")
-    if not (source / "tokenizer.json").is_file() and any(source.glob("tokenizer*.model")):
-        _convert_tokenizer(source, folder)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
-    if not (folder / "tokenizer.json").is_file():
-        note(f"{source} holds no tokenizer, so the artifact can't take text; build with --tokenizer FOLDER to add one")
-
-
-def _convert_tokenizer(source: Path, folder: Path) -> None:
-    """A SentencePiece model becomes tokenizer.json, by transformers' own converter."""
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        note(f"the tokenizer in {source} can't be converted: {first}")
-
-
 def _sms(options: BuildOptions) -> list[int]:
     """The SMs that the engine is to have kernels for. Raises UsageError: one that it can't run on."""
     from importlib.util import find_spec
@@ -347,7 +319,7 @@ def _engine(
 
 
 def _model_record(
-    options: BuildOptions, checkpoint: Checkpoint, exported: Exported, max_length: int, weight_bytes: int
+    options: BuildOptions, end_tokens: list[int], exported: Exported, max_length: int, weight_bytes: int
 ) -> ModelRecord:
     from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord
     from lynx_trt.export.hf import DECODE_MAX_LENGTH
@@ -378,7 +350,7 @@ def _model_record(
             for layer in exported.source.layers
         ],
         caches=[CacheRecord(**asdict(cache)) for cache in exported.source.caches],
-        end_tokens=_end_tokens(checkpoint),
+        end_tokens=end_tokens,
         decode_max_length=DECODE_MAX_LENGTH,
     )
 
@@ -386,6 +358,8 @@ def _model_record(
 def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     """Ids that end a sequence: the generation config's, else the config's."""
     import json
+
+    from lynx_trt.export.config import end_tokens
 
     found: Any = None
     path = checkpoint.folder / "generation_config.json"
@@ -396,9 +370,8 @@ def _end_tokens(checkpoint: Checkpoint) -> list[int]:
             raise CheckpointError(f"{path} can't be read as JSON; mend or remove it") from None
     if found is None:
         found = getattr(checkpoint.config.get_text_config(), "eos_token_id", None)
-    if found is None:
-        return []
-    return [int(token) for token in (found if isinstance(found, list) else [found])]
+        path = checkpoint.folder / "config.json"
+    return end_tokens(found, path)
 
 
 def engine_record(report: EngineReport, expert_weights: Literal["engine", "external"]) -> EngineRecord:

@@ -58,11 +58,15 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     from lynx_trt.export import foreign as pass_
     from lynx_trt.export.foreign_files import write_foreign
     from lynx_trt.selection import PRESETS
+    from lynx_trt.tokenizer_files import check_tokenizer, copy_tokenizer
 
     command._parse_ranges(options, None)
     sms = command._sms(options)
     max_length = _max_length(options)
     command._parse_ranges(options, max_length)
+    tokenizer = _tokenizer(options)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     update = progress.phase(f"MoE blocks of {options.model.name}")
     foreign = pass_.read_foreign(options.model, PRESETS[options.preset])
     warnings = pass_.require_all(foreign, allow_partial=options.allow_partial)
@@ -78,7 +82,8 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
         nbytes = write_foreign(foreign, folder, on_progress=lambda done, total: update(done / max(total, 1)))
         update(1.0)
         clock.lap("weights")
-        _tokenizer(options, folder)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
@@ -113,15 +118,10 @@ def _layers(foreign: Foreign) -> list[_Layer]:
     return [_Layer(b.select, b.experts, b.experts_per_token, "as it was" if b.remap else None) for b in foreign.ours]
 
 
-def _tokenizer(options: BuildOptions, folder: Path) -> None:
-    """The tokenizer beside the ONNX file, if there is one; onnxruntime-genai and Optimum write it there."""
-    from dataclasses import replace
-
-    from lynx_trt import build as command
-
+def _tokenizer(options: BuildOptions) -> Path | None:
+    """The folder of the tokenizer, if there is one; onnxruntime-genai and Optimum write it beside the ONNX file."""
     source = options.tokenizer or options.model.parent
-    if options.tokenizer is not None or any(source.glob("tokenizer*")):
-        command._copy_tokenizer(replace(options, tokenizer=source), folder)
+    return source if options.tokenizer is not None or any(source.glob("tokenizer*")) else None
 
 
 def _engine(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import math
 import os
 import resource
@@ -26,7 +28,9 @@ from lynx_trt import build as command_module
 from lynx_trt.artifact import MANIFEST
 from lynx_trt.budgets import Restriction, parse_budget, with_floor
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
+from lynx_trt.export.config import check_experts
 from lynx_trt.export.finite import all_finite, refuse_not_finite
+from lynx_trt.export.hf import _quiet
 from lynx_trt.tensorrt import gpu, loader
 
 Build = Callable[..., Any]
@@ -76,6 +80,18 @@ def test_file_instead_of_folder(build_quietly: Build, tmp_path: Path) -> None:
     refuse(build_quietly, CheckpointError, tmp_path / "weights.bin", tmp_path, "weights.bin is not an ONNX file")
 
 
+@pytest.mark.parametrize("name", ["graph.json", "graph.textproto", "graph.onnxtxt", "graph"])
+def test_text_instead_of_onnx(name: str, build_quietly: Build, tmp_path: Path) -> None:
+    """Formats that onnx tells by the file's name are no reason for a traceback."""
+    (tmp_path / name).write_text("x")
+    refuse(build_quietly, CheckpointError, tmp_path / name, tmp_path, f"{name} is not an ONNX file, or is damaged")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_file_of_a_checkpoint(name: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    refuse(build_quietly, CheckpointError, own_checkpoint / name, tmp_path, f"name the folder: {own_checkpoint}")
+
+
 def test_folder_without_config(build_quietly: Build, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refuse(build_quietly, CheckpointError, tmp_path / "empty", tmp_path, "config.json")
@@ -123,6 +139,84 @@ def test_recurrent_layers(build_quietly: Build, tmp_path: Path) -> None:
     config = transformers.Qwen3NextConfig(**tiny_models.COMMON, intermediate_size=64, num_experts=4)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
     refuse(build_quietly, UnsupportedModelError, tmp_path / "hybrid", tmp_path, "linear_attention")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_local_experts": 0}, ["num_local_experts 0", "1 expert or more"]),
+        ({"num_local_experts": -1}, ["num_local_experts -1", "1 expert or more"]),
+        ({"num_local_experts": "8"}, ["num_local_experts '8'", "whole number"]),
+        ({"num_local_experts": 8.0}, ["num_local_experts 8.0", "whole number"]),
+        ({"num_local_experts": True}, ["num_local_experts True", "whole number"]),
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 and num_local_experts 8", "1 to 8 of 8"]),
+        ({"num_experts_per_tok": 0}, ["num_experts_per_tok 0 and num_local_experts 8", "1 to 8 of 8"]),
+        ({"num_experts_per_tok": [2, 9]}, ["num_experts_per_tok 9 and"]),  # one a layer
+        ({"text_config": {"num_experts": 4, "moe_topk": 5}}, ["moe_topk 5 and num_experts 4"]),
+        ({"hidden_act": "foo"}, ["hidden_act 'foo'", "such as silu"]),
+    ],
+)
+def test_config_that_no_model_can_have(
+    changes: dict[str, Any], words: list[str], build_quietly: Build, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The key is named, and what it has to be; not what goes wrong later because of it."""
+    edit_config(own_checkpoint, **changes)
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, "config.json has ", *words)
+
+
+def test_numbers_of_experts_that_are_right(tmp_path: Path) -> None:
+    """All of them used, none said, one a layer, and a key that the model doesn't use."""
+    for raw in (
+        {"num_experts": 8, "num_experts_per_tok": 8},
+        {"num_experts": None, "moe_topk": None},
+        {"num_experts": [1, 8], "moe_topk": [1, 2]},
+        {"num_local_experts": 0, "n_routed_experts": 8, "num_experts_per_tok": 2},
+        {"text_config": "none"},
+    ):
+        check_experts(raw, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["foo", [1, "2"], 1.5, True, {"a": 1}])
+def test_end_token_that_is_none(value: Any, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Of either file that may name it; before the model is traced."""
+    (own_checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    words = ["generation_config.json has eos_token_id", repr(value), "a token's id"]
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, *words)
+    (own_checkpoint / "generation_config.json").unlink()
+    edit_config(own_checkpoint, eos_token_id=value)
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=r"eos_token_id .*, which has to be "):
+        build_quietly(own_checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_damaged_tokenizer(
+    content: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the model is read; a folder named by --tokenizer is looked at in its stead."""
+    (own_checkpoint / "tokenizer.json").write_text(content)
+    with monkeypatch.context() as patch:
+        patch.setattr("lynx_trt.export.hf.read_source", lambda *_: pytest.fail("the model was read"))
+        words = ["tokenizer.json can't be read as a tokenizer", "--tokenizer"]
+        refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, *words)
+        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
+    built = build_quietly(own_checkpoint, tmp_path / "artifact", tokenizer=tmp_path / "empty")
+    assert "tokenizer_config.json" in built.manifest.files
+    assert "tokenizer.json" not in built.manifest.files
+
+
+def test_torch_is_quiet_while_it_traces() -> None:
+    """On whichever of its loggers, and only then."""
+    logger, said = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        with _quiet():
+            logger.error("at length")
+        logger.error("afterwards")
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue() == "afterwards\n"
 
 
 def test_dynamic_rope(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
