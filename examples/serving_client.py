@@ -9,6 +9,7 @@ A server that `python -m lynx_trt.serve ARTIFACT --start` has started listens wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import queue
@@ -25,11 +26,23 @@ def generate(address: str, model: str, text: str, **settings: Any) -> dict[str, 
     """
     connection = http.client.HTTPConnection(address)
     connection.request("POST", f"/v2/models/{model}/generate", json.dumps({"text_input": text, **settings}), HEADERS)
-    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    response = connection.getresponse()
+    body = response.read()
     connection.close()
+    if response.status != http.client.OK:
+        raise RuntimeError(_error(body))
+    answer: dict[str, Any] = json.loads(body)
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return answer
+
+
+def _error(body: bytes) -> str:
+    """The server's own sentence, or the beginning of whatever else came."""
+    try:
+        return str(json.loads(body.removeprefix(b"data: "))["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"no answer of a model: {body[:80]!r}"
 
 
 def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dict[str, Any]]:
@@ -44,7 +57,10 @@ def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dic
     body = json.dumps({"text_input": text, "stream": True, **settings})
     connection.request("POST", f"/v2/models/{model}/generate_stream", body, HEADERS)
     try:
-        for line in connection.getresponse():
+        response = connection.getresponse()
+        if response.status != http.client.OK:  # the server knows no such model, say
+            raise RuntimeError(_error(response.read()))
+        for line in response:
             if line.startswith(b"data: "):
                 answer = json.loads(line[6:])
                 if "error" in answer:
@@ -87,9 +103,11 @@ def stream_grpc(address: str, model: str, text: str, **settings: Any) -> Iterato
     responses: queue.Queue[Any] = queue.Queue()
     with grpc.InferenceServerClient(address) as client:
         client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(model, inputs)
         answer: dict[str, Any] = {}
         try:
+            # A stream that has ended already has told the callback why.
+            with contextlib.suppress(utils.InferenceServerException):
+                client.async_stream_infer(model, inputs)
             while "finish_reason" not in answer:
                 result, error = responses.get()
                 if error is not None:
@@ -123,10 +141,17 @@ def main() -> None:
         settings["quality"] = options.quality
     address = options.address or ("127.0.0.1:8001" if options.grpc else "127.0.0.1:8000")
     answer: dict[str, Any] = {}
-    sys.stdout.write(options.text)
-    for answer in (stream_grpc if options.grpc else stream)(address, options.model, options.text, **settings):
-        sys.stdout.write(answer["text_output"])
-        sys.stdout.flush()
+    text_began = False
+    responses = (stream_grpc if options.grpc else stream)(address, options.model, options.text, **settings)
+    try:
+        for answer in responses:
+            sys.stdout.write(answer["text_output"] if text_began else options.text + answer["text_output"])
+            sys.stdout.flush()
+            text_began = True
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, http.client.HTTPException) as error:
+        sys.exit(f"error: no server answers at {address}: {error}; start one, or say where it is with --address")
     each = answer["token_seconds"] * 1e3
     print(f"\n[{answer['finish_reason']}: {answer['output_tokens']} tokens, {each:.1f} ms each]", file=sys.stderr)
 

@@ -34,5 +34,5 @@ def slots_problem(slots: int, bytes_each: int) -> str | None:
         return None
     return (
         f"{slots} sequences need {slots * bytes_each / 1e9:,.1f} GB of cache, and this machine has "
-        f"{memory_bytes() / 1e9:,.1f} GB of memory, enough for fewer than {most + 1}"
+        f"{memory_bytes() / 1e9:,.1f} GB of memory, enough for {most}"
     )

@@ -16,6 +16,7 @@ from lynx_trt.errors import ArtifactError, GenerationError, UsageError
 from lynx_trt.generate import expert_bytes_a_token, generate_text
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.runtime.sampling import Sampling
+from lynx_trt.runtime.text import Tokenizer
 
 PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n"]
 
@@ -167,34 +168,39 @@ def test_what_does_not_fit(
         generate_text(text_artifact, prompts, **settings)
 
 
-def test_nan_in_the_router(byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]) -> None:
-    """Broken routers in both layers: NaN scores load no expert, and what is computed stays finite."""
+def test_an_empty_prompt_is_none_with_any_tokenizer(text_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every text begins with a token."""
+    monkeypatch.setattr(Tokenizer, "encode", lambda _, text: [1, *text.encode()])
+    with pytest.raises(GenerationError, match="prompt 2 is empty: there is nothing to continue"):
+        generate_text(text_artifact, ["x", ""])
+
+
+def with_nan(artifact: Artifact, folder: Path, ending: str) -> Artifact:
+    """A copy in which no number of such weights is one; `build` would refuse a checkpoint like that."""
     import shutil
+    import struct
 
-    from safetensors.torch import load_file, save_file
+    shutil.copytree(artifact.folder, folder)
+    with (folder / "weights.safetensors").open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        for name, entry in json.loads(stream.read(length)).items():
+            if name.endswith(ending):
+                start, end = entry["data_offsets"]
+                stream.seek(8 + length + start)
+                stream.write(struct.pack("<f", float("nan")) * ((end - start) // 4))
+    return Artifact(folder, artifact.manifest)
 
-    folder = Path(shutil.copytree(byte_model, tmp_path / "nan"))
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
-        tensors[name][:] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    built = build_quietly(folder, tmp_path / "out")
-    _, statistics = generate_text(built, PROMPTS, max_new_tokens=4)
+
+def test_nan_in_the_router(text_artifact: Artifact, tmp_path: Path) -> None:
+    """Broken routers in both layers: NaN scores load no expert, and what is computed stays finite."""
+    broken = with_nan(text_artifact, tmp_path / "nan", "mlp.gate.weight")
+    _, statistics = generate_text(broken, PROMPTS, max_new_tokens=4)
     assert statistics.mean_active == 0
 
 
-def test_nan_weights_are_said(byte_model: Path, tmp_path: Path, build_quietly: Callable[..., Artifact]) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(byte_model, tmp_path / "nan"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][5] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    built = build_quietly(folder, tmp_path / "out")
+def test_nan_weights_are_said(text_artifact: Artifact, tmp_path: Path) -> None:
     with pytest.raises(GenerationError, match="NaN"):
-        generate_text(built, PROMPTS)
+        generate_text(with_nan(text_artifact, tmp_path / "nan", "lm_head.weight"), PROMPTS)
 
 
 def test_one_changed_byte_is_noticed(text_artifact: Artifact, tmp_path: Path) -> None:

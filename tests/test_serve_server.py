@@ -261,6 +261,25 @@ def test_example_runs_as_it_is_printed(protocol: str, server: Server, alone: Cal
     assert "length: 12 tokens" in result.stderr
 
 
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_example_says_what_is_wrong(protocol: str, server: Server) -> None:
+    """No server there, no such model, and a request that is refused: a sentence each."""
+    example = Path(__file__).parent.parent / "examples" / "serving_client.py"
+    there = getattr(server, protocol)
+    for arguments, words in (
+        (["--address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["--address", there, "--model", "nobody"], "nobody"),
+        (["--address", there, "--model", "tiny", "--quality", "best"], "'best'"),
+    ):
+        command = [sys.executable, str(example), "import", *arguments, *(["--grpc"] if protocol == "grpc" else [])]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+
 def test_curl_s_way(server: Server, alone: Callable[[str, int], str]) -> None:
     """What docs/serving.md says to curl, which calls its body a form."""
     body = b'{"text_input": "import", "max_tokens": 12, "quality": "max"}'

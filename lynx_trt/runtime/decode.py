@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lynx_trt.budgets import Restriction
-from lynx_trt.errors import UsageError
+from lynx_trt.errors import GenerationError, UsageError
 from lynx_trt.runtime.backend import Backend
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import Policy, Scheduler, StepReport, check_prompt
@@ -63,6 +63,9 @@ def generate(
         raise UsageError(f"max-new-tokens is {max_new_tokens}; it must be 1 or more")
     sequences = []
     for number, prompt in enumerate(prompts):
+        # As the server does, and said of the text: some tokenizers begin every one with a token.
+        if not prompt:
+            raise GenerationError(f"prompt {number + 1} is empty: there is nothing to continue")
         ids = tokenizer.encode(prompt)
         check_prompt(ids, limits, f"prompt {number + 1}")
         request = Request(max_new_tokens, sampling, number, tuple(stop))
