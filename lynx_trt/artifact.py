@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -201,23 +201,35 @@ def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UsageError: `target` exists and may not, or is something that we didn't make, or its parent is no folder.
     """
+    from lynx_trt.partials import partial, remove_dead
+
     target = target.absolute()
     _refuse_target(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        aside.mkdir()
-    except OSError as error:
-        raise UsageError(
-            f"can't write to {target.parent}: {error.strerror or error}; choose another --output"
-        ) from None
-    try:
-        yield aside
-        _replace(aside, target)
-    except OSError as error:
-        raise ArtifactError(f"writing {target} failed: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _tell(*remove_dead(target))
+            aside = stack.enter_context(partial(target))
+        except OSError as error:
+            raise UsageError(
+                f"can't write to {target.parent}: {error.strerror or error}; choose another --output"
+            ) from None
+        try:
+            yield aside
+            _replace(aside, target)
+        except OSError as error:
+            raise ArtifactError(
+                f"writing {target} failed: {error.strerror or error}; nothing was left behind"
+            ) from error
+
+
+def _tell(removed: list[Path], unsure: list[Path]) -> None:
+    from lynx_trt.console import note
+
+    for folder in removed:
+        note(f"removed {folder}, which a build that was killed had left behind")
+    for folder in unsure:
+        note(f"{folder} was left behind by a build, or one on another machine is writing it; if none is, remove it")
 
 
 def _refuse_target(target: Path, overwrite: bool) -> None:

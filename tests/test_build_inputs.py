@@ -31,6 +31,7 @@ from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelErro
 from lynx_trt.export.config import check_experts
 from lynx_trt.export.finite import all_finite, refuse_not_finite
 from lynx_trt.export.hf import _quiet
+from lynx_trt.partials import remove_dead
 from lynx_trt.tensorrt import gpu, loader
 
 Build = Callable[..., Any]
@@ -648,6 +649,58 @@ def test_file_size_limit_during_the_build(own_checkpoint: Path, tmp_path: Path) 
     assert "File too large" in result.stderr
     assert "Traceback" not in result.stderr
     assert left_behind(tmp_path) == []
+
+
+def test_killed_build_is_cleared_away_by_the_next(
+    build_quietly: Build, own_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a process left that could not clean up; not while it lives, and nothing of another name."""
+    script = (
+        "import sys, time; from pathlib import Path; from lynx_trt.artifact import writing\n"
+        "with writing(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights.safetensors').write_bytes(b'half')\n"
+        "    print(folder, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    folders, processes = [], []
+    for name in ("out", "out2"):
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)], stdout=subprocess.PIPE, text=True)
+        )
+        stream = processes[-1].stdout
+        assert stream is not None
+        folders.append(Path(stream.readline().strip()))
+    try:
+        assert remove_dead(tmp_path / "out") == ([], [])  # it lives
+        assert folders[0].is_dir()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    build_quietly(own_checkpoint, tmp_path / "out")
+    assert f"note: removed {folders[0]}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out", folders[1].name]
+
+
+def test_what_may_be_of_another_machine_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another boot's folder, one of another form of name, a link; and one made just now, by a process yet to lock."""
+    import lynx_trt.partials as partials_module
+    from lynx_trt.artifact import writing
+
+    boot = partials_module._boot()
+    assert boot is not None
+    names = ["out.partial-00000000abcd-12345678", "out.partial-4711"]
+    for name in (*names, f"out.partial-{boot}-00000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"out.partial-{boot}-00000001").symlink_to(tmp_path / names[0])
+    before = sorted(tmp_path.iterdir())
+    assert remove_dead(tmp_path / "out") == ([], [tmp_path / name for name in names])
+    with writing(tmp_path / "out"):
+        pass
+    assert capsys.readouterr().err.count("note: ") == 2
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out", *before]
+    os.utime(tmp_path / f"out.partial-{boot}-00000000", (0, 0))
+    assert remove_dead(tmp_path / "out")[0] == [tmp_path / f"out.partial-{boot}-00000000"]
 
 
 def _wait_for_handler(process: subprocess.Popen[str]) -> None:
