@@ -148,7 +148,8 @@ def _check_slots(artifact: Artifact, slots: int, *, here: bool) -> None:
     from lynx_trt.inspect import cache_bytes
     from lynx_trt.machine import slots_problem
 
-    problem = slots_problem(slots, cache_bytes(artifact.manifest))
+    in_float32 = 1 if artifact.manifest.model.precision == "fp32" else 2  # as ONNX Runtime's backend keeps them
+    problem = slots_problem(slots, in_float32 * cache_bytes(artifact.manifest))
     if problem and here:
         raise UsageError(f"{problem}; lower --slots")
     if problem:
