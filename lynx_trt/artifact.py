@@ -219,7 +219,8 @@ def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _replace(aside, target)
         except OSError as error:
             raise ArtifactError(
-                f"writing {target} failed: {error.strerror or error}; nothing was left behind"
+                f"writing {target} failed: {error.strerror or error}; nothing was left behind: make room there, or "
+                "choose another --output"
             ) from error
 
 

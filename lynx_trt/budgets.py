@@ -123,13 +123,17 @@ def _same_everywhere(text: str, experts: Sequence[int]) -> list[int]:
         value = float(text)
     except ValueError:
         raise UsageError(f"the budget {text!r} is neither a number nor a file that exists; {HOW}") from None
-    if not math.isfinite(value) or value < 0:
+    if not math.isfinite(value):
+        raise UsageError(f"the budget is {text}, which is no number of experts: {HOW}")
+    if value < 0:
         raise UsageError(f"the budget is {text}; it can't be below 0: {HOW}")
     if not text.strip().lstrip("+").isdigit():
         if value > 1:
             raise UsageError(f"the budget is {text}; a fraction is at most 1.0: {HOW}")
         return [math.ceil(value * count) for count in experts]
-    return check_budgets([int(text)] * len(experts), experts, what=f"the budget is {text}")
+    if value > max(experts):
+        raise UsageError(f"the budget is {text}, but {_all_of(experts)}")
+    return [min(int(text), count) for count in experts]
 
 
 def selection_in(text: str) -> Selection | None:
@@ -161,11 +165,14 @@ def check_budgets(budgets: Sequence[int], experts: Sequence[int], *, what: str) 
     if min(budgets) < 0:
         raise UsageError(f"{what}: {min(budgets)} is below 0; {HOW}")
     if max(budgets) > max(experts):
-        raise UsageError(
-            f"{what}, but the model has {max(experts)} experts a layer; "
-            f"use {max(experts)} (or --preset off at build time) for all of them"
-        )
+        at = budgets.index(max(budgets))
+        raise UsageError(f"{what}: {budgets[at]} for MoE layer {at + 1} of {len(experts)}, but {_all_of(experts)}")
     return [min(budget, count) for budget, count in zip(budgets, experts, strict=True)]
+
+
+def _all_of(experts: Sequence[int]) -> str:
+    most = max(experts)
+    return f"the model has {most} experts a layer; use {most} (or --preset off at build time) for all of them"
 
 
 def check_floors(floors: Sequence[float], layers: int, *, what: str) -> list[float]:

@@ -82,6 +82,10 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
 
     if is_onnx(options.model):
         return build_onnx(options, progress)
+    if options.allow_partial:
+        raise UsageError(
+            "--allow-partial means nothing for a checkpoint, of which all MoE blocks are known; leave it out"
+        )
     from lynx_trt import artifact as artifacts
     from lynx_trt.export.checkpoint import open_checkpoint
     from lynx_trt.export.hf import read_source
@@ -450,6 +454,7 @@ app = new_app()
 
 @app.command()
 def main(
+    context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(help="Hugging Face checkpoint folder, or an ONNX file. Without it: the shipped lynx-tiny."),
@@ -471,7 +476,9 @@ def main(
             "preset lynx without --budget, else 0: any vote will do]."
         ),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of weights, activations and cache.")] = "fp16",
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights, activations and cache; an ONNX file keeps its own.")
+    ] = "fp16",
     decode_batch: Annotated[str, typer.Option(help="Sequences in a decode step, MIN:OPT:MAX.")] = "1:8:64",
     prefill_batch: Annotated[str, typer.Option(help="Sequences in a prefill step, MIN:OPT:MAX.")] = "1:1:8",
     prefill_length: Annotated[
@@ -504,6 +511,7 @@ def main(
 ) -> None:
     """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware selection, and a TensorRT engine."""
     source = model or shipped_model()
+    _refuse_precision_of_onnx(context, source, precision)
     options = BuildOptions(
         model=source,
         output=output or Path("out") / _name(source),
@@ -529,6 +537,18 @@ def main(
         print_json(summary(artifact.manifest, artifact.folder))
     else:
         _tell(artifact)
+
+
+def _refuse_precision_of_onnx(context: typer.Context, source: Path, precision: Precision) -> None:
+    """Only one that was asked for: the default says nothing."""
+    from lynx_trt.onnx_build import is_onnx
+
+    given = context.get_parameter_source("precision")
+    if given is not None and given.name != "DEFAULT" and is_onnx(source):
+        raise UsageError(
+            f"--precision {precision} means nothing for an ONNX file, which keeps its own; leave it out, or export the "
+            f"file again in {precision}"
+        )
 
 
 def _kernels_line(engine: EngineRecord) -> str:

@@ -137,7 +137,9 @@ def test_recurrent_layers(build_quietly: Build, tmp_path: Path) -> None:
     """A cache that is no keys and values would be lost between steps; the kind of layer is named."""
     import transformers
 
-    config = transformers.Qwen3NextConfig(**tiny_models.COMMON, intermediate_size=64, num_experts=4)
+    config = transformers.Qwen3NextConfig(
+        **tiny_models.COMMON, intermediate_size=64, num_experts=4, num_experts_per_tok=2
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
     refuse(build_quietly, UnsupportedModelError, tmp_path / "hybrid", tmp_path, "linear_attention")
 
@@ -438,7 +440,7 @@ def test_disk_that_fills_up(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(write, "write_weights", full)
-    refuse(build_quietly, ArtifactError, own_checkpoint, tmp_path, "No space left")
+    refuse(build_quietly, ArtifactError, own_checkpoint, tmp_path, "No space left", "make room", "--output")
 
 
 @pytest.mark.parametrize(
@@ -448,13 +450,15 @@ def test_disk_that_fills_up(
         ({"prefill_batch": "0:1:2"}, ["0:1:2"]),
         ({"prefill_length": "1:2"}, ["1:2"]),
         ({"prefill_length": "1:16:128"}, ["1:16:128", "--max-length 64"]),
-        ({"decode_batch": "many"}, ["many"]),
+        ({"decode_batch": "many"}, ["'many' can't be read"]),
+        ({"decode_batch": "1:8:99999999999"}, ["'1:8:99999999999' is too large", "at most 999999999"]),
         ({"max_length": 1}, ["--max-length is 1"]),
         ({"max_length": 10**6}, ["1000000", "128"]),
         ({"budget": "-1"}, ["-1", "below 0"]),
-        ({"budget": "nan"}, ["nan"]),
+        ({"budget": "nan"}, ["the budget is nan, which is no number"]),
+        ({"budget": "inf"}, ["the budget is inf, which is no number"]),
         ({"budget": "1.5"}, ["1.5", "at most 1.0"]),
-        ({"budget": str(10**9)}, [str(10**9), "8 experts"]),
+        ({"budget": str(10**9)}, [f"the budget is {10**9}, but the model has 8 experts"]),
         ({"budget": "plenty"}, ["plenty"]),
         ({"budget": "0", "preset": "lynx-latency"}, ["budget of 0"]),
         ({"budget": "4", "preset": "off"}, ["--preset off"]),
@@ -571,7 +575,9 @@ def test_budget_file_that_does_not_fit(
 ) -> None:
     path = tmp_path / "budgets.json"
     path.write_text(content)
-    refuse(build_quietly, UsageError, own_checkpoint, tmp_path, "budgets.json", budget=str(path))
+    message = refuse(build_quietly, UsageError, own_checkpoint, tmp_path, "budgets.json", budget=str(path))
+    if content == "[4, 99]":
+        assert "99 for MoE layer 2 of 2, but the model has 8 experts a layer" in message
 
 
 @pytest.mark.parametrize(
@@ -634,6 +640,22 @@ def test_exit_code_of_wrong_usage(tmp_path: Path) -> None:
     assert command("--no-such-option").returncode == 2
     assert command("--precision", "fp64").returncode == 2
     assert command("--decode-batch", "3:2:1", "-o", str(tmp_path / "out")).returncode == 2
+
+
+def test_option_that_an_onnx_file_has_no_use_for(tmp_path: Path) -> None:
+    """The file keeps its precision; only one that was asked for is refused, so the default is not in the way."""
+    from foreign_graphs import Spec, save_model
+
+    path = save_model(Spec(form="moe"), tmp_path / "model")
+    result = command(str(path), "-o", str(tmp_path / "out"), "--tensorrt", "none", "--precision", "fp16")
+    assert result.returncode == 2
+    assert "error: --precision fp16 means nothing for an ONNX file, which keeps its own" in result.stderr
+    assert left_behind(tmp_path) == []
+
+
+def test_option_that_a_checkpoint_has_no_use_for(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--allow-partial means nothing for a checkpoint", "leave it out"]
+    refuse(build_quietly, UsageError, own_checkpoint, tmp_path, *words, allow_partial=True)
 
 
 def test_file_size_limit_during_the_build(own_checkpoint: Path, tmp_path: Path) -> None:

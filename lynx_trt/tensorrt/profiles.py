@@ -15,6 +15,7 @@ from lynx_trt.errors import TensorRTError, UsageError
 
 BATCH = "batch"
 SEQUENCE = "sequence"
+LARGEST = 999_999_999  # of a range: no machine comes near, and a product of two still fits 64 bits
 
 Shape = tuple[int, ...]
 Dims = tuple[int | str, ...]
@@ -38,8 +39,10 @@ class Range:
     @classmethod
     def parse(cls, text: str) -> Range:
         """Read "1:8:64", or "8" for 8:8:8. Raises UsageError."""
-        if not re.fullmatch(r"\s*\d{1,9}\s*(:\s*\d{1,9}\s*:\s*\d{1,9}\s*)?", text, re.ASCII):
+        if not re.fullmatch(r"\s*\d+\s*(:\s*\d+\s*:\s*\d+\s*)?", text, re.ASCII):
             raise UsageError(f"the range {text!r} can't be read: write MIN:OPT:MAX, say 1:8:64, or one number")
+        if re.search(rf"\d{{{len(str(LARGEST)) + 1}}}", text):
+            raise UsageError(f"the range {text!r} is too large: its numbers are at most {LARGEST}")
         numbers = [int(part) for part in text.split(":")]
         return cls(*(numbers * 3 if len(numbers) == 1 else numbers))
 

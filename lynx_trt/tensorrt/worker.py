@@ -232,8 +232,11 @@ class _Builder:
                 os.fsync(file.fileno())
         except OSError as error:
             partial.unlink(missing_ok=True)
+            # The folder is not named: it may be one written aside, which is gone when this is read.
             free = f" ({_free(partial.parent) / 1e9:.1f} GB are free)" if error.errno == errno.ENOSPC else ""
-            raise TensorRTError(f"can't write the engine to {partial.parent}: {error.strerror}{free}") from error
+            raise TensorRTError(
+                f"can't write the engine: {error.strerror}{free}; make room, or choose another disk for the output"
+            ) from error
         return size
 
     def _serialize(self, file: Any) -> int:
