@@ -113,6 +113,7 @@ def keep_latents(model: torch.nn.Module) -> None:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
     known = inspect.getsource(DeepseekV3Attention.expand_kv)
+    module: Any
     for module in model.modules():
         expand = getattr(type(module), "expand_kv", None)
         if expand is not None and module.kv_b_proj.bias is None and inspect.getsource(expand) == known:
@@ -125,9 +126,9 @@ def _latents(latent: torch.Tensor, turned: torch.Tensor) -> tuple[torch.Tensor, 
     return key, key
 
 
-def _expansions(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _expansions(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What multiplies the plain part of a query [h,n,r], and what the output in latents [h,r,v]."""
-    sizes: tuple[int, int] = (module.qk_nope_head_dim, module.v_head_dim)
+    sizes = [module.qk_nope_head_dim, module.v_head_dim]
     both = module.kv_b_proj.weight.reshape(-1, sum(sizes), module.kv_lora_rank)
     up_key, up_value = torch.split(both, sizes, dim=1)
     return up_key, up_value.transpose(1, 2)
