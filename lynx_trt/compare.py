@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lynx_trt.console import Progress, fail, new_app, print_json, run
+from lynx_trt.console import Progress, fail, json_text, new_app, print_json, run
 from lynx_trt.errors import LynxError, UsageError
 
 REPORT, PAGE = "report.json", "report.html"
@@ -116,11 +116,9 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
     Raises:
         LynxError: there is no room for them, or the folder can't be written to.
     """
-    import json
-
     from lynx_trt.comparison.page import page
 
-    files = {PAGE: page(report), REPORT: json.dumps(report, indent=1) + "\n"}
+    files = {PAGE: page(report), REPORT: json_text(report) + "\n"}
     asides = {folder / f"{name}.partial-{os.getpid()}": folder / name for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -173,6 +174,19 @@ class Progress:
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
+    typer.echo(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes, which knows no NaN and no infinity: they are null."""
     import json
 
-    typer.echo(json.dumps(value, indent=2))
+    return json.dumps(_with_nulls(value), indent=2, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_nulls(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lynx_trt.console import json_text
 
 COMMAND = """
 import sys, time
@@ -84,3 +87,12 @@ def test_wrong_usage_is_typer_s_to_say(script: list[str]) -> None:
     result = subprocess.run([*script, "--nothing"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "No such option: --nothing" in result.stderr
+
+
+def test_json_has_no_numbers_that_json_has_not() -> None:
+    """A perplexity of NaN is null: readers other than Python's refuse the word."""
+    value = {"perplexity": float("nan"), "times": [1.5, float("-inf")], "pair": (1, None), "name": "nan"}
+    text = json_text(value)
+    assert json.loads(text) == {"perplexity": None, "times": [1.5, None], "pair": [1, None], "name": "nan"}
+    assert "NaN" not in text
+    assert "Infinity" not in text
