@@ -572,9 +572,7 @@ def test_disk_full(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(
-            TensorRTError, match=f"can't write the engine to {re.escape(str(tmp_path))}: File too large"
-        ):
+        with pytest.raises(TensorRTError, match="can't write the engine: File too large; make room, or choose another"):
             build(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
