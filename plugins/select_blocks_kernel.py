@@ -28,6 +28,7 @@ from lynx_trt.plugins.select_kernel import (
     load_tile,
     tile_choice,
     tile_votes,
+    write_pairs,
 )
 
 
@@ -290,12 +291,11 @@ def select_place_kernel(
     line = tl.arange(0, ROWS)[:, None]
     wait_for_earlier(PROGRAMMATIC)
     blocks = tl.cdiv(T, TOKENS)
-    if PAIRS:  # what has to be read one after the other first
-        row = tl.arange(0, TOKENS)
-        token = block * TOKENS + row
+    if PAIRS:
+        token = block * TOKENS + tl.arange(0, TOKENS)[:, None]
         slot = tl.arange(0, BLOCK_K)[None, :]
-        real = (token < T)[:, None] & (slot < K)
-        mine = tl.load(index + token[:, None] * K + slot, mask=real, other=-1).to(tl.int32)
+        mine = tl.load(index + token * K + slot, mask=(token < T) & (slot < K), other=-1)
+        which = tl.load(table + block * E + expert, mask=expert < E, other=0)
     totals = tl.zeros([ROWS, BLOCK_E], tl.int32)
     before = tl.zeros([ROWS, BLOCK_E], tl.int32)
     for start in range(0, BLOCKS, ROWS):
@@ -303,16 +303,9 @@ def select_place_kernel(
         numbers = bits_set(tl.load(table + (start + line) * E + expert[None, :], mask=here, other=0))
         totals += numbers
         before += tl.where(start + line < block, numbers, 0)
-    if PAIRS:
-        known = (mine >= 0) & (mine < E)
-        safe = tl.where(known, mine, 0)
-        tokens = tl.load(table + block * E + safe, mask=known, other=0)
     let_next_start(PROGRAMMATIC)
     all_totals, all_before = tl.reduce((totals, before), 0, add_both)
     begins = write_header(dispatch, active, all_totals[None, :], block, E, BLOCK_E, SHORT)
     begins = tl.reshape(begins, [BLOCK_E]) + all_before
     if PAIRS:
-        rank = bits_set(tokens & ((1 << row) - 1)[:, None])
-        first = tl.gather(begins, tl.reshape(safe, [TOKENS * BLOCK_K]), axis=0)
-        place = tl.reshape(first, [TOKENS, BLOCK_K]) + rank
-        tl.store(dispatch + 2 * E + 2 + place, token[:, None] * K + slot, mask=known)
+        write_pairs(dispatch, mine, begins, which, block * TOKENS, E, K, TOKENS, BLOCK_K)
