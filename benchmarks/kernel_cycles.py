@@ -264,13 +264,14 @@ def main() -> None:
     if chosen.record:
         return record(chosen.record, chosen.sm)
     tokens = power_of_two(chosen.tokens)
-    plan = plan_of(chosen.op, chosen.model, tokens, chosen.sm)
     if chosen.cluster:
         programs, warps = chosen.cluster
         if chosen.op != "select" or tokens % programs or chosen.sm < CLUSTER_SM:
             parser.error(f"--cluster {programs} {warps}: a selection of {tokens} tokens, from SM {CLUSTER_SM} on")
         launch = SelectLaunch(programs, tokens // programs, warps, tokens // programs, "")
         plan = select_plan(select_spec(chosen.model), chosen.sm, tokens, launch)
+    else:
+        plan = plan_of(chosen.op, chosen.model, tokens, chosen.sm)
     columns = ("warps", "registers", "spills", "instructions", "exchanges", "issue", "cycles")
     print(f"{'kernel':26}" + "".join(f"{column:>14}" for column in columns))
     for row, step in zip(measured(plan, chosen.sm), plan.steps, strict=True):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lynx_trt.errors import CheckpointError, UnsupportedModelError
-from lynx_trt.export.config import check_activation, check_experts, refusal
+from lynx_trt.errors import CheckpointError, UnsupportedModelError, first_line
+from lynx_trt.export.config import DEQUANTIZE, check_activation, check_experts, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         )
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized ({method}), which this version can't read; "
-            "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
-        )
+        raise UnsupportedModelError(f"the checkpoint is quantized ({method}), {DEQUANTIZE}")
     check_experts(raw, path)
     from transformers import AutoConfig
 
@@ -192,9 +189,9 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
             ).eval()
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = checkpoint.config.model_type
         raise UnsupportedModelError(
-            f"transformers can't build a causal language model of type {checkpoint.config.model_type!r}: {message}"
+            f"transformers can't build a causal language model of type {kind!r}: {first_line(error)}"
         ) from None
     _keep_float32(model, dtype)
     for module in model.modules():

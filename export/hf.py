@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from lynx_trt.errors import ExportError, UnsupportedModelError
+from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
 from lynx_trt.export import attention, moe, ops
 from lynx_trt.export.checkpoint import Checkpoint, empty_model
 from lynx_trt.export.longrope import use_traceable_longrope
@@ -219,7 +219,7 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheSha
         with fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
     except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} can't be traced: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{type(model).__name__} can't be traced: {first_line(error)}") from error
     shapes = []
     for position, layer in enumerate(cache.layers):
         tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
@@ -338,11 +338,7 @@ def _quiet() -> Iterator[None]:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)
 
 
 def is_fake(value: ir.Value) -> bool:

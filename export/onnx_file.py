@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lynx_trt.errors import CheckpointError
+from lynx_trt.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -34,15 +34,15 @@ def open_onnx(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent.absolute())
     except Exception as error:
-        raise CheckpointError(f"{path} can't be read: {_first_line(error)}; export it again") from error
+        raise CheckpointError(f"{path} can't be read: {_innermost(error)}; export it again") from error
     return model
 
 
-def _first_line(error: BaseException) -> str:
+def _innermost(error: BaseException) -> str:
     """The innermost message: onnx-ir wraps it in a chain of 'Error calling serde...'."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError
+from lynx_trt.export.config import DEQUANTIZE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -196,8 +197,7 @@ def _refuse_quantized(source: _Source) -> None:
     for stored in source.tensors():
         if stored.dtype not in FLOATS:
             raise CheckpointError(
-                f"{stored.key} is stored as {stored.dtype}, so the checkpoint is quantized, which this version can't "
-                "read; load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
+                f"{stored.key} is stored as {stored.dtype}, so the checkpoint is quantized, {DEQUANTIZE}"
             )
 
 

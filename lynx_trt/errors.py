@@ -65,3 +65,8 @@ class ServingError(LynxError):
 
 class CalibrationError(LynxError):
     """No budgets keep the promise that was asked for, or held-out text shows that those chosen don't."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says that has something in it; of one that says nothing, its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

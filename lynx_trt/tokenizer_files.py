@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lynx_trt.console import note
-from lynx_trt.errors import ArtifactError, CheckpointError
+from lynx_trt.errors import ArtifactError, CheckpointError, first_line
 
 # What a tokenizer may consist of; tokenizer.json is what decoding reads, the rest is for other tools.
 TOKENIZER_FILES = (
@@ -54,5 +54,4 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        note(f"the tokenizer in {source} can't be converted: {first}")
+        note(f"the tokenizer in {source} can't be converted: {first_line(error)}")

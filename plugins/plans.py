@@ -98,22 +98,21 @@ _SELECT_INPUTS = {
     "floor": "*fp32",
     "token_mask": "*u8",
 }
+_SELECT_OUTPUTS = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
 
 
 def _select_in_one(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
-    outputs = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
     constants = {
         **_vote_constants(spec),
         **_choice_constants(spec),
         **_waits(sm),
         "BLOCK_T": max(launch.block_t, tokens),
     }
-    return [_step("select_kernel", Grid(fixed=1), {**_SELECT_INPUTS, **outputs}, constants, launch.warps)]
+    return [_step("select_kernel", Grid(fixed=1), {**_SELECT_INPUTS, **_SELECT_OUTPUTS}, constants, launch.warps)]
 
 
 def _select_in_cluster(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
     tables = {"voting": "*i32", "votes": "*fp64", "table": "*i32"}
-    outputs = {"index": "*i64", "weight": "*fp32", "active": "*i32", "dispatch": "*i32"}
     constants = {
         **_vote_constants(spec),
         **_choice_constants(spec),
@@ -122,7 +121,7 @@ def _select_in_cluster(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: 
         "BLOCK_T": max(launch.tokens, tokens // launch.programs),
         "PROGRAMS": launch.programs,
     }
-    buffers = {**_SELECT_INPUTS, **tables, **outputs}
+    buffers = {**_SELECT_INPUTS, **tables, **_SELECT_OUTPUTS}
     step = _step("select_cluster_kernel", Grid(fixed=launch.programs), buffers, constants, launch.warps)
     return [replace(step, cluster=True)]
 

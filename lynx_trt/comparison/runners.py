@@ -12,7 +12,7 @@ import numpy as np
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
-from lynx_trt.errors import CheckpointError, LynxError
+from lynx_trt.errors import CheckpointError, LynxError, first_line
 from lynx_trt.preflight import engine_problems
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.open import backend_available, open_backend
@@ -285,7 +285,7 @@ def try_out(opened: Opened, prompts: Array) -> None:
         opened.runner.prefill(np.ascontiguousarray(prompts))
         opened.runner.decode(np.ascontiguousarray(prompts[:, 0]))
     except Exception as error:
-        opened.absent = f"a step fails: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        opened.absent = f"a step fails: {first_line(error)}"
         opened.runner = None
 
 

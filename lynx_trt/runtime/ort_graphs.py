@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lynx_trt.artifact import Artifact
-from lynx_trt.errors import ArtifactError
+from lynx_trt.errors import ArtifactError, first_line
 from lynx_trt.runtime.backend import Array
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _session(artifact: Artifact, source: str | bytes, threads: int | None, profi
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {_first_line(error)}"
+            f"ONNX Runtime {onnxruntime.__version__} can't load {artifact.path(ONNX_FILE)}: {first_line(error)}"
         ) from None
     # Without CUDA's libraries it goes on with the CPU and says so in its log only.
     if PROVIDERS[device] not in session.get_providers():
@@ -148,7 +148,7 @@ def device_problem(device: Device) -> str | None:
     try:
         on_device(np.zeros(1, np.float32), device)
     except Exception as error:
-        return f"onnxruntime {onnxruntime.__version__} can't use a GPU here: {_first_line(error)}"
+        return f"onnxruntime {onnxruntime.__version__} can't use a GPU here: {first_line(error)}"
     return None
 
 
@@ -173,7 +173,3 @@ def left_to_cpu(graphs: Graphs, device: Device) -> list[str]:
             names = ", ".join(f"{number} {name}" for name, number in left.most_common())
             lines.append(f"{left.total()} of {count} nodes{which and f' of the graph{which}'} run on the CPU: {names}")
     return lines
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

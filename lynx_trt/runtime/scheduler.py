@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from lynx_trt.budgets import Restriction
-from lynx_trt.errors import BusyError, GenerationError, LynxError
+from lynx_trt.errors import BusyError, GenerationError, LynxError, first_line
 from lynx_trt.runtime.backend import NOT_FINITE, Array, Backend, StepSizes
 from lynx_trt.runtime.sampling import draws_of
 from lynx_trt.runtime.sequence import Generated, Limits
@@ -323,7 +323,7 @@ class Scheduler:
         try:
             result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
         except Exception as error:
-            self._fail(rows, GenerationError(f"the model failed in a {kind} step: {_first_line(error)}"))
+            self._fail(rows, GenerationError(f"the model failed in a {kind} step: {first_line(error)}"))
             return
         if kind == "decode":
             self._steps += 1
@@ -371,8 +371,3 @@ def check_prompt(prompt: Sequence[int], limits: Limits, what: str = "the prompt"
             f"{what} has {len(prompt)} tokens, and the cache holds {limits.max_length} with the output: "
             f"shorten it to {limits.max_length - 1} tokens, or build with a larger --max-length if the model takes more"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

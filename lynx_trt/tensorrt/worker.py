@@ -267,9 +267,9 @@ class _Builder:
         ]
 
     def _reasons(self) -> str:
-        hint = ". Raise or drop the workspace limit" if "workspace" in " ".join(self.errors) else ""
         from lynx_trt.plugins.python_plugin import take_refusals
 
+        hint = ". Raise or drop the workspace limit" if "workspace" in " ".join(self.errors) else ""
         return ("; ".join([*take_refusals(), *self.errors[-3:]]) or "it gave no reason") + hint
 
 
