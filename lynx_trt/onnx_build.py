@@ -161,6 +161,7 @@ def _engine(
         flavor=options.tensorrt,
         expert_weights=options.expert_weights,
         sms=sms,
+        user_memory=False,  # whoever runs it does so without us, and may let TensorRT make the contexts' memory
         on_progress=on_progress,
         on_message=lambda message: progress.say(f"TensorRT {message.severity}: {message.text}"),
     )

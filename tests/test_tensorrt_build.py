@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import psutil
@@ -717,6 +719,32 @@ def test_progress_never_falls(tmp_path):
     assert lines == [("a", 0.5), ("b", 0.5), ("b", 0.7)]
 
 
+def test_the_flag_that_has_no_name(tmp_path):
+    """The library itself says what the bit is that the engine asks for: it goes together with no weight streaming."""
+    trt = loader.load("rtx").module
+    path = make_graph(tmp_path / "model.onnx", layers=0)
+
+    def use(channel):
+        builder = worker._Builder(trt, channel)
+        builder.parse(path.read_bytes(), path)
+        builder.configure([asdict(profile) for profile in profiles_of(path)], None)
+        builder.leave_memory_to_user(named=False)
+        builder.config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        with pytest.raises(TensorRTError, match=r"kREQUIRE_USER_ALLOCATION is not compatible with .*kWEIGHT_STREAMING"):
+            builder.build(tmp_path / "plan", stream=False)
+
+    channel_lines(tmp_path, use)
+
+
+def test_engines_with_and_without_the_flag(tmp_path):
+    path = make_graph(tmp_path / "model.onnx")
+    ours = build(path)
+    theirs = build(path, user_memory=False)
+    assert ours.messages == theirs.messages == ()
+    # Nothing but a few bytes: the capture needs no other kernels.
+    assert 0 < abs(theirs.plan_bytes - ours.plan_bytes) < 4096
+
+
 # ---- what only full TensorRT does, or a TensorRT that errs: with stand-ins
 
 
@@ -774,6 +802,16 @@ def test_a_stream_that_fails(tmp_path):
     builder.builder = type("Builder", (), {"build_serialized_network_to_stream": lambda *_: False})()
     with pytest.raises(TensorRTError, match="could not build the engine: out of luck"):
         builder._stream((tmp_path / "plan").open("wb"))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({"REQUIRE_USER_ALLOCATION": 5}, 0b100001), ({}, 1)])
+def test_a_flag_that_has_a_name(flags, expected):
+    """TensorRT for RTX with its own bindings: by name, and not at all where an old one has none."""
+    builder = StandIn().builder()
+    builder.trt.BuilderFlag = SimpleNamespace(**flags)
+    builder.config = SimpleNamespace(flags=1)
+    builder.leave_memory_to_user(named=True)
+    assert builder.config.flags == expected
 
 
 def test_nodes_that_are_no_plugin_layers():

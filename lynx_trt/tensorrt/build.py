@@ -100,6 +100,7 @@ def build_engine(
     expert_weights: ExpertWeights = "engine",
     workspace_bytes: int | None = None,
     sms: Sequence[int] = (),
+    user_memory: bool = True,
     on_progress: Callable[[Progress], object] | None = None,
     on_message: Callable[[Message], object] | None = None,
 ) -> EngineReport:
@@ -110,6 +111,8 @@ def build_engine(
 
     `expert_weights="external"` leaves the expert weights out; the report says what to bind instead.
     `workspace_bytes` limits the scratch memory of a layer on the GPU (None: TensorRT's default, all of it).
+    `user_memory`: the engine runs in the memory that its context is given, and in no other, as a CUDA graph needs it.
+    Of TensorRT for RTX such an engine makes contexts of `kUSER_MANAGED` memory only; full TensorRT is so by itself.
     `on_progress` is called twice a second at least, `on_message` for each warning; both run in this thread, and
     what they raise ends the build.
 
@@ -131,6 +134,7 @@ def build_engine(
         "workspace_bytes": workspace_bytes,
         "profiles": [asdict(profile) for profile in profiles],
         "sms": list(sms),
+        "user_memory": user_memory,
         "kernels": None,
     }
     started = time.perf_counter()

@@ -39,6 +39,9 @@ _PROGRESS_SECONDS = 0.1
 # Warnings about what is meant: token ids and lengths are int64, and not every node carries kernels.
 _NOISE = ("has Int64 binding", "Attribute kernels")
 
+# BuilderFlag::kREQUIRE_USER_ALLOCATION of TensorRT for RTX, which the bindings of full TensorRT have no name for.
+_USER_ALLOCATION = 28
+
 
 def main() -> int:
     """Do one build; 0 if the plan is written, 1 if an error event was sent."""
@@ -131,6 +134,8 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
         return {"layers": described}
     del prepared, model  # with the copy of the weights, if they lie inside the file
     builder.configure(request["profiles"], request["workspace_bytes"])
+    if request["user_memory"] and loaded.flavor == "rtx":
+        builder.leave_memory_to_user(named=loaded.matched)
     size = builder.build(Path(request["partial"]), stream=loaded.matched)
     return {
         "flavor": loaded.flavor,
@@ -216,6 +221,19 @@ class _Builder:
                 shapes.set_shape(name, smallest, best, largest)
             if self.config.add_optimization_profile(shapes) != number:
                 raise TensorRTError(f"TensorRT refuses the profile {profile['name']}: {self._reasons()}")
+
+    def leave_memory_to_user(self, *, named: bool) -> None:
+        """Forbid TensorRT for RTX to allocate while a step runs, which a CUDA graph can't hold.
+
+        `named`: these are its own bindings, which know the flag if the library does (from 1.2 on).
+        """
+        number = _USER_ALLOCATION
+        if named:
+            flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+            if flag is None:
+                return
+            number = int(flag)
+        self.config.flags |= 1 << number
 
     def build(self, partial: Path, *, stream: bool) -> int:
         """Build and write the plan; return its size in bytes.
