@@ -375,7 +375,12 @@ def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     if found is None:
         found = getattr(checkpoint.config.get_text_config(), "eos_token_id", None)
         path = checkpoint.folder / "config.json"
-    return end_tokens(found, path)
+    ids = end_tokens(found, path)
+    # Told and not refused: models that were cut down for tests keep the ids of the vocabulary they had.
+    known = int(checkpoint.config.get_text_config().vocab_size)
+    for token in (unknown := [token for token in ids if not 0 <= token < known]):
+        note(f"{path} has eos_token_id {token}, but the model has the tokens 0 to {known - 1}: no text ends with it")
+    return [token for token in ids if token not in unknown]
 
 
 def engine_record(report: EngineReport, expert_weights: Literal["engine", "external"]) -> EngineRecord:

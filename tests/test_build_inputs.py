@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -189,6 +190,23 @@ def test_end_token_that_is_none(value: Any, build_quietly: Build, own_checkpoint
     edit_config(own_checkpoint, eos_token_id=value)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=r"eos_token_id .*, which has to be "):
         build_quietly(own_checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("value", "known"), [(256, []), ([255, 256, -1, 0], [255, 0])])
+def test_end_token_beyond_the_vocabulary(
+    value: Any,
+    known: list[int],
+    build_quietly: Build,
+    own_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line for each, and the artifact has the others: nothing may feed such a token to the model."""
+    (own_checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    artifact = build_quietly(own_checkpoint, tmp_path / "out")
+    assert artifact.manifest.model.end_tokens == known
+    told = re.findall(r"eos_token_id (-?\d+), but the model has the tokens 0 to 255: no text", capsys.readouterr().err)
+    assert told == [str(token) for token in ([value] if isinstance(value, int) else value) if token not in known]
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
