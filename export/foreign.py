@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.export import ops
+from lynx_trt.export.foreign_finite import stored_tensors
 from lynx_trt.export.onnx_file import open_onnx
 from lynx_trt.export.opset import raise_opset
 
@@ -59,6 +60,7 @@ class Foreign:
         stacks: weights that have yet to be laid out, by initializer name.
         added: graph inputs that the original doesn't have.
         notes: what a user should know.
+        stored: the numbers that the file holds, before the rewrite, for `foreign_finite`.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Foreign:
     stacks: dict[str, Stack | Table] = field(default_factory=dict)
     added: list[AddedInput] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stored: list[ir.TensorProtocol] = field(default_factory=list)
 
     @property
     def experts(self) -> list[int]:
@@ -115,7 +118,8 @@ def read_foreign(path: Path, selection: Selection) -> Foreign:
     model = open_onnx(path)
     _inline(model)
     common.RemoveUnusedNodesPass()(model)  # a block whose result nobody reads is none
-    foreign = Foreign(path, model, raise_opset(model, path))
+    stored = stored_tensors(model)
+    foreign = Foreign(path, model, raise_opset(model, path), stored=stored)
     find_ours(foreign)
     standardize(model, simple=True)
     infer_shapes(model)

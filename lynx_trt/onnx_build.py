@@ -57,6 +57,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     from lynx_trt import build as command
     from lynx_trt.export import foreign as pass_
     from lynx_trt.export.foreign_files import write_foreign
+    from lynx_trt.export.foreign_finite import refuse_not_finite
     from lynx_trt.selection import PRESETS
     from lynx_trt.tokenizer_files import check_tokenizer, copy_tokenizer
 
@@ -75,6 +76,10 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     update(1.0)
     for line in (*warnings, *foreign.notes):
         note(line)
+    update = progress.phase("Reading the weights")
+    refuse_not_finite(foreign.stored, options.model, on_progress=lambda done, total: update(done / max(total, 1)))
+    foreign.stored.clear()  # what lies inside the .onnx file takes memory
+    update(1.0)
     with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
         record: dict[str, Any] = {"options": command._plain(options), "seconds": {}}
         clock = command._Clock(record["seconds"])

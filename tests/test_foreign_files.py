@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from foreign_graphs import Spec, make_model, save_model
 from foreign_run import TOLERANCE, difference
@@ -20,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lynx_trt.artifact import Artifact, read
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
 from lynx_trt.export.foreign import read_foreign
+from lynx_trt.export.foreign_finite import refuse_not_finite
 from lynx_trt.export.onnx_file import open_onnx
 from lynx_trt.selection import PRESETS
 
@@ -217,6 +220,84 @@ def test_nodes_out_of_order_are_read(tmp_path: Path) -> None:
     model.graph.node.extend(nodes)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     assert len(list(open_onnx(tmp_path / "model.onnx").graph)) == len(nodes)
+
+
+# ---- weights that are no numbers -----------------------------------------------------------------------------------
+
+
+def _broken(path: Path, name: str, value: float, at: int, external: bool) -> str:
+    """One value of the tensor `name` (a part of its name) replaced in the file; the name."""
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if name in t.name)
+    values = numpy_helper.to_array(tensor).copy()
+    values.reshape(-1)[at] = value
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    (path.parent / "model.onnx.data").unlink(missing_ok=True)
+    options = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 64}
+    onnx.save(model, path, **(options if external else {}))
+    return str(tensor.name)
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(
+    ("form", "dtype", "name", "value", "what"),
+    [
+        ("loop_scatter", "fp32", "down", np.nan, "nan"),  # laid out anew
+        ("moe", "fp16", "fc1", np.inf, "inf"),  # as it is
+        ("dense_batched", "bf16", "embed", -np.inf, "-inf"),  # no expert's
+        ("qmoe4", "fp32", "scale", np.inf, "inf"),  # a scale
+    ],
+)
+def test_weights_that_are_no_numbers(
+    form: str, dtype: str, name: str, value: float, what: str, external: bool, tmp_path: Path
+) -> None:
+    """Refused before anything is written, with the tensor, the value, its place and the file that it lies in."""
+    path = save_model(Spec(form=form, dtype=dtype, hidden=32, inner=16), tmp_path / "model")
+    tensor = _broken(path, name, value, 5, external)
+    done = _command("build", str(path), "-o", str(tmp_path / "out"), "--tensorrt", "none")
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    inside = f" in {path.parent / 'model.onnx.data'}" if external else ""
+    assert line.startswith(f"error: {path}: tensor {tensor!r}{inside} holds {what} at [")
+    assert "], so its weights are broken; export it again" in line
+    assert not [item for item in tmp_path.iterdir() if item.name != "model"]
+
+
+def _tensors(*arrays: Any) -> list[Any]:
+    return [ir.tensor(array, name="w") for array in arrays]
+
+
+def test_what_is_no_weight_or_masks() -> None:
+    """Constants of one number, integers, causal masks, biases and sinks; empty tensors."""
+    mask = np.triu(np.full((600, 600), -np.inf, np.float32), 1)  # more than a piece
+    refuse_not_finite(
+        _tensors(
+            np.float32(np.nan), np.array([np.inf], np.float16), np.arange(9), mask, mask.astype(ml_dtypes.bfloat16),
+            np.array([0, -np.inf, 3], np.float16), np.zeros((0, 3), np.float32),
+        ),
+        Path("model.onnx"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_every_value_that_is_no_number(dtype: Any, value: float) -> None:
+    """In a matrix, in its last piece; the largest finite numbers are numbers."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    array = np.array([[largest, -largest, 0.0]] * 100_000, dtype)
+    done: list[tuple[int, int]] = []
+    refuse_not_finite(_tensors(array), Path("m.onnx"), on_progress=lambda *both: done.append(both))
+    assert done == [(array.nbytes, array.nbytes)]
+    array[99_999, 1] = value
+    with pytest.raises(CheckpointError, match=r"^m\.onnx: tensor 'w' holds -?(nan|inf) at \[99999, 1\]"):
+        refuse_not_finite(_tensors(array), Path("m.onnx"))
+
+
+def test_a_mask_with_another_infinity() -> None:
+    mask = np.triu(np.full((8, 8), -np.inf, np.float32), 1)
+    mask[7, 0] = np.inf
+    with pytest.raises(CheckpointError, match=r"holds inf at \[7, 0\]"):
+        refuse_not_finite(_tensors(mask), Path("m.onnx"))
 
 
 # ---- data files ----------------------------------------------------------------------------------------------------
