@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError, first_line
-from lynx_trt.export.config import DEQUANTIZE, check_activation, check_experts, refusal
+from lynx_trt.export.config import DEQUANTIZE, check_activation, check_experts, check_rope, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     as transformers does when it loads a checkpoint.
 
     Raises:
-        CheckpointError: the config names an activation that transformers doesn't know.
+        CheckpointError: the config names an activation or a `rope_type` that transformers doesn't know.
         UnsupportedModelError: the config is of no causal language model, or transformers can't build it.
     """
     import torch
@@ -189,6 +189,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
             ).eval()
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        check_rope(checkpoint.config, checkpoint.folder / "config.json")
         kind = checkpoint.config.model_type
         raise UnsupportedModelError(
             f"transformers can't build a causal language model of type {kind!r}: {first_line(error)}"

@@ -72,6 +72,28 @@ def check_activation(config: Any, path: Path) -> None:
             )
 
 
+def check_rope(config: Any, path: Path) -> None:
+    """Refuse a kind of rotary embedding that transformers doesn't know; `config` is transformers' own.
+
+    To be called when the model couldn't be built: a model may have kinds of its own.
+
+    Raises:
+        CheckpointError: with the key and the value.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    for part in (rope, *rope.values()):  # of all layers, or one for each kind of layer
+        kind = part.get("rope_type", "default") if isinstance(part, dict) else "default"
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            known = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"dynamic"})  # which no graph can follow
+            raise CheckpointError(
+                f"{path} has rope_type {kind!r} (in rope_parameters or rope_scaling), which transformers doesn't know; "
+                f"it has to be one of {', '.join(known)}"
+            )
+
+
 def end_tokens(value: Any, path: Path) -> list[int]:
     """Token ids of `eos_token_id` in the file `path`: none, one or several.
 

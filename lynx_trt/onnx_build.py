@@ -61,6 +61,8 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     from lynx_trt.selection import PRESETS
     from lynx_trt.tokenizer_files import check_tokenizer, copy_tokenizer
 
+    if options.trust_remote_code:
+        raise UsageError("--trust-remote-code means nothing for an ONNX file, which holds no code; leave it out")
     command._parse_ranges(options, None)
     sms = command._sms(options)
     max_length = _max_length(options)

@@ -180,6 +180,16 @@ def test_numbers_of_experts_that_are_right(tmp_path: Path) -> None:
         check_experts(raw, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["foo", 3, ["yarn"]])
+def test_unknown_kind_of_rope(key: str, kind: Any, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
+    """Under either key, of which transformers makes one."""
+    edit_config(own_checkpoint, rope_parameters=None)
+    edit_config(own_checkpoint, **{key: {"rope_type": kind, "rope_theta": 10000.0}})
+    words = ["config.json has rope_type", repr(kind), key, "one of default, linear, llama3", "yarn"]
+    refuse(build_quietly, CheckpointError, own_checkpoint, tmp_path, *words)
+
+
 @pytest.mark.parametrize("value", ["foo", [1, "2"], 1.5, True, {"a": 1}])
 def test_end_token_that_is_none(value: Any, build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
     """Of either file that may name it; before the model is traced."""
@@ -660,14 +670,17 @@ def test_exit_code_of_wrong_usage(tmp_path: Path) -> None:
     assert command("--decode-batch", "3:2:1", "-o", str(tmp_path / "out")).returncode == 2
 
 
-def test_option_that_an_onnx_file_has_no_use_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "reason"), [("--precision fp16", "keeps its own"), ("--trust-remote-code", "holds no code")]
+)
+def test_option_that_an_onnx_file_has_no_use_for(option: str, reason: str, tmp_path: Path) -> None:
     """The file keeps its precision; only one that was asked for is refused, so the default is not in the way."""
     from foreign_graphs import Spec, save_model
 
     path = save_model(Spec(form="moe"), tmp_path / "model")
-    result = command(str(path), "-o", str(tmp_path / "out"), "--tensorrt", "none", "--precision", "fp16")
+    result = command(str(path), "-o", str(tmp_path / "out"), "--tensorrt", "none", *option.split())
     assert result.returncode == 2
-    assert "error: --precision fp16 means nothing for an ONNX file, which keeps its own" in result.stderr
+    assert f"error: {option} means nothing for an ONNX file, which {reason}" in result.stderr
     assert left_behind(tmp_path) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,12 @@ def test_threads_and_company_change_nothing() -> None:
     alone = meter(threads=1).measure(settings[1:2], 4)[0]
     together = meter(threads=3).measure(settings, 4)[1]
     assert alone == together
+
+
+def test_threads_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5})
+    assert meter()._threads == 3
+    assert meter(threads=1)._threads == 1
 
 
 def test_batches_do_not_see_each_other() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from lynx_trt.calibration.intervals import Array, Bootstrap, Interval
 from lynx_trt.calibration.model import Outcome, Probed, Setting, Shape
 from lynx_trt.calibration.text import Sequences
 from lynx_trt.errors import CheckpointError
+from lynx_trt.machine import cores
 from lynx_trt.selection import PRESETS
 
 # Tokens of one forward, at least one batch; 8192 x 4 experts x 160 numbers still fit a server's cache.
@@ -127,7 +127,7 @@ class Meter:
             prompt: tokens of prefill, which use all experts.
             cost: what experts cost in time.
             seed: of the bootstrap.
-            threads: CPU threads (default: all cores).
+            threads: CPU threads (default: all cores that this process may use).
         """
         self.probed = probed
         self.prompt = prompt
@@ -136,7 +136,7 @@ class Meter:
         self._ids = torch.from_numpy(sequences.ids)
         self._nbytes = sequences.nbytes[:, prompt + 1 :].sum(1)
         self._reference: _Reference | None = None
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cores()
 
     @property
     def sequences(self) -> int:
