@@ -16,6 +16,7 @@ from lynx_trt.plugins.launch import (
     CLUSTER_SM,
     CLUSTER_TOKENS,
     FEWEST_ROWS,
+    MASK_BITS,
     PREFILL_BUCKET,
     ROW_VALUES,
     SHARED_MEMORY,
@@ -77,17 +78,25 @@ def select_candidates(tokens: int, experts: int, experts_per_token: int, sm: int
         block_t = max(tokens, FEWEST_ROWS)
         made += [SelectLaunch(1, block_t, warps, block_t, first.reason) for warps in (4, 8, 16)]
     if sm >= CLUSTER_SM:
-        for programs, warps in itertools.product((2, 4, CLUSTER_PROGRAMS), (4, 8, 16)):
-            block_t = tokens // programs
-            # With fewer values a thread a token's row is spread over several warps, with more they spill.
-            if block_t <= CLUSTER_TOKENS and 4 <= block_t * row // (32 * warps) <= (16 if warps == 16 else 8):
-                made.append(SelectLaunch(programs, block_t, warps, block_t, first.reason))
+        made += [replace(each, reason=first.reason) for each in _clusters(tokens, row)]
     for block in (4, 8, 16, 32, 64):
         if fewest <= block < tokens <= BLOCKS_HERE * block:
             block_t = min(block, max(TILE_VALUES // row, 1))
             ways = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8))
             made += [SelectLaunch(0, block_t, warps, block, first.reason, narrow=narrow) for warps, narrow in ways]
     return list(dict.fromkeys([first, *made]))
+
+
+def _clusters(tokens: int, row: int) -> Iterator[SelectLaunch]:
+    """Programs that hold all their tokens, or, where that would be the most programs, go through tiles of them."""
+    for programs, warps in itertools.product((2, 4, CLUSTER_PROGRAMS), (4, 8, 16)):
+        block = tokens // programs
+        # With fewer values a thread a token's row is spread over several warps, with more they spill.
+        if block <= CLUSTER_TOKENS and 4 <= block * row // (32 * warps) <= (16 if warps == 16 else 8):
+            yield SelectLaunch(programs, block, warps, block, "")
+        tile = 8 * 32 * warps // row
+        if programs == CLUSTER_PROGRAMS and 1 <= tile <= min(block // 2, MASK_BITS):
+            yield SelectLaunch(programs, tile, warps, block, "")
 
 
 def with_part(launch: ExpertsLaunch, part: str, matmul: MatmulLaunch) -> ExpertsLaunch:

@@ -73,12 +73,16 @@ def workspace_bytes(spec: Spec, max_tokens: int) -> int:
 def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | None = None) -> Plan[Kernel]:
     """LynxSelect for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     launch = launch or select_launch(tokens, spec.experts, spec.experts_per_token, sm)
+    if launch.programs > 1:  # the cluster takes all tokens, however few a program was to have
+        launch = replace(launch, tokens=max(launch.tokens, tokens // launch.programs))
     make = _select_in_cluster if launch.programs > 1 else _select_in_one if launch.programs else _select_in_blocks
     steps = make(spec, launch, sm, tokens)
     regions = [] if spec.dispatch_taken else [_dispatch_region(spec)]
     if launch.programs > 1:
-        rows = {"voting": 4, "votes": 8 * spec.experts, "table": 4 * spec.experts}
-        regions += [Region(name, fixed=size * launch.programs) for name, size in rows.items()]
+        sizes = {"voting": 4, "votes": 8 * spec.experts, "table": 4 * spec.experts}
+        if launch.tokens > launch.block_t:
+            sizes["tiles"] = 4 * spec.experts * (launch.tokens // launch.block_t)
+        regions += [Region(name, fixed=size * launch.programs) for name, size in sizes.items()]
     elif not launch.programs:
         regions += [
             Region("voting", per=4, tokens=launch.tokens),
@@ -112,17 +116,19 @@ def _select_in_one(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int)
 
 
 def _select_in_cluster(spec: SelectSpec, launch: SelectLaunch, sm: int, tokens: int) -> list[Step[Kernel]]:
-    tables = {"voting": "*i32", "votes": "*fp64", "table": "*i32"}
+    tables = {"voting": "*i32", "votes": "*fp64", "table": "*i32", "tiles": "*i32"}
     constants = {
         **_vote_constants(spec),
         **_choice_constants(spec),
         **_waits(sm),
         **_short(spec, tokens),
-        "BLOCK_T": max(launch.tokens, tokens // launch.programs),
+        "BLOCK_T": launch.block_t,
+        "TOKENS": launch.tokens,
         "PROGRAMS": launch.programs,
     }
     buffers = {**_SELECT_INPUTS, **tables, **_SELECT_OUTPUTS}
-    step = _step("select_cluster_kernel", Grid(fixed=launch.programs), buffers, constants, launch.warps)
+    names = {} if launch.tokens > launch.block_t else {"tiles": "null"}
+    step = _step("select_cluster_kernel", Grid(fixed=launch.programs), buffers, constants, launch.warps, names=names)
     return [replace(step, cluster=True)]
 
 

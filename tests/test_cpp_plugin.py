@@ -382,6 +382,7 @@ if {library!r}:
     assert trt.get_plugin_registry().load_library({library!r})
 path = Path({path!r})
 request = dict(onnx=str(path), partial={plan!r}, flavor="rtx", expert_weights="engine", workspace_bytes=None, sms=[],
+               user_memory=True,
                kernels={kernels!r}, profiles=[asdict(profile) for profile in profiles_of(path)])
 report = worker._build(request, worker._Channel(os.open(os.devnull, os.O_WRONLY)))
 print(report["plugin_layers"], len(python_plugin._PLUGINS))

@@ -28,6 +28,7 @@ from lynx_trt.plugins.launch import (
     SMS,
     experts_estimate,
     experts_launch,
+    row_of,
     select_estimate,
     select_launch,
     shared_bytes,
@@ -306,8 +307,18 @@ def test_the_tuner_tries_selections_that_can_run() -> None:
         for launch in tried:
             assert launch.block_t * shape.experts <= (8192 if launch.programs > 1 else 4096)
             assert launch.programs == 0 or launch.programs * launch.tokens >= tokens
+            assert launch.programs <= 1 or launch.block_t in (4, 8, 16, 32, launch.tokens)
             assert launch.programs or 4 * launch.tokens * shape.experts_per_token >= shape.experts
             assert select_plan(select_spec(name), 90, tokens, launch).steps
+
+
+@pytest.mark.parametrize("experts", [8, 64, 100, 128, 256, 512])
+@pytest.mark.parametrize("tokens", [64, 128, 256, 512])
+def test_every_decode_batch_can_be_selected_in_one_launch(tokens: int, experts: int) -> None:
+    """From SM 90 on; what the fewest warps hold least of, which spills nowhere, is among it."""
+    tried = [each for each in select_candidates(tokens, experts, 8, 90) if each.programs]
+    row = row_of(experts)
+    assert any(each.block_t * row <= 256 * each.warps and each.warps <= 8 for each in tried)
 
 
 def test_the_table_is_python(tmp_path: Path) -> None:

@@ -24,11 +24,13 @@ from lynx_trt.selection import PRESETS, Selection
 
 Array = NDArray[Any]
 
-# The ways through the kernels: one program that holds the batch, and blocks of 2 tokens.
+# The ways through the kernels: one program that holds the batch; blocks of 2 tokens; a cluster of 4 programs that hold
+# their tokens (of at most 16), and one of 2 programs with tiles of 2 tokens.
 HELD = SelectLaunch(1, 16, 4, 16, "")
 BLOCKS = SelectLaunch(0, 2, 4, 2, "")
 CLUSTER = SelectLaunch(4, 4, 4, 4, "")
-WAYS = {"held": HELD, "blocks": BLOCKS, "cluster": CLUSTER}
+TILES = SelectLaunch(2, 2, 4, 8, "")
+WAYS = {"held": HELD, "blocks": BLOCKS, "cluster": CLUSTER, "tiles": TILES}
 
 
 def _spec(
@@ -213,14 +215,22 @@ def test_no_token_counts(way: str) -> None:
     _check(batch, PRESETS["lynx"], 2, WAYS[way])
 
 
-# Several values a thread and a cumulative sum down the tokens; programs with one token, and with none; E is no power.
-@pytest.mark.parametrize(("tokens", "programs", "block"), [(130, 4, 64), (17, 8, 4), (5, 2, 4)])
+# Bits of an int64; programs with one token, and with none; E is no power; tiles of which some are empty, and one alone.
+@pytest.mark.parametrize(
+    ("tokens", "programs", "tile", "block"),
+    [(130, 4, 64, 64), (17, 8, 4, 4), (5, 2, 4, 4), (130, 4, 32, 64), (17, 2, 4, 16), (3, 4, 2, 8), (20, 2, 1, 16)],
+)
 @pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])
-def test_clusters(preset: str, tokens: int, programs: int, block: int) -> None:
-    batch, launch = _router(tokens, 40, 6), SelectLaunch(programs, block, 4, block, "")
+def test_clusters(preset: str, tokens: int, programs: int, tile: int, block: int) -> None:
+    batch, launch = _router(tokens, 40, 6), SelectLaunch(programs, tile, 4, block, "")
     for budget in (12, 40):
         _check(batch, PRESETS[preset], budget, launch)
     _check(batch, PRESETS[preset], 40, launch, floor=0.002)
+
+
+def test_the_largest_decode_batch_in_one_launch() -> None:
+    """512 tokens, 512 experts, 16 a token: 16 tiles a program."""
+    _check(_router(512, 512, 16), PRESETS["lynx"], 200, SelectLaunch(8, 4, 8, 64, ""))
 
 
 @pytest.mark.parametrize("preset", ["lynx", "lynx-affinity"])

@@ -169,15 +169,20 @@ def test_selection_is_the_reference(model: str, tokens: int, by: str) -> None:
     check_selection(model, tokens, by, run)
 
 
-# All programs with tokens; some with few or none; bits of an int64.
-@pytest.mark.parametrize(("tokens", "programs", "block"), [(16, 4, 4), (33, 8, 8), (200, 8, 32), (300, 8, 64)])
+# All programs with tokens; some with few or none; bits of an int64; tiles, of which some are empty.
+@pytest.mark.parametrize(
+    ("tokens", "programs", "tile", "block"),
+    [(16, 4, 4, 4), (33, 8, 8, 8), (200, 8, 32, 32), (300, 8, 64, 64), (300, 8, 16, 64), (512, 8, 8, 64)],
+)
 @pytest.mark.parametrize("by", ["budget", "floor"])
 @pytest.mark.parametrize("model", MODELS)
-def test_selection_in_a_cluster_is_the_reference(model: str, by: str, tokens: int, programs: int, block: int) -> None:
+def test_selection_in_a_cluster_is_the_reference(
+    model: str, by: str, tokens: int, programs: int, tile: int, block: int
+) -> None:
     """Whatever ships; again and again, since what one program reads too early is there by chance sometimes."""
     if (sm := supported_sm()) < CLUSTER_SM:
         pytest.skip(f"there are no clusters on SM {sm}")
-    launch = SelectLaunch(programs, block, 8, block, "")
+    launch = SelectLaunch(programs, tile, 8, block, "")
 
     def run(spec: SelectSpec, tensors: dict[str, Tensor]) -> None:
         again, _ = execute.prepare(select_plan(spec, sm, programs * block, launch), tensors, tokens)
