@@ -201,14 +201,12 @@ def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UsageError: `target` exists and may not, or is something that we didn't make, or its parent is no folder.
     """
-    from lynx_trt.partials import partial, remove_dead
+    from lynx_trt.partials import partial
 
     target = target.absolute()
     _refuse_target(target, overwrite)
     with ExitStack() as stack:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _tell(*remove_dead(target))
             aside = stack.enter_context(partial(target))
         except OSError as error:
             raise UsageError(
@@ -222,15 +220,6 @@ def writing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"writing {target} failed: {error.strerror or error}; nothing was left behind: make room there, or "
                 "choose another --output"
             ) from error
-
-
-def _tell(removed: list[Path], unsure: list[Path]) -> None:
-    from lynx_trt.console import note
-
-    for folder in removed:
-        note(f"removed {folder}, which a build that was killed had left behind")
-    for folder in unsure:
-        note(f"{folder} was left behind by a build, or one on another machine is writing it; if none is, remove it")
 
 
 def _refuse_target(target: Path, overwrite: bool) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lynx_trt.console import note
+
 # An empty folder that is younger may have been made just now and not be locked yet.
 SECONDS_TO_LOCK = 60
 
@@ -24,9 +26,13 @@ SECONDS_TO_LOCK = 60
 def partial(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, removed at the end unless it has become something else.
 
+    What killed processes have left there is removed first, with a line for each.
+
     Raises:
         OSError: it can't be made.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _tell(*remove_dead(target))
     folder = target.with_name(f"{_prefix(target)}{_boot() or 'unknown'}-{secrets.token_hex(4)}")
     folder.mkdir()
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -55,6 +61,13 @@ def remove_dead(target: Path) -> tuple[list[Path], list[Path]]:
         elif dead is None:
             unsure.append(folder)
     return removed, unsure
+
+
+def _tell(removed: list[Path], unsure: list[Path]) -> None:
+    for folder in removed:
+        note(f"removed {folder}, which a process that was killed had left behind")
+    for folder in unsure:
+        note(f"{folder} was left behind, or a process on another machine is writing it; if none is, remove it")
 
 
 def _is_dead(folder: Path, suffix: str) -> bool | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lynx_trt import console, serve
+from lynx_trt import console, partials, serve
 from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord
 from lynx_trt.errors import LynxError, ServingError, UsageError
 from lynx_trt.serving import environment, server
@@ -155,6 +155,31 @@ def test_same_repository_is_reused(text_artifact: Artifact, tmp_path: Path) -> N
     assert not again.reused
     assert 'string_value: "2"' in (again.folder / "tiny" / "config.pbtxt").read_text()
     assert not list(tmp_path.glob("*partial*"))
+
+
+def left_behind(target: Path) -> Path:
+    """What a process that was killed leaves beside `target`: a folder with something in it, and no lock."""
+    folder = target.with_name(f"{target.name}.partial-{partials._boot()}-00000000")
+    folder.mkdir()
+    (folder / "half").touch()
+    return folder
+
+
+def test_what_a_killed_process_left_is_removed(
+    text_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a repository and of the server's environment, by the next one that is made."""
+    left = [left_behind(tmp_path / "repository")]
+    write(text_artifact, tmp_path / "repository")
+    monkeypatch.setenv("LYNX_TRT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    left.append(left_behind(environment.environment(server=False).folder))
+    with pytest.raises(ServingError):
+        environment.prepare(server=False, phase=lambda _: lambda _: None)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: removed {folder}, which a process that was killed had left behind" for folder in left
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 
 
 def test_foreign_folder_is_not_touched(text_artifact: Artifact, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lynx_trt.artifact import EngineRecord
 from lynx_trt.errors import ServingError
+from lynx_trt.partials import partial
 from lynx_trt.tensorrt.loader import BINDINGS_WHEEL, LIBRARIES_WHEEL, cache_root
 
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"
@@ -112,32 +113,32 @@ def prepare(*, server: bool, phase: Callable[[str], Callable[[float], None]], mo
         return found
     if server:
         _check_python()
-    aside = found.folder.with_name(f"{found.folder.name}.partial-{os.getpid()}")
-    made = Environment(aside)
     try:
-        update = phase("Environment for the server (once)")
-        _run([sys.executable, "-m", "venv", str(aside)], "making a virtual environment")
-        update(1.0)
-        wanted = [*requirements(), *more]
-        update = phase("Installing " + ", ".join(re.split(r"[<>=]", name)[0] for name in wanted))
-        _pip(aside, wanted)
-        update(1.0)
-        if server:
-            update = phase(f"Installing {SERVER_WHEEL} (55 MB)")
-            # Without what it asks for: that is for its own Python API, which nothing here uses.
-            _pip(aside, ["--no-deps", SERVER_WHEEL])
-            _place_stub(made)
-            update(1.0)
-        _run([str(aside / "bin" / "python"), "-c", "import onnx, onnxruntime, tokenizers, pydantic"], "its own check")
-        (aside / MARKER).touch()
-        if not is_ready(found):  # another process may have been faster
-            shutil.rmtree(found.folder, ignore_errors=True)
-            aside.rename(found.folder)
+        with partial(found.folder) as aside:
+            _make(aside, [*requirements(), *more], server=server, phase=phase)
+            if not is_ready(found):  # another process may have been faster
+                shutil.rmtree(found.folder, ignore_errors=True)
+                aside.rename(found.folder)
     except OSError as error:
         raise ServingError(f"can't make the server's environment {found.folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return found
+
+
+def _make(folder: Path, wanted: list[str], *, server: bool, phase: Callable[[str], Callable[[float], None]]) -> None:
+    update = phase("Environment for the server (once)")
+    _run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment")
+    update(1.0)
+    update = phase("Installing " + ", ".join(re.split(r"[<>=]", name)[0] for name in wanted))
+    _pip(folder, wanted)
+    update(1.0)
+    if server:
+        update = phase(f"Installing {SERVER_WHEEL} (55 MB)")
+        # Without what it asks for: that is for its own Python API, which nothing here uses.
+        _pip(folder, ["--no-deps", SERVER_WHEEL])
+        _place_stub(Environment(folder))
+        update(1.0)
+    _run([str(folder / "bin" / "python"), "-c", "import onnx, onnxruntime, tokenizers, pydantic"], "its own check")
+    (folder / MARKER).touch()
 
 
 def libpython() -> Path | None:

@@ -28,6 +28,7 @@ from typing import Any
 from lynx_trt import __version__
 from lynx_trt.artifact import MANIFEST, Artifact, sha256
 from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.partials import partial
 from lynx_trt.serving.config import LAYER_LABELS, WARM_UP_TEXT, text_config
 from lynx_trt.serving.settings import Settings
 
@@ -145,16 +146,13 @@ def _writing(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"{target} was made from another artifact or with other settings; choose another --output, or pass "
                 "--overwrite to replace it"
             )
-    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        with partial(target) as aside:
+            yield aside
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
     except OSError as error:
         raise ServingError(f"can't write {target}: {error.strerror or error}; choose another --output") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_text_model(folder: Path, artifact: Artifact, name: str, settings: Settings) -> None:
