@@ -64,6 +64,8 @@ def attention(
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if getattr(module, "expand_kv", None) is not _latents:
         return _attend(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2).contiguous(), None
+    if attention_mask is None:  # is_causal would mean something else where heads are put in the place of tokens
+        attention_mask = _causal_mask(key)
     up_key, up_value = _expansions(module)
     query_plain, query_turned = torch.split(query, [up_key.shape[1], query.shape[-1] - up_key.shape[1]], dim=-1)
     query = torch.cat([_per_head(query_plain, up_key), query_turned], dim=-1)
@@ -84,7 +86,7 @@ def _attend(
     """[B,h,S,d] of a value's size."""
     step = _step.get()
     if s_aux is not None:
-        mask = _mask_with_sink(query, key, mask, s_aux, step)
+        mask = _mask_with_sink(query, key, mask, s_aux)
     value_size = value.shape[-1]
     if value_size != query.shape[-1]:  # TensorRT wants keys and values of one shape
         value = F.pad(value, [0, query.shape[-1] - value_size])
@@ -101,29 +103,35 @@ def _attend(
     return output[..., :value_size]
 
 
-def keep_latents(model: torch.nn.Module) -> None:
-    """Let the latent attention of DeepSeek-V2, V3 and their kin attend to what their caches hold.
+def keep_latents(model: torch.nn.Module) -> set[int]:
+    """Let the latent attention of DeepSeek-V2, V3 and their kin attend to what their caches hold; gives its layers.
 
     transformers expands the latents of the whole cache into keys and values of all heads, for every sequence in every
     step: for DeepSeek-V2-Lite at 2048 rows 8.6 GFLOP a layer and sequence, be it for one token. The expansion is
     linear, so it can be moved to the query and to the output (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): all heads
     then share one key a row, the latent and the part with positions, and the latent is its value too. A prompt's scores
     are then over r + p values instead of n + p, up to three times the arithmetic: what a decode step saves is more.
+
+    Such a layer has one cache of whole rows, latent and rotated part side by side, which is the key as it is. It is the
+    value as well, of whose output the latents' columns are kept: a few products more, where a value of its own would be
+    a copy of the cache in each step, and TensorRT refuses one that is narrower than the key.
     """
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
     known = inspect.getsource(DeepseekV3Attention.expand_kv)
+    layers: set[int] = set()
     module: Any
     for module in model.modules():
         expand = getattr(type(module), "expand_kv", None)
         if expand is not None and module.kv_b_proj.bias is None and inspect.getsource(expand) == known:
             module.expand_kv = _latents
+            layers.add(module.layer_idx)
+    return layers
 
 
 def _latents(latent: torch.Tensor, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the place of `expand_kv`: [B,1,L,r] and [B,1,L,p] -> one key a row [B,1,L,r+p], which holds the value too."""
-    key = torch.cat([latent, turned], dim=-1)
-    return key, key
+    """In the place of `expand_kv`: both are the layer's one cache [B,1,L,r+p] already."""
+    return latent, turned
 
 
 def _expansions(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,14 +150,19 @@ def _per_head(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _mask_with_sink(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor, step: Step
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor
 ) -> torch.Tensor:
     if mask is None:
-        mask = torch.arange(key.shape[2])[None, None, None] <= step.positions[:, None, :, None]
+        mask = _causal_mask(key)
     lowest = torch.finfo(query.dtype).min
     bias = torch.where(mask, 0.0, lowest).to(query.dtype)[..., :-1].expand(-1, query.shape[1], -1, -1)
     column = sinks.to(query.dtype).reshape(1, -1, 1, 1).expand(bias.shape[0], -1, bias.shape[2], 1)
     return torch.cat([bias, column], dim=-1)
+
+
+def _causal_mask(key: torch.Tensor) -> torch.Tensor:
+    """[B,1,S,L] bool."""
+    return torch.arange(key.shape[2])[None, None, None] <= _step.get().positions[:, None, :, None]
 
 
 def mask_of_rule(
@@ -166,28 +179,34 @@ def mask_of_rule(
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's cache of fixed length L: keys and values [B,hk,L,d], written functionally by TensorScatter."""
+    """A layer's caches of fixed length L, written functionally by TensorScatter: keys and values [B,hk,L,d].
+
+    Or one of keys and values side by side, where a layer attends to its latents.
+    """
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, *caches: torch.Tensor) -> None:
         """Wrap the graph's cache inputs."""
         super().__init__()
-        self.keys, self.values = keys, values
+        self.caches = caches
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache is an input."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Write this step's rows at each sequence's own position; give the whole cache back."""
-        self.keys, self.values = _scatter(self.keys, key_states), _scatter(self.values, value_states)
-        return self.keys, self.values
+        """Write this step's rows at each sequence's own position; give the whole caches back."""
+        rows = [key_states, value_states]
+        if len(self.caches) == 1:
+            rows = [torch.cat(rows, dim=-1)]
+        self.caches = tuple(_scatter(*each) for each in zip(self.caches, rows, strict=True))
+        return self.caches[0], self.caches[-1]
 
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
         """Keys span the whole cache, from position 0."""
-        return self.keys.shape[2], 0
+        return self.caches[0].shape[2], 0
 
     def get_seq_length(self) -> Any:
         """Positions [B,S] instead of one length: transformers hands it on to the mask function as its offset."""
@@ -195,7 +214,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         """L."""
-        return int(self.keys.shape[2])
+        return int(self.caches[0].shape[2])
 
 
 def _scatter(cache: torch.Tensor, update: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers
     lengths [B] i64            tokens of each row that are real in this step (0: the whole row is padding)
     budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
     floors [N] f32             votes for each voting token that an expert needs there (0: any vote will do)
-    past_key_values.I.key, .value [B,h,L,d]
+    past_key_values.I.key, .value [B,h,L,d]; .latent [B,1,L,d] alone where layer I attends to its latents
 
 Outputs: logits [B,V] of each row's last real token, active_experts [N] i32, and the caches as
-present_key_values.I.key, .value, written at past_lengths.
+present_key_values.I.key, .value or .latent, written at past_lengths.
 
 The weights are not needed to trace: the model is traced with fake tensors, and the graph's initializers are
 filled from the checkpoint afterwards, in a stream (`finish`).
@@ -54,12 +54,11 @@ PREFIX = "model."  # of parameter names: the traced module holds the model as it
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One layer's cache: heads and sizes of keys and values."""
+    """One of a layer's caches; `name` is what its input has behind `past_` and its output behind `present_`."""
 
-    key_heads: int
-    key_size: int
-    value_heads: int
-    value_size: int
+    name: str
+    heads: int
+    size: int
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Source:
     model: PreTrainedModel
     weights: CheckpointWeights
     layers: list[moe.MoeLayer]
-    caches: list[CacheShape]
+    caches: list[list[CacheShape]]  # of each layer
     precision: str
     fake: FakeTensorMode
 
@@ -108,8 +107,8 @@ class _StepModule(nn.Module):
         lengths: torch.Tensor,
         budgets: torch.Tensor,
         floors: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        past: list[list[torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
         length = input_ids.shape[1]
         offsets = torch.arange(length)
         positions = past_lengths[:, None] + offsets
@@ -123,7 +122,7 @@ class _StepModule(nn.Module):
             token_mask=(offsets < lengths[:, None]).reshape(-1),
             active={},
         )
-        cache = Cache(layers=[attention.CacheLayer(key, value) for key, value in past])
+        cache = Cache(layers=[attention.CacheLayer(*caches) for caches in past])
         step = attention.Step(positions, past_lengths, past_lengths + length)
         with attention.tracing(step), moe.tracing(moe_step):
             output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -131,7 +130,7 @@ class _StepModule(nn.Module):
         if missing:
             raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
         active = torch.stack([moe_step.active[layer.position] for layer in self.layers])
-        return output.logits[:, 0].float(), active, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits[:, 0].float(), active, [list(layer.caches) for layer in cache.layers]
 
 
 def read_source(checkpoint: Checkpoint, precision: str) -> Source:
@@ -156,6 +155,8 @@ def read_source(checkpoint: Checkpoint, precision: str) -> Source:
         layers = moe.find_layers(model)
         use_traceable_longrope(model)
         caches = _cache_shapes(model, fake)
+        for layer in attention.keep_latents(model):
+            caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, sum(cache.size for cache in caches[layer]))]
     return Source(model, weights, layers, caches, precision, fake)
 
 
@@ -175,7 +176,6 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
     wanted = max_length + (1 if _has_sinks(model) else 0)
     cache_rows = -(-wanted // ROWS_TOGETHER) * ROWS_TOGETHER
     use_native_norms(model)
-    attention.keep_latents(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
     module = _StepModule(model, source.layers, selection).eval()
@@ -202,7 +202,7 @@ def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheShape]:
+def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[list[CacheShape]]:
     """What each layer caches, seen in a forward of two tokens.
 
     Raises:
@@ -231,7 +231,8 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[CacheSha
                 f"layer {position} of {type(model).__name__} keeps a {type(layer).__name__}, "
                 "not keys and values: recurrent, hybrid and indexed caches are not supported"
             )
-        shapes.append(CacheShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+        parts = {"key": keys, "value": values}
+        shapes.append([CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3]) for n, t in parts.items()])
     if len(shapes) != model.config.get_text_config().num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has {model.config.get_text_config().num_hidden_layers} layers "
@@ -265,11 +266,8 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
     with fake:
         past = [
-            (
-                torch.zeros(batch, shape.key_heads, cache_rows, shape.key_size, dtype=dtype),
-                torch.zeros(batch, shape.value_heads, cache_rows, shape.value_size, dtype=dtype),
-            )
-            for shape in caches
+            [torch.zeros(batch, cache.heads, cache_rows, cache.size, dtype=dtype) for cache in layer]
+            for layer in caches
         ]
         arguments = (
             torch.zeros(batch, length, dtype=torch.int64),
@@ -285,9 +283,9 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
         {0: batch_dim},
         {},
         {},
-        [({0: batch_dim}, {0: batch_dim})] * len(caches),
+        [[{0: batch_dim}] * len(layer) for layer in caches],
     )
-    names = [f"key_values.{layer}.{part}" for layer in range(len(caches)) for part in ("key", "value")]
+    names = [cache.name for layer in caches for cache in layer]
     try:
         # The rotary probe computes real numbers, so it stands before the fake mode.
         with native_rotary(module.model), fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):

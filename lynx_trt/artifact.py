@@ -23,7 +23,7 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, UsageError
 from lynx_trt.selection import Selection
 
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
 MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
@@ -48,12 +48,11 @@ class MoeLayerRecord(_Record):
 
 
 class CacheRecord(_Record):
-    """One layer's KV cache: heads and sizes."""
+    """One of the KV caches: the graph reads past_NAME and writes present_NAME, both [B,heads,cache_rows,size]."""
 
-    key_heads: int
-    key_size: int
-    value_heads: int
-    value_size: int
+    name: str
+    heads: int
+    size: int
 
 
 class ModelRecord(_Record):
@@ -71,7 +70,7 @@ class ModelRecord(_Record):
     max_length: int
     cache_rows: int = Field(description="rows of the cache: max_length, one more for attention sinks, rounded up")
     moe_layers: list[MoeLayerRecord]
-    caches: list[CacheRecord]
+    caches: list[CacheRecord] = Field(description="two a layer; one where it attends to its latents")
     end_tokens: list[int]
     decode_max_length: int
 
@@ -168,7 +167,7 @@ class ForeignRecord(_Record):
 class Manifest(_Record):
     """`lynx.json`."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     created: str
     model: ModelRecord
     selection: SelectionRecord

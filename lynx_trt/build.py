@@ -353,7 +353,7 @@ def _model_record(
             )
             for layer in exported.source.layers
         ],
-        caches=[CacheRecord(**asdict(cache)) for cache in exported.source.caches],
+        caches=[CacheRecord(**asdict(cache)) for layer in exported.source.caches for cache in layer],
         end_tokens=end_tokens,
         decode_max_length=DECODE_MAX_LENGTH,
     )

@@ -118,8 +118,8 @@ def _profile(profile: dict[str, Any]) -> str:
 def cache_bytes(manifest: Manifest) -> int:
     """Bytes of KV cache that one sequence takes."""
     element = 4 if manifest.model.precision == "fp32" else 2
-    rows_ = (c.key_heads * c.key_size + c.value_heads * c.value_size for c in manifest.model.caches)
-    return element * manifest.model.cache_rows * sum(rows_)
+    row = sum(cache.heads * cache.size for cache in manifest.model.caches)
+    return element * manifest.model.cache_rows * row
 
 
 def _survey(path: Path, *, json_output: bool) -> int:

@@ -15,11 +15,13 @@ import tiny_models
 import torch
 
 from lynx_trt.budgets import Restriction
+from lynx_trt.runtime.lowering import Form
 from lynx_trt.runtime.ort import OrtBackend
 
 # A ragged batch: one row fills the width, one is short, one in between.
 PROMPTS = (9, 5, 12)
 STEPS = 8
+LATENT = ("deepseek_v2", "deepseek_v3")
 PROMISED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "deepseek_v3", "gpt_oss")
 
 
@@ -103,24 +105,54 @@ def test_every_block_is_rewritten(name: str, artifact: Any) -> None:
         assert sum(node.op_type == op for node in nodes) == expected
 
 
-def test_latent_attention_stays_in_its_latents(artifact: Any) -> None:
-    """One key a row for all heads, put together of the two caches: nothing is expanded row by row."""
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_attention_stays_in_its_latents(name: str, artifact: Any) -> None:
+    """A layer's one cache is key and value of all heads: nothing has its rows, or is made of them row by row."""
     import onnx
 
-    built = artifact("deepseek_v3", preset="lynx")
+    built = artifact(name, preset="lynx")
     graph = onnx.load(built.path("model.onnx"), load_external_data=False).graph
     known = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
     model = built.manifest.model
+    assert [(cache.name, cache.heads, cache.size) for cache in model.caches] == [
+        (f"key_values.{layer}.latent", 1, 32 + 8) for layer in range(model.layers)
+    ]
     attentions = [node for node in graph.node if node.op_type == "Attention"]
-    assert len(attentions) == model.layers
     for node, cache in zip(attentions, model.caches, strict=True):
-        assert node.input[1] == node.input[2]
-        key = [size.dim_value for size in known[node.input[1]]]
-        assert key[1:] == [1, model.cache_rows, cache.key_size + cache.value_size]
-    # The caches themselves are outputs of the graph; of what is computed in it nothing else has their rows.
+        assert node.input[1] == node.input[2] == f"present_{cache.name}"
     shapes = {v.name: [size.dim_value for size in known[v.name]] for v in graph.value_info if len(known[v.name]) > 0}
-    over_rows = [name for name, (batch, *shape) in shapes.items() if batch == 0 and model.cache_rows in shape[:-1]]
-    assert sorted(over_rows) == sorted(node.input[1] for node in attentions)
+    assert [name for name, (batch, *shape) in shapes.items() if batch == 0 and model.cache_rows in shape[:-1]] == []
+
+
+@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("form", [None, "auto"])  # as exported, as it is run
+def test_latent_attention_of_chunks_equals_eager(name: str, form: Form | None, artifact: Any) -> None:
+    """Prompts of unequal length in chunks of four tokens, the last ones padded or empty, then decode steps."""
+    batch = Batch.random()
+    reference = eager_logits(tiny_models.random_model(name).double(), batch)
+    bound = 2 * np.abs(eager_logits(tiny_models.random_model(name), batch) - reference).max()
+    built = artifact(name, preset="lynx")
+    backend = OrtBackend(built, slots=len(PROMPTS), form=form)
+    everything = Restriction(tuple(layer.experts for layer in built.manifest.model.moe_layers))
+    prompts = np.array(PROMPTS)
+    expected = {length: row for row, length in enumerate(PROMPTS)}
+    seen = 0
+    for start in range(0, max(PROMPTS), 4):
+        past = np.minimum(start, prompts)
+        lengths = np.clip(prompts - start, 0, 4)
+        ids = np.zeros((len(PROMPTS), 4), np.int64)
+        for row, length in enumerate(lengths):
+            ids[row, :length] = batch.rows[row][start : start + length]
+        logits = backend.step(ids, past, lengths, everything).logits
+        for length, row in expected.items():
+            if start < length <= start + 4:
+                assert np.abs(logits[row] - reference[0, row]).max() <= bound
+                seen += 1
+    assert seen == len(PROMPTS)
+    for step in range(STEPS):
+        ids = np.array([[row[length + step]] for row, length in zip(batch.rows, PROMPTS, strict=True)])
+        logits = backend.step(ids, prompts + step, np.ones_like(prompts), everything).logits
+        assert np.abs(logits - reference[step + 1]).max() <= bound
 
 
 def test_another_expansion_is_left_alone() -> None:
@@ -136,7 +168,7 @@ def test_another_expansion_is_left_alone() -> None:
     config = tiny_models.random_model("deepseek_v3").config
     plain, biased, scaled = DeepseekV3Attention(config, 0), DeepseekV3Attention(config, 0), Scaled(config, 0)
     biased.kv_b_proj.bias = torch.nn.Parameter(torch.zeros(biased.kv_b_proj.out_features))
-    attention.keep_latents(torch.nn.ModuleList([plain, biased, scaled]))
+    assert attention.keep_latents(torch.nn.ModuleList([plain, biased, scaled])) == {0}
     assert ["expand_kv" in vars(each) for each in (plain, biased, scaled)] == [True, False, False]
 
 

@@ -62,17 +62,20 @@ def test_equals_the_function_bodies(name: str, artifact: Callable[..., Artifact]
             assert np.abs(got - expected).max() <= bound, form
 
 
-def test_a_key_of_parts_is_cut_before_it_is_put_together(artifact: Callable[..., Artifact]) -> None:
-    """Latent attention's: no step touches the rows of the cache that no sequence has."""
+def test_latent_attention_reads_the_rows_that_there_are(artifact: Callable[..., Artifact]) -> None:
+    """Of cache and mask, both cut in one place for all layers, and in decode with all heads in one product."""
     lowered = lower(artifact("deepseek_v3", preset="lynx")).model.graph
     producers = {name: node for node in lowered.node for name in node.output}
     attentions = [node for node in lowered.node if node.op_type == "Attention"]
-    assert attentions
+    assert len(attentions) == 3
+    ends = set()
     for node in attentions:
         assert node.input[1] == node.input[2]
-        key = producers[node.input[1]]
-        assert key.op_type == "Concat"
-        assert {producers[part].op_type for part in key.input} == {"Slice"}
+        key, mask = producers[node.input[1]], producers[producers[node.input[3]].input[0]]
+        assert [cut.op_type for cut in (key, mask, producers[key.input[0]])] == ["Slice", "Slice", "TensorScatter"]
+        ends |= {key.input[2], mask.input[2]}
+    assert len(ends) == 1
+    assert len({node.input[3] for node in attentions}) == 1
 
 
 def test_the_baseline_is_the_model_without_selection(artifact: Callable[..., Artifact]) -> None:
@@ -93,7 +96,7 @@ def test_both_ways_to_attend_are_equal(
     monkeypatch.setattr("lynx_trt.runtime.attention.SMALL_HEAD", heads)
     sinks = [node.input[11] for node in lower(built).model.graph.node if node.op_type == "GroupQueryAttention"]
     assert all(bool(sink) == bool(heads) for sink in sinks)
-    assert len(sinks) == (0 if name == "gpt_oss" else len(built.manifest.model.caches))
+    assert len(sinks) == (0 if name == "gpt_oss" else built.manifest.model.layers)
     for (expected, _), (got, _) in zip(reference, steps(built, "auto"), strict=True):
         assert np.abs(got - expected).max() <= 64 * np.finfo(np.float32).eps * np.abs(expected).max()
 

@@ -131,7 +131,7 @@ def test_every_problem_has_its_line(own_artifact: Path) -> None:
     [
         ("{", "manifest"),
         ("[]", "manifest"),
-        ('{"schema_version": 1}', "schema_version"),
+        ('{"schema_version": 2}', "build the artifact again"),
         ("\x00\xff", "manifest"),
     ],
     ids=["cut", "list", "of another version", "binary"],

@@ -95,6 +95,20 @@ CONFIGS: dict[str, Any] = {
         v_head_dim=16,
         n_shared_experts=1,
     ),
+    # latent attention with queries of their own; softmax, not renormalised
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **{**COMMON, "num_hidden_layers": 3, "num_key_value_heads": 4},
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=24,
+        n_shared_experts=1,
+    ),
     # biases, attention sinks, clamped activation, interleaved and transposed weights, sliding windows
     "gpt_oss": lambda: transformers.GptOssConfig(
         **COMMON, head_dim=16, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=8

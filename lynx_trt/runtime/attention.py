@@ -9,11 +9,12 @@ long ones, four lanes at a time, and one that keeps all scores and calls the mat
 small the second is faster, and a sink of weight 0 asks for it (`_sink`). Microseconds for 6 layers of lynx-tiny on one
 thread, streaming and scores: batch 16 at 20, 60, 100 and 140 rows 111, 270, 422, 580 and 155, 230, 310, 415; batch 1
 at 100 rows 39 and 31; a prompt of 128 tokens 780 and 580. With heads of 128 they are equal.
+
+Latent attention, where all heads read the same rows, has a form of its own (`_fold`).
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,12 @@ SMALL_HEAD, SHORT_CACHE = 64, 4096
 def lower_attention(edit: GraphEdit, graph: onnx.GraphProto) -> None:
     """Replace every Attention over a cache; what has no such form sees at least no more rows than the longest has."""
     for node in graph.node:
-        if node.op_type != "Attention" or len(node.input) < 7 or node.input[3] or not node.input[6]:
+        if node.op_type != "Attention":
+            continue
+        if _is_latent(edit, node):
+            _fold(edit, node)
+            continue
+        if len(node.input) < 7 or node.input[3] or not node.input[6]:
             continue  # with a mask of its own (sinks, windows) it stays as it is
         found = _Cached.of(edit, node)
         if found is None:
@@ -164,23 +170,74 @@ def _lengths(edit: GraphEdit, ends: str) -> tuple[str, str, str]:
 def _trim(edit: GraphEdit, node: onnx.NodeProto) -> None:
     """Let an Attention see the cache up to the longest sequence, not to its end."""
     with edit.inserting(edit.take(node), "attention"):
-        ends = node.input[6]
-        rows = edit.once(f"rows/{ends}", lambda: _rows(edit, ends))
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        bounds = [edit.integers([0]), rows, edit.integers([2])]
         for place in (1, 2):
-            name = node.input[place]
-            copy.input[place] = edit.once(f"rows/{ends}/{name}", functools.partial(_first_rows, edit, name, bounds))
+            copy.input[place] = _first_rows(edit, node.input[place], node.input[6], 2)
         edit.put(copy)
 
 
-def _first_rows(edit: GraphEdit, name: str, bounds: list[str]) -> str:
-    """The first rows [B,h,rows,d] of a key or value [B,h,L,d]; where it is put together of parts, of each of them."""
-    parts = edit.producer(name)
-    if parts is None or parts.op_type != "Concat" or _attributes(parts).get("axis") not in (-1, 3):
-        return edit.add("Slice", [name, *bounds])
-    return edit.add("Concat", [edit.add("Slice", [part, *bounds]) for part in parts.input], axis=-1)
+def _is_latent(edit: GraphEdit, node: onnx.NodeProto) -> bool:
+    """Keys and values are one cache [B,1,L,d], queries are [B,h,S,d], and there is a mask for all heads."""
+    if len(node.input) != 4 or node.input[1] != node.input[2]:
+        return False
+    scatter = edit.producer(node.input[1])
+    if scatter is None or scatter.op_type != "TensorScatter":
+        return False
+    query, cache, mask = (edit.known_shape(name) for name in (node.input[0], scatter.input[0], node.input[3]))
+    return len(query) == len(cache) == len(mask) == 4 and query[1] > 1 == cache[1] == mask[1] and query[3] > 0
+
+
+def _fold(edit: GraphEdit, node: onnx.NodeProto) -> None:
+    """Latent attention: over the rows up to the longest sequence, in decode as one head of as many tokens.
+
+    All heads read the same rows, so in a step of one token a sequence their queries are the rows of one matrix, and the
+    cache is read once for all of them. Of a prompt each head has a matrix of its own, whose scores stay in the
+    processor's cache. GroupQueryAttention has neither, and takes no second chunk of several prompts.
+    """
+    query, key, _, mask = node.input[:4]
+    _, heads, _, size = edit.known_shape(query)
+    with edit.inserting(edit.take(node), "attention"):
+        ends = edit.once("ends", lambda: edit.add("Add", [PAST, _length(edit, query)]))
+        tokens = edit.once(f"tokens/{heads}", lambda: _tokens(edit, query, heads))
+        shape = edit.once(f"folded/{heads}/{size}", lambda: _joined(edit, [0, -1], tokens, [size]))
+        rows = _first_rows(edit, key, ends, 2)
+        allowed = edit.once(f"allowed/{mask}/{heads}", lambda: _allowed(edit, _first_rows(edit, mask, ends, 3), tokens))
+        inputs = [edit.add("Reshape", [query, shape]), rows, rows, allowed]
+        folded = edit.add("Attention", inputs, **_attributes(node))
+        edit.add("Reshape", [folded, edit.integers([0, heads, -1, size])], outputs=[node.output[0]])
+
+
+def _length(edit: GraphEdit, query: str) -> str:
+    """The step's tokens a sequence [1]."""
+    return edit.once("length", lambda: edit.add("Shape", [query], start=2, end=3))
+
+
+def _tokens(edit: GraphEdit, query: str, heads: int) -> str:
+    """Tokens a sequence [1] of the folded query: the step's, or in decode one for each head."""
+    length = _length(edit, query)
+    is_decode = edit.add("Equal", [length, edit.integers([1])])
+    return edit.add("Where", [is_decode, edit.integers([heads]), length])
+
+
+def _allowed(edit: GraphEdit, mask: str, tokens: str) -> str:
+    """The mask [B,1,S,rows] for the folded query."""
+    return edit.add("Expand", [mask, _joined(edit, [1, 1], tokens, [1])])
+
+
+def _joined(edit: GraphEdit, before: list[int], size: str, behind: list[int]) -> str:
+    """A shape of which one dimension is computed."""
+    return edit.add("Concat", [edit.integers(before), size, edit.integers(behind)], axis=0)
+
+
+def _first_rows(edit: GraphEdit, name: str, ends: str, axis: int) -> str:
+    """A key, value or mask of the cache's rows, cut behind the longest sequence's last."""
+
+    def cut() -> str:
+        rows = edit.once(f"rows/{ends}", lambda: _rows(edit, ends))
+        return edit.add("Slice", [name, edit.integers([0]), rows, edit.integers([axis])])
+
+    return edit.once(f"rows/{ends}/{name}", cut)
 
 
 def _rows(edit: GraphEdit, ends: str) -> str:

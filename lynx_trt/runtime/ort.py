@@ -37,7 +37,7 @@ BINDINGS = 256  # of decode steps that are kept: one for each batch size, and mo
 
 
 class OrtBackend:
-    """The artifact's graph in ONNX Runtime, with one cache buffer a layer that is both input and output.
+    """The artifact's graph in ONNX Runtime, with buffers for the caches that are both input and output.
 
     Binding the same memory as past and present lets TensorScatter write in place; otherwise ONNX Runtime copies the
     whole cache at every step.
@@ -92,14 +92,10 @@ class OrtBackend:
         element = ELEMENT[model.precision] if form is None else np.float32
         self._unrestricted, self._count = Unrestricted(artifact), count_active
         self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
-        for layer, cache in enumerate(model.caches):
-            shapes = {"key": (cache.key_heads, cache.key_size), "value": (cache.value_heads, cache.value_size)}
-            for part, (heads, size) in shapes.items():
-                # Zeros and not garbage: a masked row times a NaN would still be a NaN.
-                buffer = np.zeros((slots, heads, model.cache_rows, size), dtype=element)
-                self._caches[f"key_values.{layer}.{part}"] = (
-                    buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
-                )
+        for cache in model.caches:
+            # Zeros and not garbage: a masked row times a NaN would still be a NaN.
+            buffer = np.zeros((slots, cache.heads, model.cache_rows, cache.size), dtype=element)
+            self._caches[cache.name] = buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
         self._rows = model.max_length
         # A decode step's inputs and outputs stay where they are, so that it is bound once: binding some 30 values
         # took as long as the nodes of lynx-tiny at batch 1.

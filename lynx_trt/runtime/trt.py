@@ -33,7 +33,7 @@ UPLOAD_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class _Cache:
-    """One of a layer's two caches, [slots, heads, rows, size]: its name, address, and bytes of a row and of a head."""
+    """One of the caches, [slots, heads, rows, size]: its name, address, and bytes of a row and of a head."""
 
     name: str
     address: int
@@ -121,16 +121,14 @@ class TensorRTBackend:
         model = self._artifact.manifest.model
         element = BYTES[model.precision]
         caches = []
-        for layer, shape in enumerate(model.caches):
-            parts = {"key": (shape.key_heads, shape.key_size), "value": (shape.value_heads, shape.value_size)}
-            for part, (heads, size) in parts.items():
-                row, head = size * element, size * element * self._rows
-                bytes_ = self.slots * heads * head
-                what = f"the caches of {self.slots} sequences of {self._rows} tokens (layer {layer + 1})"
-                address = self._gpu.allocate(bytes_, what)
-                # Zeros and not garbage: a masked row times a NaN would still be a NaN.
-                self._gpu.zero(address, bytes_)
-                caches.append(_Cache(f"key_values.{layer}.{part}", address, row, head, heads))
+        for number, shape in enumerate(model.caches, 1):
+            row, head = shape.size * element, shape.size * element * self._rows
+            bytes_ = self.slots * shape.heads * head
+            what = f"the caches of {self.slots} sequences of {self._rows} tokens ({number} of {len(model.caches)})"
+            address = self._gpu.allocate(bytes_, what)
+            # Zeros and not garbage: a masked row times a NaN would still be a NaN.
+            self._gpu.zero(address, bytes_)
+            caches.append(_Cache(shape.name, address, row, head, shape.heads))
         return caches
 
     def _load_experts(self) -> None:
