@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import psutil
 import pytest
@@ -30,7 +31,7 @@ from lynx_trt.plugins import aot
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.tensorrt import loader, worker
 from lynx_trt.tensorrt.build import KernelsReport, build_engine
-from lynx_trt.tensorrt.prepare import _nodes, hand_over, input_dims, prepare, read
+from lynx_trt.tensorrt.prepare import _fold_heads, _nodes, hand_over, input_dims, prepare, read
 from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
 
 try:
@@ -415,6 +416,38 @@ def test_decomposable_attention(tmp_path, dtype, shape, expected):
         attribute for attribute in node_of(model, "Attention").attribute if attribute.name == "TRT_decomposable"
     ]
     assert [attribute.i for attribute in attributes] == [1] * expected
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+def test_folded_heads_are_the_same_attention(name, artifact, tmp_path):
+    """Where all heads read one cache they are folded, and ONNX Runtime computes the same; elsewhere nothing is."""
+    import onnxruntime
+
+    built = artifact(name, preset="lynx")
+    manifest = built.manifest.model
+    results = []
+    for fold in (False, True):
+        model = onnx.load(built.path("model.onnx"))
+        if fold:
+            assert _fold_heads(model.graph) == (manifest.layers if name == "deepseek_v3" else 0)
+            queries = {node.input[0] for node in model.graph.node if node.op_type == "Attention"}
+            assert len(queries) == manifest.layers
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        random = np.random.default_rng(0)
+        layers = len(manifest.moe_layers)
+        inputs = {
+            "input_ids": random.integers(3, 256, (2, 5)),
+            "past_lengths": np.array([3, 20]),
+            "lengths": np.array([5, 4]),
+            "budgets": np.full(layers, 8, np.int32),
+            "floors": np.zeros(layers, np.float32),
+        }
+        for cache in manifest.caches:
+            shape = (2, cache.heads, manifest.cache_rows, cache.size)
+            inputs[f"past_{cache.name}"] = random.standard_normal(shape, np.float32)
+        results.append(session.run(["logits"], inputs)[0])
+    plain, folded = results
+    assert np.abs(folded - plain).max() <= 64 * np.finfo(np.float32).eps * np.abs(plain).max()
 
 
 def test_unnamed_nodes_and_omitted_outputs(tmp_path):
