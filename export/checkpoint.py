@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError, first_line
-from lynx_trt.export.config import DEQUANTIZE, check_activation, check_experts, check_rope, refusal
+from lynx_trt.export.config import check_activation, check_experts, check_rope, refusal
+from lynx_trt.export.quantized.methods import Quantization, dequantized, quantization_config
+from lynx_trt.export.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -26,24 +28,17 @@ LARGEST_HEADER = 100 * 2**20
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor of the checkpoint lies; `dtype` is safetensors' name (`BF16`, `F32`, ...)."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that was looked through: its config parses and every shard is whole."""
+    """A checkpoint folder that was looked through: its config parses and every shard is whole.
+
+    Of a quantized one, config and tensors are those of the model with its weights dequantized.
+    """
 
     folder: Path
     config: PretrainedConfig
     tensors: dict[str, StoredTensor]
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,22 +51,25 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
 
     Raises:
         CheckpointError: no such folder, no config.json, numbers of experts in it that no model has, a shard missing or
-            truncated, pickled weights only.
-        UnsupportedModelError: transformers doesn't know the model, it wants to run code of its own, or it is quantized.
+            truncated, pickled weights only, parts of quantized weights that don't fit together.
+        UnsupportedModelError: transformers doesn't know the model, it wants to run code of its own, or it is quantized
+            by a method that is not known here.
     """
     if not folder.exists():
         raise CheckpointError(f"no such checkpoint: {folder}; give the folder that holds config.json")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, not a checkpoint folder; give the folder that holds config.json")
-    config = _read_config(folder, trust_remote_code)
+    config, quantization = _read_config(folder, trust_remote_code)
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder):
         tensors.update(_read_header(file))
     _check_index(folder, tensors)
-    return Checkpoint(folder, config, tensors, trust_remote_code)
+    tensors, quantized = dequantized(tensors, quantization, folder / "config.json")
+    return Checkpoint(folder, config, tensors, trust_remote_code, quantized)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """Transformers' config, as if the model were not quantized, and what it said of that."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json, so it is not a Hugging Face checkpoint")
@@ -85,18 +83,20 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise UnsupportedModelError(
             f"{path} names code of its own (auto_map); if you trust it, pass --trust-remote-code to run it"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(f"the checkpoint is quantized ({method}), {DEQUANTIZE}")
+    quantization = quantization_config(raw, path)
     check_experts(raw, path)
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers can't read {path} (model_type {raw['model_type']!r}): {refusal(error)}"
         ) from None
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config, quantization
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -11,10 +11,6 @@ from lynx_trt.errors import CheckpointError, first_line
 # Under which names models keep how many experts a layer has, and how many of them a token uses.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-# The way out for a quantized checkpoint, whichever way it shows.
-DEQUANTIZE = (
-    "which this version can't read; load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
-)
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 

@@ -13,23 +13,24 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError
-from lynx_trt.export.config import DEQUANTIZE
+from lynx_trt.export.quantized.methods import DEQUANTIZE
+from lynx_trt.export.stored import Shards
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
     from transformers import PreTrainedModel
 
-    from lynx_trt.export.checkpoint import Checkpoint, StoredTensor
+    from lynx_trt.export.checkpoint import Checkpoint
+    from lynx_trt.export.stored import StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
-# What a parameter may be stored in; any other type is somebody's quantization, whose scales nobody here would apply.
+# What a parameter may be stored in; any other type is a quantization's, whose scales are missing.
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Initializers below this stay inside the .onnx file; it keeps shape constants readable in a viewer.
 EXTERNAL_BYTES = 1024
@@ -149,6 +150,11 @@ class CheckpointWeights:
             return self.resolve(tied[name])
         return name if name in self._targets else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters and stored buffers in the model's dtype, those that are tied counted once."""
+        return sum(self._wanted[name].nbytes for name in self._targets if name in self._wanted)
+
     def load(self, name: str) -> torch.Tensor:
         """Parameter `name`, in the model's dtype.
 
@@ -163,7 +169,7 @@ class CheckpointWeights:
         first = self._targets[name]
         source = self._sources[first]
         wanted = self._wanted[name]
-        with _Shards() as shards:
+        with Shards() as shards:
             tensor = self._read(name, first, source, shards)
             if tensor.shape != wanted.shape:
                 raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
@@ -171,16 +177,17 @@ class CheckpointWeights:
             if not all_finite(result):
                 masks = tensor.dim() == 1 or not isinstance(wanted, torch.nn.Parameter)  # biases, sinks; buffers
                 for stored in source.tensors():
-                    refuse_not_finite(stored.key, shards.read(stored), wanted.dtype, masks=masks)
+                    stored.refuse_faults(shards)
+                    refuse_not_finite(stored.key, stored.read(shards, torch.float32), wanted.dtype, masks=masks)
                 refuse_not_finite(name, tensor, wanted.dtype, masks=masks)
         return result
 
-    def _read(self, name: str, first: str, source: _Source, shards: _Shards) -> torch.Tensor:
+    def _read(self, name: str, first: str, source: _Source, shards: Shards) -> torch.Tensor:
         if source.converter is None:
-            return shards.read(source.stored[name][0])
+            return source.stored[name][0].read(shards, self._wanted[name].dtype)
         converter = copy.deepcopy(source.converter)
         for pattern, stored in source.stored.items():
-            converter.collected_tensors[pattern] = [shards.read(item) for item in stored]
+            converter.collected_tensors[pattern] = [item.read(shards, self._wanted[name].dtype) for item in stored]
         try:
             value = converter.convert(first, model=self._model, config=self._model.config)[name]
         except RuntimeError:  # torch's, of shapes that can't be put together
@@ -197,7 +204,9 @@ def _refuse_quantized(source: _Source) -> None:
     for stored in source.tensors():
         if stored.dtype not in FLOATS:
             raise CheckpointError(
-                f"{stored.key} is stored as {stored.dtype}, so the checkpoint is quantized, {DEQUANTIZE}"
+                f"{stored.key} is stored as {stored.dtype}, so it is quantized, but has no scales beside it, or "
+                "config.json no quantization_config that says how to read it; copy the checkpoint again, or "
+                + DEQUANTIZE
             )
 
 
@@ -211,22 +220,6 @@ def _refuse_odd_one(tensors: list[StoredTensor]) -> None:
                 f"{tensor.key} is stored as {list(tensor.shape)}, but {other.key} as {list(usual)}, and experts are of "
                 "one shape; convert or copy the checkpoint again"
             )
-
-
-class _Shards(ExitStack):
-    """Shards opened for one parameter: kept open, every page that was ever read would stay mapped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._open: dict[Path, Any] = {}
-
-    def read(self, stored: StoredTensor) -> torch.Tensor:
-        from safetensors import safe_open
-
-        if stored.file not in self._open:
-            self._open[stored.file] = self.enter_context(safe_open(stored.file, framework="pt"))
-        tensor: torch.Tensor = self._open[stored.file].get_tensor(stored.key)
-        return tensor
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -104,6 +104,10 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         clock = _Clock(build_record["seconds"])
         update = progress.phase("Reading the model")
         source = read_source(checkpoint, options.precision)
+        if checkpoint.quantization:
+            sizes = f"all weights take {size(source.weights.nbytes)} instead of {size(checkpoint.nbytes)}"
+            note(f"{checkpoint.quantization.in_words(options.precision)}; {sizes}")
+            build_record["quantization"] = asdict(checkpoint.quantization)
         selection, restriction = _selection(options, source)
         update(1.0)
         exported, weight_bytes = _export(
@@ -194,7 +198,7 @@ def _export(
     exported = trace(source, max_length=max_length, selection=selection)
     update(1.0)
     clock.lap("export")
-    update = progress.phase(f"Weights ({size(checkpoint.nbytes)} in the checkpoint)")
+    update = progress.phase(f"Weights ({size(source.weights.nbytes)})")
     weight_bytes = write_onnx(exported, folder, data=data, on_progress=lambda done, total: update(done / max(total, 1)))
     clock.lap("weights")
     return exported, weight_bytes

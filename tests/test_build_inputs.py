@@ -257,8 +257,9 @@ def test_dynamic_rope(build_quietly: Build, own_checkpoint: Path, tmp_path: Path
 
 
 def test_quantized_checkpoint(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(own_checkpoint, quantization_config={"quant_method": "mxfp4"})
-    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "mxfp4", "dequantize")
+    """By a method that nobody here knows; tests/test_quantized.py has those that are read."""
+    edit_config(own_checkpoint, quantization_config={"quant_method": "bitsandbytes"})
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "(bitsandbytes)", "dequantize")
 
 
 def test_pickled_weights_are_refused(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:

@@ -94,18 +94,13 @@ def load(checkpoint: Checkpoint, *, device: str, dtype: torch.dtype) -> Probed:
         CheckpointError: transformers can't load it, or it doesn't fit into the memory.
         UnsupportedModelError: it has no MoE block that the selection can be applied to.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from lynx_trt.export.loaded import load_model
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        model = load_model(checkpoint, dtype)
         return Probed(model.requires_grad_(False).to(device))
     except (OSError, ValueError, RuntimeError, torch.OutOfMemoryError) as error:
         lines = str(error).strip().splitlines()

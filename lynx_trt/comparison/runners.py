@@ -137,16 +137,17 @@ class HuggingFaceRunner:
 
     def __init__(self, checkpoint: Path, threads: int | None) -> None:
         import torch
-        import transformers
         from transformers.utils import logging
+
+        from lynx_trt.export.checkpoint import open_checkpoint
+        from lynx_trt.export.loaded import load_model
 
         logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
         try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-            ).eval()
+            model = load_model(open_checkpoint(checkpoint), torch.float32, attn_implementation="eager")
+            self._model = model.eval()
         except Exception as error:
             raise CheckpointError(f"transformers can't load {checkpoint}: {str(error).splitlines()[0]}") from None
         self._cache: Any = None

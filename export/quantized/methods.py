@@ -1,0 +1,110 @@
+"""Which ways of quantizing are known; a checkpoint's tensors with each quantized weight in the place of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lynx_trt.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lynx_trt.export.quantized.computed import ComputedTensor
+    from lynx_trt.export.stored import StoredTensor
+
+    Finder = Callable[[dict[str, StoredTensor], dict[str, Any]], Iterator[ComputedTensor]]
+
+
+def _mxfp4() -> Finder:
+    from lynx_trt.export.quantized import mxfp4
+
+    return mxfp4.find
+
+
+def _fp8() -> Finder:
+    from lynx_trt.export.quantized import fp8
+
+    return fp8.find
+
+
+# By quant_method of config.json.
+METHODS: dict[str, Callable[[], Finder]] = {"mxfp4": _mxfp4, "fp8": _fp8}
+# The way out for what is quantized in a form that nobody here can read.
+DEQUANTIZE = "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
+# Endings of names that only parts of a quantized weight have.
+_MARKS = ("_blocks", "_scale_inv", ".weight_scale", ".weight_packed", ".qweight", ".absmax")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint was quantized, and how much of it: weights, bytes of them as stored."""
+
+    method: str
+    weights: int
+    nbytes: int
+
+    def in_words(self, precision: str) -> str:
+        """What becomes of the weights in an artifact of that precision."""
+        if not self.weights:
+            return (
+                f"config.json says that the checkpoint is quantized ({self.method}), but all of its weights are stored "
+                "in full; they are read as they are"
+            )
+        return (
+            f"the checkpoint is quantized ({self.method}): {self.weights} of its weights are dequantized to "
+            f"{precision} while they are read"
+        )
+
+
+def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """What config.json says of how the weights are quantized; None of weights that are not.
+
+    Raises:
+        CheckpointError: it is no object, or doesn't say by which method.
+        UnsupportedModelError: by one that is not known here.
+    """
+    text = raw.get("text_config")
+    config = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if not config:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
+        raise CheckpointError(
+            f"{path} has a quantization_config without quant_method, which says how the weights are stored; copy it "
+            "again from where the checkpoint came from"
+        )
+    method = config["quant_method"]
+    if method not in METHODS:
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized ({method}), which this version can't read, but {', '.join(METHODS)} it can; "
+            + DEQUANTIZE
+        )
+    return config
+
+
+def dequantized(
+    tensors: dict[str, StoredTensor], config: dict[str, Any] | None, path: Path
+) -> tuple[dict[str, StoredTensor], Quantization | None]:
+    """The tensors with each quantized weight in the place of its parts, and a word on them; `config` is of `path`.
+
+    Raises:
+        CheckpointError: parts of a weight are missing or don't fit together, or nothing says how to read them.
+    """
+    found = list(METHODS[config["quant_method"]]()(tensors, config)) if config else []
+    marked = next((key for key in tensors if key.endswith(_MARKS)), None)
+    if not found and marked is not None:
+        said = f"quant_method {config['quant_method']}, which has none such" if config else "no quantization_config"
+        raise CheckpointError(
+            f"{marked} is a part of a quantized weight, but {path} has {said}; copy that file again from where the "
+            "checkpoint came from"
+        )
+    if not config:
+        return tensors, None
+    parts = {part.key for tensor in found for part in tensor.parts.values()}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in parts}
+    weights: dict[str, StoredTensor] = {tensor.key: tensor for tensor in found}
+    twice = sorted(rest.keys() & weights.keys())
+    if twice:
+        raise CheckpointError(f"the checkpoint holds {twice[0]} both quantized and not; copy it again")
+    nbytes = sum(tensor.nbytes for tensor in found)
+    return {**rest, **weights}, Quantization(config["quant_method"], len(found), nbytes)

@@ -1,0 +1,321 @@
+"""Quantized checkpoints: dequantized while they are read, bit for bit as transformers does it, and refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quantized_models
+import tiny_models
+import torch
+import transformers
+from quantized_models import edit
+from safetensors.torch import load_file
+from test_architectures import Batch, eager_logits, exported_logits
+
+from lynx_trt.errors import CheckpointError, LynxError, UnsupportedModelError
+from lynx_trt.export.checkpoint import empty_model, open_checkpoint
+from lynx_trt.export.hf import DTYPES
+from lynx_trt.export.loaded import load_model
+from lynx_trt.export.quantized import computed
+from lynx_trt.export.stored import Shards
+from lynx_trt.export.weights import CheckpointWeights
+
+Build = Callable[..., Any]
+Make = Callable[[str], Path]
+
+# Of which model, and how it is quantized. Small blocks, since small models have small weights.
+FORMS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
+    "mxfp4": ("gpt_oss", quantized_models.mxfp4),
+    # blocks that divide every weight, as in Qwen3's FP8 checkpoints
+    "fp8-qwen3": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, (8, 16))),
+    # the last blocks are partial, as DeepSeek-V3's kv_a_proj_with_mqa has them (576 rows in blocks of 128)
+    "fp8-deepseek": ("deepseek_v3", lambda folder, target: quantized_models.fp8(folder, target, (32, 24))),
+    "fp8-row": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "row")),
+    "fp8-tensor": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "tensor")),
+    "fp8-e8m0": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, (1, 32), "e8m0")),
+}
+
+
+@pytest.fixture(scope="session")
+def quantized(workspace: Path, checkpoint: Callable[[str], Path]) -> Make:
+    """The folder of a quantized checkpoint, by its form."""
+
+    def make(form: str) -> Path:
+        name, quantize = FORMS[form]
+        folder = workspace / "quantized" / form
+        return folder if folder.exists() else quantize(checkpoint(name), folder)
+
+    return make
+
+
+@pytest.fixture
+def own(quantized: Make, tmp_path: Path) -> Make:
+    """A copy of a quantized checkpoint that the test may break."""
+    return lambda form: quantized_models.copy_of(quantized(form), tmp_path / form, None)
+
+
+def weights_of(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    model = empty_model(checkpoint, dtype)
+    weights = CheckpointWeights(checkpoint, model)
+    return {name: weights.load(name) for name in model.state_dict()}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_mxfp4_equals_transformers(precision: str, quantized: Make) -> None:
+    """Every parameter of the model that transformers makes of the same folder."""
+    config = transformers.Mxfp4Config(dequantize=True)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        quantized("mxfp4"), quantization_config=config, dtype=DTYPES[precision]
+    )
+    ours = weights_of(quantized("mxfp4"), DTYPES[precision])
+    for name, theirs in reference.state_dict().items():
+        assert same_bits(ours[name], theirs), name
+
+
+def test_every_byte_of_mxfp4(tmp_path: Path, quantized: Make) -> None:
+    """All pairs of values under all exponents; what float32 doesn't hold is infinite."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 255, 1, 1)
+    scales = torch.arange(255, dtype=torch.uint8)[None, :, None].repeat(1, 1, 16)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["every_blocks"], tensors["every_scales"] = blocks, scales
+
+    folder = edit(quantized_models.copy_of(quantized("mxfp4"), tmp_path / "every", None), change)
+    stored = open_checkpoint(folder).tensors["every"]
+    with Shards() as shards:
+        ours = stored.read(shards, torch.float32)
+    assert ours.shape == stored.shape == (1, 512, 255)
+    assert same_bits(ours, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("form", ["fp8-qwen3", "fp8-row", "fp8-tensor", "fp8-e8m0"])
+def test_fp8_equals_transformers(form: str, precision: str, quantized: Make) -> None:
+    """Its operation on every weight; loading the folder whole would need accelerate."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    checkpoint = open_checkpoint(quantized(form))
+    stored = load_file(quantized(form) / "model.safetensors")
+    scaled = [key.removesuffix("_scale_inv") for key in stored if key.endswith("_scale_inv")]
+    assert len(scaled) == 2 * (4 + 8 * 3)
+    for key in scaled:
+        theirs = Fp8Dequantize(None)._dequantize_one(stored[key], stored[f"{key}_scale_inv"], DTYPES[precision])
+        with Shards() as shards:
+            assert same_bits(checkpoint.tensors[key].read(shards, DTYPES[precision]), theirs), key
+
+
+def test_partial_blocks(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula, element by element: transformers refuses such weights, or takes the blocks for smaller ones.
+
+    In pieces of one block's rows, as large weights are read.
+    """
+    monkeypatch.setattr(computed, "PIECE", 1)
+    checkpoint = open_checkpoint(quantized("fp8-deepseek"))
+    stored = load_file(quantized("fp8-deepseek") / "model.safetensors")
+    key = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert stored[key].shape == (40, 64)
+    assert stored[f"{key}_scale_inv"].shape == (2, 3)
+    for key in [key.removesuffix("_scale_inv") for key in stored if key.endswith("_scale_inv")]:
+        scales = quantized_models.expanded(stored[f"{key}_scale_inv"], (32, 24), stored[key].shape)
+        with Shards() as shards:
+            assert same_bits(checkpoint.tensors[key].read(shards, torch.float32), stored[key].float() * scales)
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8-qwen3", "fp8-deepseek"])
+def test_logits_equal_those_of_the_dequantized_model(
+    form: str, quantized: Make, build_quietly: Build, tmp_path: Path
+) -> None:
+    """The artifact in ONNX Runtime against eager, which has the weights that transformers or the formula makes."""
+    model = tiny_models.random_model(FORMS[form][0])
+    model.load_state_dict(dequantized_by_others(form, quantized(form)))
+    batch = Batch.random()
+    eager_error = eager_logits(model, batch)
+    reference = eager_logits(model.double(), batch)
+    eager_error = np.abs(eager_error - reference)
+    built = build_quietly(quantized(form), tmp_path / "artifact", preset="lynx")
+    error = np.abs(exported_logits(built, batch) - reference)
+    assert error.max() <= 2 * eager_error.max() + np.finfo(np.float32).eps * np.abs(reference).max()
+    plain = eager_logits(tiny_models.random_model(FORMS[form][0]).double(), batch)
+    assert np.abs(plain - reference).max() > 1000 * error.max()  # or the check would see nothing
+    record = built.manifest.build["quantization"]
+    assert record["method"] == form.split("-")[0]
+    assert record["weights"] > 0
+
+
+def dequantized_by_others(form: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters in float32."""
+    if form == "mxfp4":
+        config = transformers.Mxfp4Config(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float32
+        )
+        return dict(model.state_dict())
+    block = tuple(json.loads((folder / "config.json").read_text())["quantization_config"]["weight_block_size"])
+    plain = quantized_models.copy_of(folder, folder.parent / f"{folder.name}-plain", None)
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            name, scales = key.removesuffix("_scale_inv"), tensors.pop(key)
+            tensors[name] = tensors[name].float() * quantized_models.expanded(scales, block, tensors[name].shape)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(edit(plain, change), dtype=torch.float32)
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8-deepseek"])
+def test_whole_model_for_compare_and_calibrate(form: str, quantized: Make) -> None:
+    """Loaded by transformers, its parameters are those that an artifact gets."""
+    model = load_model(open_checkpoint(quantized(form)), torch.bfloat16)
+    assert not hasattr(model.config, "quantization_config")
+    ours = weights_of(quantized(form), torch.bfloat16)
+    for name, theirs in model.state_dict().items():
+        assert same_bits(ours[name], theirs), name
+
+
+def refused(error: type[LynxError], folder: Path, build: Build, *words: str, **options: Any) -> None:
+    """`build` says what is wrong in one line, and leaves nothing behind."""
+    output = folder.parent / "out"
+    with pytest.raises(error) as caught:
+        build(folder, output, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert not output.exists()
+
+
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+
+
+def put(key: str, at: tuple[int, ...], value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Change one element, of fp8 or uint8 by its byte."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensor = tensors[key]
+        (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor)[at] = value
+
+    return change
+
+
+def replace(key: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key] = how(tensors[key])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("mxfp4", lambda tensors: tensors.pop(f"{GATE_UP}_scales"), [f"lacks {GATE_UP}_scales"]),
+        ("mxfp4", lambda tensors: tensors.pop(f"{GATE_UP}_blocks"), [GATE_UP, "lacks 1 of"]),
+        ("mxfp4", replace(f"{GATE_UP}_scales", lambda t: t[:, 1:]), [f"{GATE_UP}_scales", "[8, 63, 2]", "[8, 64, 2]"]),
+        ("mxfp4", replace(f"{GATE_UP}_scales", lambda t: t.float()), [f"{GATE_UP}_scales", "F32", "has to be U8"]),
+        ("mxfp4", replace(f"{GATE_UP}_blocks", lambda t: t[..., :8]), [f"{GATE_UP}_blocks", "[8, 64, 2, 8]"]),
+        # fewer blocks of the right form: the weight is another one than the config's
+        ("mxfp4", lambda t: [replace(f"{GATE_UP}_{p}", lambda x: x[:, :, :1])(t) for p in ("blocks", "scales")],
+         [GATE_UP, "(8, 32, 64)", "(8, 64, 64)", "don't belong together"]),
+        ("mxfp4", put(f"{GATE_UP}_scales", (3, 2, 1), 255), [f"{GATE_UP}_scales holds nan at [3, 2, 1]", "broken"]),
+        ("fp8-qwen3", lambda tensors: tensors.pop(f"{EXPERT}_scale_inv"), [EXPERT, "F8_E4M3", "scales"]),
+        ("fp8-qwen3", lambda tensors: tensors.pop(EXPERT), [f"lacks {EXPERT}"]),
+        ("fp8-qwen3", replace(f"{EXPERT}_scale_inv", lambda t: t[1:]), [f"{EXPERT}_scale_inv", "[3, 4]", "[4, 4]"]),
+        ("fp8-qwen3", replace(f"{EXPERT}_scale_inv", lambda t: t.long()), [f"{EXPERT}_scale_inv", "I64", "F32"]),
+        # already dequantized, and the scales left where they were
+        ("fp8-qwen3", replace(EXPERT, lambda t: t.bfloat16()), [EXPERT, "BF16", "has to be F8_E4M3"]),
+        ("fp8-qwen3", replace(EXPERT, lambda t: t.view(torch.int8)), [EXPERT, "I8", "has to be F8_E4M3"]),
+        ("fp8-qwen3", put(EXPERT, (2, 3), 127), [f"{EXPERT} holds nan at [2, 3]", "broken"]),
+        ("fp8-qwen3", put(EXPERT, (2, 3), 255), [f"{EXPERT} holds nan at [2, 3]", "broken"]),
+        ("fp8-qwen3", put(f"{EXPERT}_scale_inv", (1, 2), float("nan")), [f"{EXPERT}_scale_inv holds nan at [1, 2]"]),
+        ("fp8-qwen3", put(f"{EXPERT}_scale_inv", (1, 2), float("inf")), [f"{EXPERT}_scale_inv holds inf at [1, 2]"]),
+        ("fp8-row", replace(f"{EXPERT}_scale_inv", lambda t: t[:, :0]), [f"{EXPERT}_scale_inv", "[32, 0]", "[32, 1]"]),
+        ("fp8-e8m0", put(f"{EXPERT}_scale_inv", (2, 1), 255), [f"{EXPERT}_scale_inv holds nan at [2, 1]"]),
+    ],
+)  # fmt: skip
+def test_broken_parts(form: str, change: Any, words: list[str], own: Make, build_quietly: Build) -> None:
+    """Missing, of another shape or type, or no number: the part is named, not what would have come of it."""
+    refused(CheckpointError, edit(own(form), change), build_quietly, *words)
+
+
+def test_scale_of_zero(own: Make) -> None:
+    """It is a number, and its weights are zeros: a row of zeros is quantized so by some."""
+    folder = edit(own("fp8-qwen3"), put(f"{EXPERT}_scale_inv", (1, 2), 0.0))
+    merged = weights_of(folder, torch.float32)["model.layers.1.mlp.experts.gate_up_proj"]
+    assert not merged[5, 32 + 8 : 32 + 16, 32:48].any()
+
+
+def test_dequantized_weight_beyond_fp16(own: Make, build_quietly: Build, tmp_path: Path) -> None:
+    """What the refusal says to do works."""
+    folder = edit(own("fp8-qwen3"), put(f"{EXPERT}_scale_inv", (1, 2), 1e6))
+    refused(CheckpointError, folder, build_quietly, EXPERT, "more than fp16 holds", "bf16", precision="fp16")
+    build_quietly(folder, tmp_path / "artifact", precision="bf16")
+
+
+def say(folder: Path, **changes: Any) -> Path:
+    """Change config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "error", "said", "words"),
+    [
+        ("fp8-qwen3", CheckpointError, None, ["_scale_inv", "no quantization_config"]),
+        ("mxfp4", CheckpointError, {}, ["_blocks", "no quantization_config"]),
+        ("fp8-qwen3", CheckpointError, {"weight_block_size": [8, 16]}, ["without quant_method"]),
+        ("fp8-qwen3", CheckpointError, ["fp8"], ["without quant_method"]),
+        ("fp8-qwen3", UnsupportedModelError, {"quant_method": "modelopt"}, ["(modelopt)", "mxfp4, fp8"]),
+        ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no weight_block_size"]),
+        # of another method than the config says
+        ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4"]),
+        ("mxfp4", CheckpointError, {"quant_method": "fp8"}, ["_blocks", "quant_method fp8"]),
+        *(
+            ("fp8-qwen3", CheckpointError, {"quant_method": "fp8", "weight_block_size": size}, ["weight_block_size"])
+            for size in ([8], [8, 0], [8, -16], "8x16", [8.0, 16.0], [True, 16], {})
+        ),
+    ],
+)
+def test_config_that_says_something_else(
+    form: str, error: type[LynxError], said: Any, words: list[str], own: Make, build_quietly: Build
+) -> None:
+    refused(error, say(own(form), quantization_config=said), build_quietly, *words)
+
+
+def test_config_says_quantized_and_the_weights_are_not(
+    own: Make,
+    checkpoint: Callable[[str], Path],
+    build_quietly: Build,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Dequantized by somebody who left config.json as it was."""
+    folder = quantized_models.copy_of(checkpoint("qwen3_moe"), tmp_path / "full", {"quant_method": "fp8"})
+    build_quietly(folder, tmp_path / "artifact")
+    assert "all of its weights are stored in full" in capsys.readouterr().err
+
+
+def test_build_says_what_it_does(
+    quantized: Make, build_quietly: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, with the method, the precision and both sizes; the larger is that of the weights as written."""
+    built = build_quietly(quantized("mxfp4"), tmp_path / "artifact", precision="fp16")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "quantized (" in line]
+    assert "quantized (mxfp4): 4 of its weights are dequantized to fp16" in line
+    assert "319.5 kB instead of 296.8 kB" in line
+    assert built.manifest.model.weight_bytes == pytest.approx(319.5e3, rel=0.01)
