@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from lynx_trt.errors import UsageError
+
+# What a container may have, as it sees it itself: control groups of version 2 and 1.
+_GROUPS = Path("/sys/fs/cgroup")
+LIMITS = (_GROUPS / "memory.max", _GROUPS / "memory" / "memory.limit_in_bytes")
 
 
 def cores() -> int:
@@ -13,8 +18,14 @@ def cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this machine has, in use or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may have, in use or not: the machine's, or what a container is given of it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in LIMITS:
+        try:
+            sizes.append(int(file.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # another version of control groups, or "max"
+            continue
+    return min(sizes)
 
 
 def check_threads(threads: int | None) -> None:
@@ -35,4 +46,15 @@ def slots_problem(slots: int, bytes_each: int) -> str | None:
     return (
         f"{slots} sequences need {slots * bytes_each / 1e9:,.1f} GB of cache, and this machine has "
         f"{memory_bytes() / 1e9:,.1f} GB of memory, enough for {most}"
+    )
+
+
+def weights_problem(parameters: int) -> str | None:
+    """Why ONNX Runtime can't hold so many weights in float32 on the CPU, a clause; None if it may."""
+    need = 4 * parameters
+    if need <= memory_bytes():
+        return None
+    return (
+        f"its weights take {need / 1e9:,.1f} GB in float32, in which ONNX Runtime computes on the CPU, and this "
+        f"machine has {memory_bytes() / 1e9:,.1f} GB of memory"
     )

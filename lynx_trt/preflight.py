@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lynx_trt.artifact import DRAWS, TOKENIZER, Artifact, check_files
 from lynx_trt.errors import ArtifactError
+from lynx_trt.machine import weights_problem
 
 PLUGIN = {"namespace": "lynx", "version": "1"}
 
@@ -72,8 +73,10 @@ def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]
         problems.append('ONNX Runtime is not installed, so nothing here can run the graph; pip install "lynx-trt[cpu]"')
     elif tuple(int(part) for part in found.split(".")[:2]) < (1, 32):
         problems.append(f"ONNX Runtime {found} is too old for opset 24; install 1.32 or later")
-    if artifact.manifest.model.precision != "fp32":
-        precision = artifact.manifest.model.precision
+    precision = artifact.manifest.model.precision
+    if artifact.manifest.foreign is None and (problem := weights_problem(artifact.manifest.model.parameters)):
+        notes.append(f"ONNX Runtime can't run it here: {problem}")
+    elif precision != "fp32":
         notes.append(f"built in {precision}: ONNX Runtime computes it in float32 on the CPU, with float32's memory")
 
 
@@ -85,8 +88,8 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
         notes.append(f"no engine: {artifact.manifest.engine_absent}")
     elif not compute_capabilities():
         # A graph with inputs of its own is run by whoever exported it, not by our runtime.
-        can = "; ONNX Runtime on the CPU can" if artifact.manifest.foreign is None else ""
-        notes.append(f"no GPU here, so the engine can't run{can}")
+        can = artifact.manifest.foreign is None and not weights_problem(artifact.manifest.model.parameters)
+        notes.append(f"no GPU here, so the engine can't run{'; ONNX Runtime on the CPU can' if can else ''}")
     else:
         problems += engine_problems(artifact)
 
@@ -94,7 +97,7 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
 def engine_problems(artifact: Artifact) -> list[str]:
     """Why this machine can't run the artifact's engine, a sentence each; empty if nothing is known to hinder it."""
     from lynx_trt.plugins.blob import runs_on
-    from lynx_trt.tensorrt.gpu import PRODUCTS, compute_capabilities, unsupported
+    from lynx_trt.tensorrt.gpu import PRODUCTS, compute_capabilities, memory_bytes, unsupported
     from lynx_trt.tensorrt.loader import describe
 
     engine = artifact.manifest.engine
@@ -114,6 +117,12 @@ def engine_problems(artifact: Artifact) -> list[str]:
     elif here != engine.tensorrt:
         problems.append(
             f"the engine was built by {product} {engine.tensorrt}, and {here} is installed; build it again here"
+        )
+    weights, memory = artifact.manifest.model.weight_bytes, memory_bytes()
+    if memory and weights > memory:
+        problems.append(
+            f"the weights take {weights / 1e9:,.1f} GB, and this GPU has {memory / 1e9:,.1f} GB of memory; "
+            "take a larger one"
         )
     if not engine.compute_capabilities:
         problems.append(

@@ -113,6 +113,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
         LynxError: it doesn't fit this machine, or a setting doesn't fit it.
     """
     from lynx_trt.artifact import TOKENIZER, Artifact, read
+    from lynx_trt.machine import weights_problem
     from lynx_trt.preflight import engine_problems, preflight
     from lynx_trt.runtime.quality import Dial
 
@@ -125,11 +126,8 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
     refused = _why_no_engine(opened, settings.backend, engine_problems(opened) if here else [])
     if refused and settings.backend == "tensorrt":
         problems.append(f"the engine of {folder} can't be served: {refused}")
-    elif refused and opened.manifest.model.precision == "bf16":
-        problems.append(
-            f"{folder} is built in bf16, which ONNX Runtime can't compute on the CPU, and it can't be served with its "
-            f"engine: {refused}; build fp16 or fp32"
-        )
+    elif refused and here and (problem := weights_problem(opened.manifest.model.parameters)):
+        problems.append(f"{folder} can't be served here: {problem}, and its engine can't be: {refused}")
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)

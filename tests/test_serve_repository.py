@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def with_engine(text_artifact: Artifact, tmp_path: Path) -> Artifact:
         warnings=[],
     )
     return Artifact(folder, text_artifact.manifest.model_copy(update={"engine": engine}))
+
+
+def test_bf16_is_served_on_the_cpu_too(
+    byte_model: Path, build_quietly: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    """ONNX Runtime computes it in float32, as it does fp16."""
+    built = build_quietly(byte_model, tmp_path / "bf16", precision="bf16")
+    assert serve._opened(built.folder, Settings(backend="onnxruntime"), verify=True, here=True) == built
 
 
 # --- Configurations.

@@ -10,6 +10,7 @@ import numpy as np
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.errors import ArtifactError, first_line
+from lynx_trt.machine import weights_problem
 from lynx_trt.runtime.backend import Array
 
 if TYPE_CHECKING:
@@ -69,9 +70,17 @@ def open_graphs(
 
     There the selection's nodes cost more than the experts, and more copies of the weights are little. With `cut`
     steps may be cut into pieces.
+
+    Raises:
+        ArtifactError: onnxruntime is missing or can't load the graph, or this machine has too little memory for it.
     """
     from lynx_trt.runtime.lowering import lower
 
+    if device == "cpu" and (problem := weights_problem(artifact.manifest.model.parameters)):
+        raise ArtifactError(
+            f"{artifact.folder} can't run here: {problem}; run it on a GPU that its engine is for, or on a larger "
+            "machine"
+        )
     if form is None:
         whole = Graph(_session(artifact, str(artifact.path(ONNX_FILE)), threads, profile, device))
         return Graphs(whole, whole)

@@ -6,7 +6,7 @@ And the GPUs that each of the two products of TensorRT runs on, in one place.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # CUdevice_attribute of the CUDA driver API.
 MAJOR, MINOR = 75, 76
@@ -43,22 +43,37 @@ def unbuildable(flavor: str, sms: Sequence[int]) -> str | None:
 
 def compute_capabilities() -> list[int]:
     """SM of each GPU, 90 for an H100; empty where there is no GPU or no driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return []
     found = []
-    for ordinal in range(count.value):
-        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        if driver.cuDeviceGet(ctypes.byref(device), ordinal) != 0:
-            continue
+    for driver, device in _devices():
+        major, minor = ctypes.c_int(), ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device)
         found.append(10 * major.value + minor.value)
     return found
+
+
+def memory_bytes() -> int | None:
+    """Bytes of memory of the first GPU, in use or not; None where there is none."""
+    for driver, device in _devices():
+        size = ctypes.c_size_t()
+        if driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0:
+            return size.value
+    return None
+
+
+def _devices() -> Iterator[tuple[ctypes.CDLL, ctypes.c_int]]:
+    """The driver and a handle, for each GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return
+    for ordinal in range(count.value):
+        device = ctypes.c_int()
+        if driver.cuDeviceGet(ctypes.byref(device), ordinal) == 0:
+            yield driver, device
 
 
 def _list(sms: Sequence[int]) -> str:
