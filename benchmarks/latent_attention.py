@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from serving_common import RESULTS, where
 
+from lynx_trt.tensorrt import loader
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, LATENT, TURNED, ROWS = 16, 512, 64, 2048
 WHOLE = LATENT + TURNED
@@ -117,7 +119,6 @@ def time_forms(batch: int, rows: int, rounds: int) -> dict[str, float]:
 def engine_memory(model: bytes, folder: str, shapes: list[dict[str, Any]]) -> list[float] | str:
     """MB of scratch memory of each profile of an engine of TensorRT for RTX; or why it takes no such graph."""
     from lynx_trt.plugins import python_plugin
-    from lynx_trt.tensorrt import loader
 
     trt = loader.load("rtx").module
     python_plugin.register(trt)
@@ -298,8 +299,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "latent_attention.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from lynx_trt.tensorrt import loader
-
     if options.worker:
         worker(options.worker)
         return
