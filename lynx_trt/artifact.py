@@ -295,18 +295,13 @@ def replace_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
     Raises:
         ArtifactError: it can't be written; the one that was there stays.
     """
+    from lynx_trt.partials import write_file
+
     path = artifact.path(MANIFEST)
-    aside = path.with_name(f"{MANIFEST}.partial-{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(manifest.model_dump_json(indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
+        write_file(path, (manifest.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
         raise ArtifactError(f"{path} can't be written: {error.strerror or error}; it stays as it was") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return Artifact(artifact.folder, manifest)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lynx_trt.export.hf import Exported, Source
     from lynx_trt.selection import Selection
     from lynx_trt.tensorrt.build import EngineReport
+    from lynx_trt.tensorrt.profiles import Profile
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Flavor = Literal["auto", "full", "rtx", "none"]
@@ -292,9 +293,7 @@ def _engine(
     """The engine's report, or why there is none."""
     if options.tensorrt == "none":
         return None, "built with --tensorrt none"
-    from lynx_trt.artifact import ENGINE
     from lynx_trt.export.write import ONNX_FILE
-    from lynx_trt.tensorrt.build import KERNELS_PHASE, build_engine
     from lynx_trt.tensorrt.prepare import input_dims, read
     from lynx_trt.tensorrt.profiles import decode_and_prefill
 
@@ -302,6 +301,25 @@ def _engine(
     profiles = decode_and_prefill(
         input_dims(read(folder / ONNX_FILE)), decode_batch=decode, prefill_batch=prefill, prefill_length=length
     )
+    report = _build_engine(options, folder / ONNX_FILE, profiles, sms, progress, user_memory=True)
+    clock.lap("engine")
+    return report, None
+
+
+def _build_engine(
+    options: BuildOptions,
+    onnx: Path,
+    profiles: Sequence[Profile],
+    sms: list[int],
+    progress: Progress,
+    *,
+    user_memory: bool,
+) -> EngineReport:
+    """Build the engine of a graph, beside it."""
+    from lynx_trt.artifact import ENGINE
+    from lynx_trt.tensorrt.build import KERNELS_PHASE, build_engine
+
+    assert options.tensorrt != "none"
     phases: dict[str, Callable[[float], None]] = {}
 
     def on_progress(event: Any) -> None:
@@ -311,19 +329,19 @@ def _engine(
         phases[event.phase](event.fraction)
 
     report = build_engine(
-        folder / ONNX_FILE,
-        folder / ENGINE,
+        onnx,
+        onnx.with_name(ENGINE),
         profiles,
         flavor=options.tensorrt,
         expert_weights=options.expert_weights,
         sms=sms,
+        user_memory=user_memory,
         on_progress=on_progress,
         on_message=lambda message: progress.say(f"TensorRT {message.severity}: {message.text}"),
     )
     for update in phases.values():
         update(1.0)
-    clock.lap("engine")
-    return report, None
+    return report
 
 
 def _model_record(

@@ -6,7 +6,6 @@ artifact; the manifest's `foreign` part says what it takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -136,10 +135,8 @@ def _engine(
 ) -> tuple[EngineReport | None, str | None]:
     """The engine's report, or why there is none."""
     from lynx_trt import build as command
-    from lynx_trt.artifact import ENGINE
     from lynx_trt.export.foreign_files import write_standard
     from lynx_trt.export.foreign_profiles import profiles
-    from lynx_trt.tensorrt.build import KERNELS_PHASE, build_engine
     from lynx_trt.tensorrt.prepare import input_dims, read
 
     if options.tensorrt == "none":
@@ -153,27 +150,8 @@ def _engine(
     made = profiles(
         input_dims(read(path)), decode_batch=decode, prefill_batch=prefill, prefill_length=length, max_length=max_length
     )
-    phases: dict[str, Callable[[float], None]] = {}
-
-    def on_progress(event: Any) -> None:
-        if event.phase not in phases:
-            own = event.phase == KERNELS_PHASE
-            phases[event.phase] = progress.phase(event.phase if own else f"TensorRT: {event.phase}")
-        phases[event.phase](event.fraction)
-
-    report = build_engine(
-        path,
-        folder / ENGINE,
-        made,
-        flavor=options.tensorrt,
-        expert_weights=options.expert_weights,
-        sms=sms,
-        user_memory=False,  # whoever runs it does so without us, and may let TensorRT make the contexts' memory
-        on_progress=on_progress,
-        on_message=lambda message: progress.say(f"TensorRT {message.severity}: {message.text}"),
-    )
-    for update in phases.values():
-        update(1.0)
+    # Whoever runs it does so without us, and may let TensorRT make the contexts' memory.
+    report = command._build_engine(options, path, made, sms, progress, user_memory=False)
     clock.lap("engine")
     return report, None
 

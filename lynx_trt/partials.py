@@ -1,4 +1,4 @@
-"""Folders that are written aside: locked while they are written, and removed by the next one if they were left behind.
+"""Files and folders that are written aside: a folder is locked meanwhile, and removed by the next one if left behind.
 
 The lock is flock's, which the kernel drops with the process that holds it, however that ended, and which containers on
 one machine share; process ids they don't. Another machine's locks can't be seen on every file system, so a folder's
@@ -61,6 +61,23 @@ def remove_dead(target: Path) -> tuple[list[Path], list[Path]]:
         elif dead is None:
             unsure.append(folder)
     return removed, unsure
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it, so that at `path` there is never half of one.
+
+    Raises:
+        OSError: it can't be written; what was there stays.
+    """
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with aside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _tell(removed: list[Path], unsure: list[Path]) -> None:

@@ -113,8 +113,10 @@ def test_an_artifact_that_cannot_be_written_at_the_end(
     assert artifacts.read(options.artifact).manifest.selection.floors == result["floors"]
 
 
-def _no_space(_: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _no_space(descriptor: int) -> None:
+    """For the artifact's manifest; what the calibration writes of its own finds room."""
+    if "lynx.json" in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _only_unrestricted(run: Callable[..., Any]) -> Callable[..., Any]:

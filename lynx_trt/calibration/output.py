@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from lynx_trt.calibration.measure import Measurement
 from lynx_trt.calibration.options import PAGE, RESULT, CalibrateOptions
 from lynx_trt.console import note
 from lynx_trt.errors import ArtifactError, CalibrationError
+from lynx_trt.partials import write_file
 
 PACKAGES = ("lynx-trt", "torch", "transformers", "numpy", "matplotlib")
 # What the artifact's manifest keeps of the held-out measurement.
@@ -86,7 +86,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            _write_file(folder / name, data)
+            write_file(folder / name, data)
         for path in folder.iterdir():
             if OURS.fullmatch(path.name) and path.name not in files:
                 path.unlink()
@@ -95,15 +95,6 @@ def write(folder: Path, result: dict[str, Any]) -> None:
             f"can't write to {folder}: {error.strerror or error}; what was measured is kept: "
             "make room, and give the same command with --resume"
         ) from None
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def update_artifact(inputs: Inputs, result: dict[str, Any], folder: Path) -> bool:
