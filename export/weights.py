@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ class CheckpointWeights:
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
+        self._stray: dict[str, str] = {}  # stored tensors that the model has no place for, and what they would be in it
         self._sources, self._targets = self._plan(checkpoint)
         self._check(checkpoint)
 
@@ -89,7 +91,8 @@ class CheckpointWeights:
             if name not in self._wanted and key in self._wanted:
                 name, pattern = rename_source_key(key, [], [], prefix, self._wanted)
             if name not in self._wanted:
-                continue  # e.g. a multi-token-prediction head that the model class doesn't have
+                self._stray[key] = name
+                continue
             converter = by_pattern[pattern] if pattern is not None else None
             source = sources.setdefault(name, _Source(converter))
             source.stored.setdefault(pattern or name, []).append(checkpoint.tensors[key])
@@ -151,6 +154,21 @@ class CheckpointWeights:
         return name if name in self._targets else None
 
     @property
+    def unused(self) -> list[str]:
+        """Stored tensors that the model has no place for, in the order of layers.
+
+        Not among them is what it leaves out on purpose: by transformers' own list, frequencies of rotary embeddings,
+        which are computed, scales of quantized activations and caches, and layers that predict the tokens after the
+        next (in DeepSeek's layout, by `eh_proj`).
+        """
+        computed = (r"rotary_emb\.inv_freq", r"\.(input|output|[qkv])_scale$")
+        patterns = [*(self._model._keys_to_ignore_on_load_unexpected or ()), *computed]
+        heads = {found[0] for key in self._stray if (found := re.match(r".*layers\.\d+\.(?=eh_proj\.)", key))}
+        patterns += [re.escape(head) for head in heads]
+        left_out = re.compile("|".join(f"({pattern})" for pattern in patterns))
+        return [key for key, name in self._stray.items() if not left_out.search(key) and not left_out.search(name)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parameters and stored buffers in the model's dtype, those that are tied counted once."""
         return sum(self._wanted[name].nbytes for name in self._targets if name in self._wanted)
@@ -185,9 +203,9 @@ class CheckpointWeights:
     def _read(self, name: str, first: str, source: _Source, shards: Shards) -> torch.Tensor:
         if source.converter is None:
             return source.stored[name][0].read(shards, self._wanted[name].dtype)
-        converter = copy.deepcopy(source.converter)
+        converter, dtype = copy.deepcopy(source.converter), self._wanted[name].dtype
         for pattern, stored in source.stored.items():
-            converter.collected_tensors[pattern] = [item.read(shards, self._wanted[name].dtype) for item in stored]
+            converter.collected_tensors[pattern] = _collected(pattern, stored, converter, shards, dtype)
         try:
             value = converter.convert(first, model=self._model, config=self._model.config)[name]
         except RuntimeError:  # torch's, of shapes that can't be put together
@@ -198,6 +216,25 @@ class CheckpointWeights:
             ) from None
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         return tensor
+
+
+def _collected(
+    pattern: str, stored: list[StoredTensor], converter: Any, shards: Shards, dtype: torch.dtype
+) -> list[torch.Tensor] | torch.Tensor:
+    """What the converter is given of one pattern: where it stacks them first, the stored tensors stacked.
+
+    It takes that for the stack it would have made. Of quantized experts a list is memory of its own, a whole layer's.
+    """
+    import torch
+    from transformers.core_model_loading import MergeModulelist
+
+    first = converter.operations[0]
+    if "*" not in pattern or not isinstance(first, MergeModulelist) or first.dim != 0:
+        return [item.read(shards, dtype) for item in stored]
+    stacked = torch.empty((len(stored), *stored[0].shape), dtype=dtype)
+    for place, item in zip(stacked, stored, strict=True):
+        place.copy_(item.read(shards, dtype))
+    return stacked
 
 
 def _refuse_quantized(source: _Source) -> None:

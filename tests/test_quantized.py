@@ -281,7 +281,7 @@ def say(folder: Path, **changes: Any) -> Path:
         ("fp8-qwen3", CheckpointError, {"weight_block_size": [8, 16]}, ["without quant_method"]),
         ("fp8-qwen3", CheckpointError, ["fp8"], ["without quant_method"]),
         ("fp8-qwen3", UnsupportedModelError, {"quant_method": "modelopt"}, ["(modelopt)", "mxfp4, fp8"]),
-        ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no weight_block_size"]),
+        ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no size of blocks"]),
         # of another method than the config says
         ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4"]),
         ("mxfp4", CheckpointError, {"quant_method": "fp8"}, ["_blocks", "quant_method fp8"]),
