@@ -109,6 +109,12 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             sizes = f"all weights take {size(source.weights.nbytes)} instead of {size(checkpoint.nbytes)}"
             note(f"{checkpoint.quantization.in_words(options.precision)}; {sizes}")
             build_record["quantization"] = asdict(checkpoint.quantization)
+        if unused := source.weights.unused:
+            layers = f"{len(source.caches)} layer{'s' if len(source.caches) > 1 else ''}"
+            note(
+                f"{len(unused)} of the {len(checkpoint.tensors)} tensors in {checkpoint.folder} are not used, for "
+                f"config.json, of {layers}, has no place for them; the first is {unused[0]!r}"
+            )
         selection, restriction = _selection(options, source)
         update(1.0)
         exported, weight_bytes = _export(

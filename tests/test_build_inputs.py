@@ -29,9 +29,10 @@ from lynx_trt import build as command_module
 from lynx_trt.artifact import MANIFEST
 from lynx_trt.budgets import Restriction, parse_budget, with_floor
 from lynx_trt.errors import ArtifactError, CheckpointError, UnsupportedModelError, UsageError
+from lynx_trt.export.checkpoint import open_checkpoint
 from lynx_trt.export.config import check_experts
 from lynx_trt.export.finite import all_finite, refuse_not_finite
-from lynx_trt.export.hf import _quiet
+from lynx_trt.export.hf import _quiet, read_source
 from lynx_trt.partials import remove_dead
 from lynx_trt.tensorrt import gpu, loader
 
@@ -200,6 +201,35 @@ def test_end_token_that_is_none(value: Any, build_quietly: Build, own_checkpoint
     edit_config(own_checkpoint, eos_token_id=value)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=r"eos_token_id .*, which has to be "):
         build_quietly(own_checkpoint, tmp_path / "out")
+
+
+def test_tensors_that_are_not_used(build_quietly: Build, sharded: Path, tmp_path: Path, capsys: Any) -> None:
+    """A config that was edited to fewer layers than the shards hold: a line, and the artifact is of the fewer."""
+    stored = [key for shard in sorted(sharded.glob("*.safetensors")) for key in load_file(shard)]
+    stray = [key for key in stored if key.startswith("model.layers.1.")]
+    edit_config(sharded, num_hidden_layers=1)
+    assert build_quietly(sharded, tmp_path / "out").manifest.model.layers == 1
+    words = f"note: {len(stray)} of the {len(stored)} tensors in {sharded} are not used, for config.json, of 1 layer, "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
+    assert line.startswith(words)
+    assert any(line.endswith(f"the first is {key!r}") for key in stray)
+
+
+def test_tensors_that_are_left_out_on_purpose(tmp_path: Path) -> None:
+    """Those that transformers lists, the layer behind the last that predicts further tokens, and computed ones."""
+    folder = tiny_models.save(tiny_models.random_model("deepseek_v3"), tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    assert "model.layers.1.mlp.gate.weight" in tensors
+    assert read_source(open_checkpoint(folder), "fp32").weights.unused == []
+    for key in (
+        "model.layers.3.eh_proj.weight", "model.layers.3.input_layernorm.weight", "model.layers.61.mlp.gate.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale",
+        "model.layers.20.mlp.gate.weight", "vision.weight",
+    ):  # fmt: skip
+        tensors[key] = torch.zeros(1)
+    save_file(tensors, folder / "model.safetensors")
+    unused = read_source(open_checkpoint(folder), "fp32").weights.unused
+    assert unused == ["model.layers.20.mlp.gate.weight", "vision.weight"]
 
 
 @pytest.mark.parametrize(("value", "known"), [(256, []), ([255, 256, -1, 0], [255, 0])])
