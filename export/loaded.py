@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lynx_trt.errors import CheckpointError
 from lynx_trt.export.checkpoint import Checkpoint, empty_model
 from lynx_trt.export.stored import Shards
+from lynx_trt.machine import memory_bytes
 
 if TYPE_CHECKING:
     from lynx_trt.export.stored import StoredTensor
@@ -21,8 +24,16 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> Pr
     refuses weights whose last block is partial (DeepSeek-V3 has some), and knows fewer methods.
 
     Raises:
+        CheckpointError: it is larger than this machine's memory.
         Exception: whatever transformers raises.
     """
+    need = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values()) * dtype.itemsize
+    if need > memory_bytes():
+        name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.folder} takes {need / 1e9:,.1f} GB as {name}, all of which has to be in memory, and this "
+            f"machine has {memory_bytes() / 1e9:,.1f} GB; take a larger one"
+        )
     if not checkpoint.quantization:
         options.update(use_safetensors=True, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code)
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, **options)

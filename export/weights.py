@@ -1,8 +1,9 @@
 """Weights in a stream: from a checkpoint's shards to one safetensors file that the ONNX graph points into.
 
 Checkpoints come in two layouts: the merged one (a tensor holds all experts of a layer), and the hub's (one
-tensor an expert). transformers owns the rules that turn one into the other; they are applied here to one
-parameter at a time, so that the memory needed is that of the largest parameter and not of the model.
+tensor an expert). transformers owns the rules that turn one into the other; they are applied here to one parameter at a
+time, and in the hub's layout to some experts at a time, so that the memory needed is that of the largest stored tensor
+and not that of the model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ WEIGHTS_FILE = "weights.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Initializers below this stay inside the .onnx file; it keeps shape constants readable in a viewer.
 EXTERNAL_BYTES = 1024
+# Bytes of experts that are converted at a time, if one is not more.
+_EXPERTS_BYTES = 1 << 28
 SAFETENSORS_DTYPE = {
     "FLOAT": "F32",
     "FLOAT16": "F16",
@@ -57,6 +60,21 @@ class _Source:
 
     def tensors(self) -> list[StoredTensor]:
         return [tensor for tensors in self.stored.values() for tensor in tensors]
+
+    def experts(self) -> int:
+        """Of how many experts it is made that are stored one by one and stay apart in the parameter; 0: it is not."""
+        from transformers.core_model_loading import Concatenate
+
+        numbers = {len(tensors) for tensors in self.stored.values()}
+        if self.converter is None or len(numbers) > 1:
+            return 0
+        stacks = all(_stacks(pattern, self.converter) for pattern in self.stored)
+        apart = all(isinstance(each, Concatenate) and each.dim > 0 for each in self.converter.operations[1:])
+        return numbers.pop() if stacks and apart else 0
+
+    def part(self, first: int, last: int) -> _Source:
+        """Of the experts first..last-1 alone."""
+        return _Source(self.converter, {pattern: tensors[first:last] for pattern, tensors in self.stored.items()})
 
 
 class CheckpointWeights:
@@ -180,34 +198,53 @@ class CheckpointWeights:
             CheckpointError: its shape, after conversion, is not the model's, or a value is no number or is beyond what
                 the dtype holds; the message names the stored tensor.
         """
+        with Shards() as shards:
+            return self._loaded(name, self._sources[self._targets[name]], self._wanted[name].shape, shards)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Parameter `name` in pieces along its first dimension: some experts each, where each is stored for itself.
+
+        Raises:
+            CheckpointError: see load.
+        """
+        source, wanted = self._sources[self._targets[name]], self._wanted[name]
+        experts = source.experts()
+        if not experts or wanted.shape[0] != experts:
+            yield self.load(name)
+            return
+        step = max(_EXPERTS_BYTES * experts // max(wanted.nbytes, 1), 1)
+        for first in range(0, experts, step):
+            last = min(first + step, experts)
+            with Shards() as shards:
+                yield self._loaded(name, source.part(first, last), (last - first, *wanted.shape[1:]), shards)
+
+    def _loaded(self, name: str, source: _Source, shape: tuple[int, ...], shards: Shards) -> torch.Tensor:
+        """What `source` gives of parameter `name`, which has to be of that shape."""
         import torch
 
         from lynx_trt.export.finite import all_finite, refuse_not_finite
 
-        first = self._targets[name]
-        source = self._sources[first]
         wanted = self._wanted[name]
-        with Shards() as shards:
-            tensor = self._read(name, first, source, shards)
-            if tensor.shape != wanted.shape:
-                raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(wanted.shape)))
-            result: torch.Tensor = tensor.to(wanted.dtype)
-            if not all_finite(result):
-                masks = tensor.dim() == 1 or not isinstance(wanted, torch.nn.Parameter)  # biases, sinks; buffers
-                for stored in source.tensors():
-                    stored.refuse_faults(shards)
-                    refuse_not_finite(stored.key, stored.read(shards, torch.float32), wanted.dtype, masks=masks)
-                refuse_not_finite(name, tensor, wanted.dtype, masks=masks)
+        tensor = self._read(name, source, shards)
+        if tensor.shape != shape:
+            raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(shape)))
+        result: torch.Tensor = tensor.to(wanted.dtype)
+        if not all_finite(result):
+            masks = tensor.dim() == 1 or not isinstance(wanted, torch.nn.Parameter)  # biases, sinks; buffers
+            for stored in source.tensors():
+                stored.refuse_faults(shards)
+                refuse_not_finite(stored.key, stored.read(shards, torch.float32), wanted.dtype, masks=masks)
+            refuse_not_finite(name, tensor, wanted.dtype, masks=masks)
         return result
 
-    def _read(self, name: str, first: str, source: _Source, shards: Shards) -> torch.Tensor:
+    def _read(self, name: str, source: _Source, shards: Shards) -> torch.Tensor:
         if source.converter is None:
             return source.stored[name][0].read(shards, self._wanted[name].dtype)
         converter, dtype = copy.deepcopy(source.converter), self._wanted[name].dtype
         for pattern, stored in source.stored.items():
             converter.collected_tensors[pattern] = _collected(pattern, stored, converter, shards, dtype)
         try:
-            value = converter.convert(first, model=self._model, config=self._model.config)[name]
+            value = converter.convert(self._targets[name], model=self._model, config=self._model.config)[name]
         except RuntimeError:  # torch's, of shapes that can't be put together
             shapes = "; ".join(f"{stored[0].key} {list(stored[0].shape)}" for stored in source.stored.values())
             wanted = list(self._wanted[name].shape)
@@ -218,6 +255,14 @@ class CheckpointWeights:
         return tensor
 
 
+def _stacks(pattern: str, converter: Any) -> bool:
+    """Whether the converter begins with stacking the stored tensors of a pattern along a new first dimension."""
+    from transformers.core_model_loading import MergeModulelist
+
+    first = converter.operations[0]
+    return "*" in pattern and isinstance(first, MergeModulelist) and first.dim == 0
+
+
 def _collected(
     pattern: str, stored: list[StoredTensor], converter: Any, shards: Shards, dtype: torch.dtype
 ) -> list[torch.Tensor] | torch.Tensor:
@@ -226,10 +271,8 @@ def _collected(
     It takes that for the stack it would have made. Of quantized experts a list is memory of its own, a whole layer's.
     """
     import torch
-    from transformers.core_model_loading import MergeModulelist
 
-    first = converter.operations[0]
-    if "*" not in pattern or not isinstance(first, MergeModulelist) or first.dim != 0:
+    if not _stacks(pattern, converter):
         return [item.read(shards, dtype) for item in stored]
     stacked = torch.empty((len(stored), *stored[0].shape), dtype=dtype)
     for place, item in zip(stacked, stored, strict=True):
@@ -284,16 +327,16 @@ class _Large:
 def write_weights(
     model: ir.Model,
     folder: Path,
-    load: Callable[[ir.Value], Any] | None,
+    load: Callable[[ir.Value], Iterable[Any]] | None,
     *,
     file_name: str = WEIGHTS_FILE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write every large initializer of `model` to one safetensors file and point the graph into it.
 
-    `load(value)` gives an initializer's data as bytes-like; it is called once for each, in file order, and its result
-    is dropped before the next call. None leaves the data a hole of the right size, which takes no room on disk.
-    Returns the bytes of data.
+    `load(value)` gives an initializer's data in pieces, bytes-like; it is called once for each, in file order, and no
+    piece is kept when the next one is asked for. None leaves the data a hole of the right size, which takes no room on
+    disk. Returns the bytes of data.
     """
     import onnx_ir as ir
 
@@ -307,10 +350,11 @@ def write_weights(
         else:
             written = 0
             for entry in entries:
-                written += stream.write(load(entry.value))
+                for piece in load(entry.value):
+                    written += stream.write(piece)
+                    if on_progress:
+                        on_progress(written, total)
                 assert written == entry.end, f"{entry.name}: {written} bytes written, {entry.end} planned"
-                if on_progress:
-                    on_progress(written, total)
         stream.flush()
         os.fsync(stream.fileno())
     for entry in entries:

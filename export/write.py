@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,11 @@ def _load_small(exported: Exported, weights: CheckpointWeights) -> None:
             value.const_value = ir.tensor_adapters.TorchTensor(tensor.contiguous(), name=value.name)
 
 
-def _bytes(value: ir.Value, weights: CheckpointWeights) -> Any:
+def _bytes(value: ir.Value, weights: CheckpointWeights) -> Iterator[Any]:
     if not is_fake(value):
         assert value.const_value is not None
-        return value.const_value.tobytes()
-    tensor = weights.load(_stored_name(value, weights)).contiguous()
-    # As bytes, since NumPy has no bfloat16; reshaped first, since a scalar has no dimension to view anew.
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+        yield value.const_value.tobytes()
+        return
+    for tensor in weights.pieces(_stored_name(value, weights)):
+        # As bytes, since NumPy has no bfloat16; reshaped first, since a scalar has no dimension to view anew.
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

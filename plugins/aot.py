@@ -31,6 +31,7 @@ import typer
 from lynx_trt import __version__
 from lynx_trt.console import new_app, print_json, run
 from lynx_trt.errors import TensorRTError, UsageError
+from lynx_trt.machine import cores
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Kernel, Plan
@@ -63,7 +64,7 @@ def compile_for(
     chosen = _plans(ops, sms)
     options = [(sm, plan) for by_sm in chosen.values() for sm, each in by_sm.items() for plan in each]
     wanted = dict.fromkeys((step.kernel, sm) for sm, plan in options for step in plan.steps)
-    cubins = _compile_all(list(wanted), jobs or os.cpu_count() or 1, progress or (lambda _: None))
+    cubins = _compile_all(list(wanted), jobs or cores(), progress or (lambda _: None))
 
     def with_cubins(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
         return plan.with_kernels(lambda kernel: cubins[kernel, sm])
@@ -87,7 +88,7 @@ def compile_each(
     Raises TensorRTError: the compiler is missing.
     """
     wanted = [(kernel, sm) for kernel in dict.fromkeys(kernels)]
-    found = _compile_all(wanted, jobs or os.cpu_count() or 1, progress or (lambda _: None), keep_going=True)
+    found = _compile_all(wanted, jobs or cores(), progress or (lambda _: None), keep_going=True)
     return {kernel: cubin for (kernel, _), cubin in found.items()}
 
 

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lynx_trt.artifact import Artifact
+from lynx_trt.export.checkpoint import empty_model, open_checkpoint
+from lynx_trt.export.weights import CheckpointWeights
 
 Build = Callable[..., Artifact]
 
@@ -40,6 +42,33 @@ def test_both_layouts_give_the_model_its_weights(name: str, build_quietly: Build
         experts = [key for key in own if "experts" in key and "shared" not in key]
         assert experts
         assert set(experts) <= set(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("mixtral", [3, 3, 2]),
+        ("qwen3_moe", [3, 3, 2]),
+        ("deepseek_v3", [3, 3, 2]),
+        ("gpt_oss", [8]),
+        ("granitemoe", [8]),
+    ],
+)
+def test_experts_are_read_some_at_a_time(
+    name: str, parts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each is a tensor of its own: a layer of DeepSeek-V3 has 15 GB of gate and up alone."""
+    model = tiny_models.random_model(name)
+    checkpoint = open_checkpoint(tiny_models.save(model, tmp_path / "hub"))
+    found = CheckpointWeights(checkpoint, empty_model(checkpoint, torch.float32))
+    experts = [key for key in model.state_dict() if key.endswith("experts.gate_up_proj")]
+    assert experts
+    for key in experts:
+        own = model.state_dict()[key]
+        monkeypatch.setattr("lynx_trt.export.weights._EXPERTS_BYTES", 3 * own.nbytes // len(own))
+        pieces = list(found.pieces(key))
+        assert [len(piece) for piece in pieces] == parts
+        assert torch.equal(torch.cat(pieces), own)
 
 
 def test_weights_are_cast_to_the_precision(build_quietly: Build, tmp_path: Path) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lynx_trt import machine, serve
 from lynx_trt.artifact import DRAWS, Artifact, EngineRecord, record_files
-from lynx_trt.errors import ArtifactError, ServingError
+from lynx_trt.errors import ArtifactError, CheckpointError, ServingError
+from lynx_trt.export import loaded
+from lynx_trt.export.checkpoint import open_checkpoint
+from lynx_trt.export.loaded import load_model
 from lynx_trt.preflight import engine_problems, preflight
 from lynx_trt.runtime.open import open_backend
 from lynx_trt.serving.settings import Settings
@@ -70,6 +75,17 @@ def test_weights_that_do_not_fit_the_memory(text_artifact: Artifact, monkeypatch
     with pytest.raises(ServingError, match="can't be served here: its weights take"):
         serve._opened(text_artifact.folder, Settings(), verify=False, here=True)
     serve._opened(text_artifact.folder, Settings(), verify=False, here=False)  # another machine will serve it
+
+
+def test_a_checkpoint_that_does_not_fit_the_memory(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration and comparison have all of it in memory, as transformers' own model."""
+    opened = open_checkpoint(checkpoint("qwen3_moe"))
+    load_model(opened, torch.bfloat16)
+    monkeypatch.setattr(loaded, "memory_bytes", lambda: 10_000)
+    with pytest.raises(CheckpointError, match=r"takes 0\.0 GB as bfloat16, all of which has to be in memory, and this"):
+        load_model(opened, torch.bfloat16)
 
 
 def test_weights_that_do_not_fit_the_gpu(

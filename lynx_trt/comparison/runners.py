@@ -148,6 +148,8 @@ class HuggingFaceRunner:
         try:
             model = load_model(open_checkpoint(checkpoint), torch.float32, attn_implementation="eager")
             self._model = model.eval()
+        except LynxError:
+            raise
         except Exception as error:
             raise CheckpointError(f"transformers can't load {checkpoint}: {str(error).splitlines()[0]}") from None
         self._cache: Any = None
