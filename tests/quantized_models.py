@@ -99,3 +99,116 @@ def expanded(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) ->
     """The scale of each element."""
     rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
     return scales[rows][:, columns]
+
+
+def integers(folder: Path, target: Path, method: str, *, full: bool = False) -> Path:
+    """int4 with zero points in groups of 16, as `method` packs it; `full`: not packed, but what it means, in float32.
+
+    symmetric: compressed-tensors without zero points; mixed: with two groups, attention in int8 with a scale a row.
+    """
+    symmetric = method == "symmetric"
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
+    rows = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"}
+    experts = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    attention = {"targets": ["re:.*self_attn.*"], "weights": rows, "format": "pack-quantized"}
+    config = {
+        "packed": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["lm_head", "re:.*gate"],
+        },
+        "symmetric": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]},
+        "mixed": {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"]},
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": True},
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
+    }[method]
+    if method in ("packed", "symmetric", "mixed"):
+        config["config_groups"] = {"0": experts} | ({"1": attention} if method == "mixed" else {})
+    copied = copy_of(folder, target, None if full else config)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in _linears(tensors):
+            weight, name = tensors.pop(key), key.removesuffix(".weight")
+            bits, group = (8, weight.shape[1]) if method == "mixed" and "self_attn" in key else (4, 16)
+            # Columns that share a scale lie apart in GPTQ: what it calls act-order.
+            order = torch.arange(weight.shape[1]) // group
+            if method == "gptq":
+                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(len(order)))]
+            least = {"symmetric": 8, "gptq": 1}.get(method, 0)
+            values, scales, zeros = _grouped(weight.float(), order, bits, least, symmetric=symmetric)
+            if full:
+                tensors[key] = (values - zeros[:, order]) * scales[:, order]
+                continue
+            for ending, part in _PACKERS[method](values, scales, zeros, order, bits).items():
+                tensors[name + ending] = part
+
+    return edit(copied, change)
+
+
+def _linears(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return [key for key in tensors if key.endswith("_proj.weight")]
+
+
+def _grouped(
+    weight: torch.Tensor, order: torch.Tensor, bits: int, least: int, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N,K] and the group of each column -> values [N,K], scales [N,G] as float16 has them, zero points [N,G]."""
+    columns = [weight[:, order == number] for number in range(int(order.max()) + 1)]
+    low = torch.stack([each.amin(1) for each in columns], 1).clamp(max=0)
+    high = torch.stack([each.amax(1) for each in columns], 1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / (2**bits - 1 - symmetric)).half().float()
+    zeros = (-low / scales).round().clamp(least, 8 if symmetric else 2**bits - 1)
+    values = (weight / scales[:, order] + zeros[:, order]).round().clamp(0, 2**bits - 1)
+    return values, scales, zeros
+
+
+def _pack(values: torch.Tensor, bits: int, places: list[int] | None = None) -> torch.Tensor:
+    """[R,C] -> int32 [R,C*bits/32]; `places` says which of its few each int32 holds from the lowest bits on."""
+    each = 32 // bits
+    few = values.to(torch.int64).unflatten(1, (-1, each))[..., places or list(range(each))]
+    return sum(few[..., number] << (bits * number) for number in range(each)).to(torch.int32)  # type: ignore[union-attr]
+
+
+def _pack_compressed(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
+    return {
+        ".weight_packed": _pack(values, bits),
+        ".weight_scale": scales.half(),
+        ".weight_zero_point": _pack(zeros.T, bits).T,
+        ".weight_shape": torch.tensor(values.shape),
+    }
+
+
+def _pack_gptq(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
+    return {
+        ".qweight": _pack(values, bits).T,
+        ".scales": scales.half().T,
+        ".qzeros": _pack(zeros.T - 1, bits),
+        ".g_idx": order.to(torch.int32),
+    }
+
+
+def _pack_awq(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
+    places = [0, 2, 4, 6, 1, 3, 5, 7]
+    return {
+        ".qweight": _pack(values.T, bits, places),
+        ".scales": scales.half().T,
+        ".qzeros": _pack(zeros.T, bits, places),
+    }
+
+
+def _pack_symmetric(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
+    packed = _pack_compressed(values, scales, zeros, order, bits)
+    del packed[".weight_zero_point"]
+    return packed
+
+
+_PACKERS = {
+    "packed": _pack_compressed,
+    "symmetric": _pack_symmetric,
+    "mixed": _pack_compressed,
+    "gptq": _pack_gptq,
+    "awq": _pack_awq,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import tiny_models
 import torch
 import transformers
 from quantized_models import edit
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_architectures import Batch, eager_logits, exported_logits
 
 from lynx_trt.errors import CheckpointError, LynxError, UnsupportedModelError
@@ -38,6 +40,10 @@ FORMS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "fp8-row": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "row")),
     "fp8-tensor": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "tensor")),
     "fp8-e8m0": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, (1, 32), "e8m0")),
+    **{
+        method: ("qwen3_moe", partial(quantized_models.integers, method=method))
+        for method in ("packed", "symmetric", "mixed", "gptq", "awq")
+    },
 }
 
 
@@ -116,6 +122,41 @@ def test_fp8_equals_transformers(form: str, precision: str, quantized: Make) -> 
             assert same_bits(checkpoint.tensors[key].read(shards, DTYPES[precision]), theirs), key
 
 
+FILES = Path(__file__).parent / "quantized_files"
+CASES = [
+    (path.name, case)
+    for path in sorted(FILES.glob("*.safetensors"))
+    for case in sorted(safe_open(path, "pt").metadata())
+]
+
+
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_weights_that_other_packages_quantized(
+    file: str, case: str, tmp_path: Path, quantized: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what the package itself makes of them, in the type of its scales; in pieces as well as whole."""
+    with safe_open(FILES / file, "pt") as stored:
+        config = json.loads(stored.metadata()[case])
+        every = {
+            key.removeprefix(f"{case}."): stored.get_tensor(key)
+            for key in stored.keys()  # noqa: SIM118
+            if key.startswith(f"{case}.")
+        }
+    expected = every.pop("expected")
+    folder = say(quantized_models.copy_of(quantized("fp8-row"), tmp_path / "case", None), quantization_config=config)
+    save_file({f"a.b.{key}": tensor for key, tensor in every.items()}, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    weight = checkpoint.tensors["a.b.weight"]
+    assert weight.shape == expected.shape
+    assert checkpoint.quantization.weights == 1  # type: ignore[union-attr]
+    for piece in (2**20, 1):
+        monkeypatch.setattr(computed, "PIECE", piece)
+        with Shards() as shards:
+            assert same_bits(weight.read(shards, expected.dtype), expected)
+            in_float32 = weight.read(shards, torch.float32)
+        assert same_bits(in_float32.to(expected.dtype), expected)
+
+
 def test_partial_blocks(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the formula, element by element: transformers refuses such weights, or takes the blocks for smaller ones.
 
@@ -133,13 +174,18 @@ def test_partial_blocks(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> Non
             assert same_bits(checkpoint.tensors[key].read(shards, torch.float32), stored[key].float() * scales)
 
 
-@pytest.mark.parametrize("form", ["mxfp4", "fp8-qwen3", "fp8-deepseek"])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8-qwen3", "fp8-deepseek", "packed", "symmetric", "mixed", "gptq", "awq"])
 def test_logits_equal_those_of_the_dequantized_model(
-    form: str, quantized: Make, build_quietly: Build, tmp_path: Path
+    form: str,
+    quantized: Make,
+    checkpoint: Make,
+    build_quietly: Build,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The artifact in ONNX Runtime against eager, which has the weights that transformers or the formula makes."""
     model = tiny_models.random_model(FORMS[form][0])
-    model.load_state_dict(dequantized_by_others(form, quantized(form)))
+    model.load_state_dict(dequantized_by_others(form, quantized(form), checkpoint))
     batch = Batch.random()
     eager_error = eager_logits(model, batch)
     reference = eager_logits(model.double(), batch)
@@ -150,12 +196,17 @@ def test_logits_equal_those_of_the_dequantized_model(
     plain = eager_logits(tiny_models.random_model(FORMS[form][0]).double(), batch)
     assert np.abs(plain - reference).max() > 1000 * error.max()  # or the check would see nothing
     record = built.manifest.build["quantization"]
-    assert record["method"] == form.split("-")[0]
+    said = json.loads((quantized(form) / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert record["method"] == said
     assert record["weights"] > 0
+    assert "are not used" not in capsys.readouterr().err  # scales, shapes and the like are no tensors too many
 
 
-def dequantized_by_others(form: str, folder: Path) -> dict[str, torch.Tensor]:
+def dequantized_by_others(form: str, folder: Path, checkpoint: Make) -> dict[str, torch.Tensor]:
     """Parameters in float32."""
+    if form in quantized_models._PACKERS:
+        full = quantized_models.integers(checkpoint("qwen3_moe"), folder.parent / f"{form}-full", form, full=True)
+        return dict(transformers.AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32).state_dict())
     if form == "mxfp4":
         config = transformers.Mxfp4Config(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -177,7 +228,7 @@ def dequantized_by_others(form: str, folder: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-@pytest.mark.parametrize("form", ["mxfp4", "fp8-deepseek"])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8-deepseek", "mixed", "gptq"])
 def test_whole_model_for_compare_and_calibrate(form: str, quantized: Make) -> None:
     """Loaded by transformers, its parameters are those that an artifact gets."""
     model = load_model(open_checkpoint(quantized(form)), torch.bfloat16)
@@ -201,6 +252,7 @@ def refused(error: type[LynxError], folder: Path, build: Build, *words: str, **o
 
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+LINEAR = EXPERT.removesuffix(".weight")
 
 
 def put(key: str, at: tuple[int, ...], value: float) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -245,6 +297,23 @@ def replace(key: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         ("fp8-qwen3", put(f"{EXPERT}_scale_inv", (1, 2), float("inf")), [f"{EXPERT}_scale_inv holds inf at [1, 2]"]),
         ("fp8-row", replace(f"{EXPERT}_scale_inv", lambda t: t[:, :0]), [f"{EXPERT}_scale_inv", "[32, 0]", "[32, 1]"]),
         ("fp8-e8m0", put(f"{EXPERT}_scale_inv", (2, 1), 255), [f"{EXPERT}_scale_inv holds nan at [2, 1]"]),
+        ("packed", lambda tensors: tensors.pop(f"{EXPERT}_scale"), [f"lacks {EXPERT}_scale"]),
+        ("packed", lambda tensors: tensors.pop(f"{EXPERT}_packed"), [f"lacks {EXPERT}"]),
+        ("packed", replace(f"{EXPERT}_scale", lambda t: t[:, :1]), [f"{EXPERT}_scale", "[32, 1]", "[32, 4]"]),
+        ("packed", replace(f"{EXPERT}_scale", lambda t: t.int()), [f"{EXPERT}_scale", "I32", "F32 or BF16 or F16"]),
+        ("packed", replace(f"{EXPERT}_packed", lambda t: t.view(torch.uint8)), [f"{EXPERT}_packed", "U8", "I32"]),
+        ("packed", replace(f"{EXPERT}_zero_point", lambda t: t[:3]), [f"{EXPERT}_zero_point", "[3, 4]", "[4, 4]"]),
+        ("packed", put(f"{EXPERT}_scale", (1, 2), float("nan")), [f"{EXPERT}_scale holds nan at [1, 2]"]),
+        ("gptq", lambda tensors: tensors.pop(f"{LINEAR}.scales"), [f"lacks {LINEAR}.scales"]),
+        ("gptq", lambda tensors: tensors.pop(f"{LINEAR}.qzeros"), [f"lacks {LINEAR}.qzeros"]),
+        ("gptq", replace(f"{LINEAR}.scales", lambda t: t[:, 1:]), [f"{LINEAR}.scales", "[4, 31]", "[4, 32]"]),
+        ("gptq", replace(f"{LINEAR}.qzeros", lambda t: t[1:]), [f"{LINEAR}.qzeros", "[3, 4]", "[4, 4]"]),
+        ("gptq", replace(f"{LINEAR}.g_idx", lambda t: t[1:]), [f"{LINEAR}.g_idx", "[63]", "[64]"]),
+        ("gptq", put(f"{LINEAR}.g_idx", (5,), 4), [f"{LINEAR}.g_idx", "0 to 4", "there are 4"]),
+        ("gptq", put(f"{LINEAR}.g_idx", (5,), -1), [f"{LINEAR}.g_idx", "-1 to 3", "there are 4"]),
+        ("gptq", put(f"{LINEAR}.scales", (1, 2), float("inf")), [f"{LINEAR}.scales holds inf at [1, 2]"]),
+        ("awq", replace(f"{LINEAR}.qzeros", lambda t: t[0]), [f"{LINEAR}.qzeros", "[4]", "no matrix"]),
+        ("awq", replace(f"{LINEAR}.scales", lambda t: t[:, 1:]), [f"{LINEAR}.scales", "[4, 31]", "[4, 32]"]),
     ],
 )  # fmt: skip
 def test_broken_parts(form: str, change: Any, words: list[str], own: Make, build_quietly: Build) -> None:
@@ -273,6 +342,13 @@ def say(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def groups(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
+    """compressed-tensors' config with one group; what is given replaces what is right."""
+    right = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16}
+    one = {"targets": ["Linear"], "format": "pack-quantized", "weights": {**right, **weights}, **group}
+    return {"quant_method": "compressed-tensors", "config_groups": {"0": one}}
+
+
 @pytest.mark.parametrize(
     ("form", "error", "said", "words"),
     [
@@ -282,6 +358,25 @@ def say(folder: Path, **changes: Any) -> Path:
         ("fp8-qwen3", CheckpointError, ["fp8"], ["without quant_method"]),
         ("fp8-qwen3", UnsupportedModelError, {"quant_method": "modelopt"}, ["(modelopt)", "mxfp4, fp8"]),
         ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no size of blocks"]),
+        ("awq", UnsupportedModelError, {"quant_method": "awq", "version": "gemv"}, ["(awq)", "gemv", "gemm"]),
+        ("gptq", UnsupportedModelError, {"quant_method": "gptq", "checkpoint_format": "marlin"}, ["(gptq)", "marlin"]),
+        ("packed", CheckpointError, {"quant_method": "compressed-tensors"}, ["config_groups"]),
+        ("packed", CheckpointError, groups({}, targets=["re:.*attn.*"]), ["experts", "targets"]),
+        ("packed", CheckpointError, groups({"group_size": 0}), ["group_size 0"]),
+        ("packed", CheckpointError, groups({"group_size": 32}), ["_scale", "[64, 2]", "[64, 1]", "[1, 32]"]),
+        ("packed", CheckpointError, groups({"num_bits": 8}), ["_scale", "[64, 2]", "[64, 1]"]),
+        ("packed", CheckpointError, groups({}, targets="Linear"), ["targets", "'Linear'"]),
+        ("packed", CheckpointError, groups({}, targets=["re:*experts"]), ["re:*experts", "no pattern"]),
+        (
+            "packed",
+            CheckpointError,
+            {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": [4]}}},
+            ["config_groups"],
+        ),
+        ("packed", CheckpointError, groups({"num_bits": 8}, format="int-quantized"), ["_packed", "int-quantized"]),
+        ("packed", UnsupportedModelError, groups({"num_bits": 3}), ["3 bits", "compressed-tensors"]),
+        ("packed", UnsupportedModelError, groups({}, format="nvfp4-pack-quantized"), ["nvfp4-pack-quantized"]),
+        ("packed", UnsupportedModelError, groups({"strategy": "token"}), ["token"]),
         # of another method than the config says
         ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4"]),
         ("mxfp4", CheckpointError, {"quant_method": "fp8"}, ["_blocks", "quant_method fp8"]),

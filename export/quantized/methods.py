@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +16,30 @@ if TYPE_CHECKING:
 
     Finder = Callable[[dict[str, StoredTensor], dict[str, Any]], Iterator[ComputedTensor]]
 
-
-def _mxfp4() -> Finder:
-    from lynx_trt.export.quantized import mxfp4
-
-    return mxfp4.find
-
-
-def _fp8() -> Finder:
-    from lynx_trt.export.quantized import fp8
-
-    return fp8.find
-
-
-# By quant_method of config.json.
-METHODS: dict[str, Callable[[], Finder]] = {"mxfp4": _mxfp4, "fp8": _fp8}
+# By quant_method of config.json: the module that finds and reads what is stored so.
+METHODS = {
+    "mxfp4": "mxfp4",
+    "fp8": "fp8",
+    "compressed-tensors": "compressed",
+    "gptq": "gptq",
+    "awq": "awq",
+}
 # The way out for what is quantized in a form that nobody here can read.
 DEQUANTIZE = "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
 # Endings of names that only parts of a quantized weight have.
 _MARKS = ("_blocks", "_scale_inv", ".weight_scale", ".weight_packed", ".qweight", ".absmax")
+# Endings of names of what a dequantized weight needs no more: shapes, and how activations and caches were quantized.
+_LEFT_ASIDE = (
+    "weight_shape",
+    "weight_zero_point",
+    "input_scale",
+    "input_zero_point",
+    "activation_scale",
+    "output_scale",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | Non
     return config
 
 
+def _finder(method: str) -> Finder:
+    """The method's `find`; torch, which all of them import, is not for a checkpoint that isn't quantized."""
+    finder: Finder = import_module(f"lynx_trt.export.quantized.{METHODS[method]}").find
+    return finder
+
+
 def dequantized(
     tensors: dict[str, StoredTensor], config: dict[str, Any] | None, path: Path
 ) -> tuple[dict[str, StoredTensor], Quantization | None]:
@@ -90,7 +102,7 @@ def dequantized(
     Raises:
         CheckpointError: parts of a weight are missing or don't fit together, or nothing says how to read them.
     """
-    found = list(METHODS[config["quant_method"]]()(tensors, config)) if config else []
+    found = list(_finder(config["quant_method"])(tensors, config)) if config else []
     marked = next((key for key in tensors if key.endswith(_MARKS)), None)
     if not found and marked is not None:
         said = f"quant_method {config['quant_method']}, which has none such" if config else "no quantization_config"
@@ -101,7 +113,7 @@ def dequantized(
     if not config:
         return tensors, None
     parts = {part.key for tensor in found for part in tensor.parts.values()}
-    rest = {key: tensor for key, tensor in tensors.items() if key not in parts}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in parts and not key.endswith(_LEFT_ASIDE)}
     weights: dict[str, StoredTensor] = {tensor.key: tensor for tensor in found}
     twice = sorted(rest.keys() & weights.keys())
     if twice:

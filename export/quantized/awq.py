@@ -1,0 +1,65 @@
+"""AWQ in the form `gemm`: integers of 4 bits, eight outputs to an int32, in an order of their own.
+
+For a linear layer `NAME` with weight [N,K]: `NAME.qweight` int32 [K,N/8], `NAME.scales` [G,N], `NAME.qzeros` int32
+[G,N/8], packed as the values are. From the lowest bits on, an int32 holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of its eight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lynx_trt.errors import UnsupportedModelError
+from lynx_trt.export.quantized import gptq
+from lynx_trt.export.quantized.computed import ComputedTensor
+from lynx_trt.export.quantized.packed import unpack
+from lynx_trt.export.stored import Shards, StoredTensor
+
+_BITS, _EACH = 4, 8
+# Where in an int32 each of its eight outputs lies.
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@dataclass(frozen=True)
+class AwqTensor(gptq.GroupedTensor):
+    """A weight [N,K] stored as [K,N]."""
+
+    def rows(self, shards: Shards, chosen: slice) -> torch.Tensor:
+        """See GroupedTensor."""
+        return _in_order(shards.piece(self.parts["values"], (chosen,)))
+
+    def zeros(self, shards: Shards) -> torch.Tensor:
+        """See GroupedTensor."""
+        return _in_order(shards.read(self.parts["zeros"]))
+
+
+def _in_order(packed: torch.Tensor) -> torch.Tensor:
+    values = unpack(packed, _BITS)
+    return values.reshape(len(values), -1, _EACH)[..., _PLACES].reshape(values.shape)
+
+
+def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:
+    """Each weight that is stored so.
+
+    Raises:
+        CheckpointError: the parts of a weight don't fit together.
+        UnsupportedModelError: another form, or another number of bits.
+    """
+    form, bits = str(config.get("version", "gemm")).lower(), config.get("bits", _BITS)
+    if form != "gemm" or bits != _BITS:
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized (awq) in the form {form!r} with {bits} bits, which this version can't read, "
+            "but gemm with 4 bits it can"
+        )
+    for key in tensors:
+        if not key.endswith(".qweight"):
+            continue
+        name = key.removesuffix(".qweight")
+        parts = gptq.grouped_parts(tensors, name)
+        (inner, packed), groups = parts["values"].shape, parts["scales"].shape[0]
+        gptq.refuse_misfits(parts, {"scales": (groups, packed * _EACH), "zeros": (groups, packed)})
+        fields = gptq.grouped_fields(name, (packed * _EACH, inner), parts)
+        yield AwqTensor(**fields, bits=_BITS, less_one=False)

@@ -1,0 +1,202 @@
+"""compressed-tensors (llm-compressor): FP8 and int8 weights as they are, int4 and int8 packed into int32.
+
+`config_groups` say how weights are quantized, each group for its `targets`; which weights are is seen by their scales.
+
+- float-quantized, int-quantized, naive-quantized: `NAME` float8_e4m3 or int8 [R,C], `NAME_scale`, `NAME_zero_point`.
+- pack-quantized: `NAME_packed` int32 [R,C*bits/32], the first value in the lowest bits, each plus 2^(bits-1);
+  `NAME_scale` [R,G]; `NAME_zero_point` int32 [R*bits/32,G], packed down the rows the same way; `NAME_g_idx` [C], the
+  group of each column, where columns were reordered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lynx_trt.errors import CheckpointError, UnsupportedModelError
+from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside
+from lynx_trt.export.quantized.packed import unpack
+from lynx_trt.export.quantized.scaled import FP8, ScaledTensor, block_size, fitting_block, grid_of
+from lynx_trt.export.stored import Shards, StoredTensor
+
+_SCALE, _PACKED, _ZEROS, _ORDER = "_scale", "_packed", "_zero_point", "_g_idx"
+_FLOATS = ("F32", "BF16", "F16")
+_BITS = (4, 8)
+# Formats, and the types of values that each may have.
+_FORMATS = {
+    "float-quantized": (FP8,),
+    "int-quantized": ("I8",),
+    "naive-quantized": (FP8, "I8"),
+    "pack-quantized": ("I32",),
+}
+_STRATEGIES = ("tensor", "channel", "group", "block")
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How the weights of some modules are quantized."""
+
+    targets: tuple[str, ...]
+    format: str
+    bits: int
+    block: tuple[int, int] | None  # rows and columns that share a scale; None: a row, or all
+
+
+@dataclass(frozen=True)
+class PackedTensor(ScaledTensor):
+    """A weight [R,C] whose integers are packed into int32 along its rows."""
+
+    bits: int
+
+    def values(self, shards: Shards, index: Index) -> torch.Tensor:
+        """See ScaledTensor."""
+        packed = shards.piece(self.parts["values"], index)
+        return unpack(packed, self.bits)[:, : self.shape[-1]] - float(1 << (self.bits - 1))
+
+    def zeros(self, shards: Shards) -> torch.Tensor | None:
+        """See ScaledTensor."""
+        if "zeros" not in self.parts:
+            return None
+        packed = shards.read(self.parts["zeros"])
+        return unpack(packed.T, self.bits).T[: self.shape[-2]] - float(1 << (self.bits - 1))
+
+
+def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:
+    """Each weight that has scales beside it.
+
+    Raises:
+        CheckpointError: `config` doesn't say how it is quantized, or its parts don't fit together.
+        UnsupportedModelError: it is quantized in a form that is not known here.
+    """
+    schemes = _schemes(config)
+    for key in tensors:
+        if key.endswith(_PACKED):
+            name = key.removesuffix(_PACKED)
+            yield _packed(tensors, name, _scheme_of(name, schemes))
+        elif key.endswith(f".weight{_SCALE}"):
+            name = key.removesuffix(_SCALE)
+            if name + _PACKED not in tensors:
+                yield _plain(tensors, name, _scheme_of(name, schemes))
+
+
+def _schemes(config: dict[str, Any]) -> list[_Scheme]:
+    groups = config.get("config_groups")
+    each: list[Any] = list(groups.values()) if isinstance(groups, dict) else [None]
+    if not all(isinstance(group, dict) and isinstance(group.get("weights") or {}, dict) for group in each):
+        raise CheckpointError(
+            "quantization_config has no config_groups, which say how weights of compressed-tensors are stored; copy "
+            "config.json again from where the checkpoint came from"
+        )
+    # A group without weights is for activations alone.
+    return [_scheme(group, group.get("format") or config.get("format")) for group in each if group.get("weights")]
+
+
+def _scheme(group: dict[str, Any], form: Any) -> _Scheme:
+    weights, targets = group["weights"], group.get("targets")
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy") or "tensor", weights.get("group_size")
+    if form not in _FORMATS or strategy not in _STRATEGIES or bits not in (_BITS if form == "pack-quantized" else (8,)):
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized (compressed-tensors) in the format {form!r}, {bits} bits with a scale a "
+            f"{strategy}, which this version can't read; it can {', '.join(_FORMATS)}, in 4 (packed) or 8 bits "
+            f"with a scale a {', '.join(_STRATEGIES)}"
+        )
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"quantization_config has targets {targets!r}, which has to be a list of names")
+    block = None
+    if strategy == "block":
+        block = block_size(weights.get("block_structure"), "block_structure")
+    elif strategy == "group":
+        if type(size) is not int or size < 1:
+            raise CheckpointError(f"quantization_config has group_size {size!r}, which has to be a number above 0")
+        block = (1, size)
+    return _Scheme(tuple(targets), form, bits, block)
+
+
+def _scheme_of(weight: str, schemes: list[_Scheme]) -> _Scheme:
+    """The scheme of a module: one that names it, else one whose pattern it matches, else one for linear layers."""
+    module = weight.rpartition(".")[0]
+
+    def rank(target: str) -> int:
+        if target == module:
+            return 0
+        if target.startswith("re:"):
+            return 1 if _matches(target.removeprefix("re:"), module) else 3
+        return 3 if "." in target else 2  # a class: of what a checkpoint holds quantized, linear layers
+
+    ranked = [(rank(target), number) for number, scheme in enumerate(schemes) for target in scheme.targets]
+    best = min(ranked, default=(3, 0))
+    if best[0] == 3:
+        raise CheckpointError(
+            f"{weight} has scales beside it, but no group of quantization_config has {module} among its targets; copy "
+            "config.json again from where the checkpoint came from"
+        )
+    return schemes[best[1]]
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config has the target re:{pattern}, which is no pattern ({error}); copy config.json again"
+        ) from None
+
+
+def _plain(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
+    values = beside(tensors, name, _FORMATS[scheme.format])
+    parts = {"values": values, "scales": beside(tensors, name + _SCALE, _FLOATS)}
+    if name + _ZEROS in tensors and values.dtype != FP8:
+        parts["zeros"] = beside(tensors, name + _ZEROS, ("I8",))
+    return ScaledTensor(**_fields(name, values.shape, parts), block=_block(parts, values.shape, scheme))
+
+
+def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
+    if scheme.format != "pack-quantized":
+        raise CheckpointError(
+            f"{name}{_PACKED} is packed, but quantization_config says {scheme.format} for it; copy config.json again "
+            "from where the checkpoint came from"
+        )
+    values = beside(tensors, name + _PACKED, ("I32",))
+    if name + _ORDER in tensors:
+        raise UnsupportedModelError(
+            f"{name}{_ORDER} reorders the columns of a packed weight (actorder group), which this version can't read; "
+            "quantize with actorder weight or without"
+        )
+    parts = {"values": values, "scales": beside(tensors, name + _SCALE, _FLOATS)}
+    shape = (*values.shape[:-1], values.shape[-1] * 32 // scheme.bits)
+    block = _block(parts, shape, scheme)
+    if name + _ZEROS in tensors:
+        parts["zeros"] = zeros = beside(tensors, name + _ZEROS, ("I32",))
+        wanted = (-(-shape[0] * scheme.bits // 32), grid_of(shape, block)[1])
+        if zeros.shape != wanted:
+            raise CheckpointError(
+                f"{zeros.key} is stored as {list(zeros.shape)}, which has to be {list(wanted)} for {values.key} "
+                f"{list(values.shape)}; copy the checkpoint again"
+            )
+    return PackedTensor(**_fields(name, shape, parts), block=block, bits=scheme.bits)
+
+
+def _block(parts: dict[str, StoredTensor], shape: tuple[int, ...], scheme: _Scheme) -> tuple[int, int]:
+    found = fitting_block(parts["values"], shape, parts["scales"], scheme.block)
+    zeros = parts.get("zeros")
+    if zeros is not None and zeros.shape != parts["scales"].shape:
+        raise CheckpointError(
+            f"{zeros.key} is stored as {list(zeros.shape)}, but {parts['scales'].key} as "
+            f"{list(parts['scales'].shape)}, and each scale has a zero point; copy the checkpoint again"
+        )
+    return found
+
+
+def _fields(name: str, shape: tuple[int, ...], parts: dict[str, StoredTensor]) -> dict[str, Any]:
+    return {
+        "file": parts["values"].file,
+        "key": name,
+        "dtype": "F32",
+        "shape": shape,
+        "nbytes": sum(part.nbytes for part in parts.values()),
+        "parts": parts,
+    }

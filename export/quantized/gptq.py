@@ -1,0 +1,152 @@
+"""GPTQ: integers of 4 or 8 bits, packed down the inner dimension; and what AWQ shares with it.
+
+For a linear layer `NAME` with weight [N,K]: `NAME.qweight` int32 [K*bits/32,N], the first value in the lowest bits;
+`NAME.scales` [G,N]; `NAME.qzeros` int32 [G,N*bits/32], packed across; `NAME.g_idx` int32 [K], the group of each row, or
+none, where groups follow each other. The weight is (value - zero point) * scale. In the first form of the files, which
+is what a config without `checkpoint_format: gptq_v2` means, zero points are stored less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lynx_trt.errors import CheckpointError, UnsupportedModelError
+from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, pieces_of
+from lynx_trt.export.quantized.packed import unpack
+from lynx_trt.export.stored import Shards, StoredTensor
+
+_VALUES, _SCALES, _ZEROS, _ORDER = ".qweight", ".scales", ".qzeros", ".g_idx"
+_FLOATS = ("F16", "BF16", "F32")
+_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class GroupedTensor(ComputedTensor):
+    """A weight [N,K] stored as [K,N], with a scale and a zero point for each group of K and each of N.
+
+    `parts`: values, scales, zeros, and order, which may be missing.
+    """
+
+    bits: int
+    less_one: bool  # zero points as stored
+
+    def pieces(self, shards: Shards) -> Iterator[tuple[Index, torch.Tensor]]:
+        """See ComputedTensor."""
+        outer, inner = self.shape
+        ((_, scales),) = self.scales(shards)
+        zeros = self.zeros(shards)
+        groups = self._groups(shards)
+        for (chosen,) in pieces_of((inner, outer), 32 // self.bits):
+            assert isinstance(chosen, slice)
+            group = groups[chosen]
+            values = self.rows(shards, chosen).sub_(zeros[group]).mul_(scales[group])
+            yield (slice(None), chosen), values.T
+
+    def rows(self, shards: Shards, chosen: slice) -> torch.Tensor:
+        """Stored values [k,N] of some of K, in float32."""
+        packed = slice(chosen.start * self.bits // 32, chosen.stop * self.bits // 32)
+        return unpack(shards.piece(self.parts["values"], (packed,)).T, self.bits).T
+
+    def zeros(self, shards: Shards) -> torch.Tensor:
+        """Zero points [G,N] in float32."""
+        zeros = unpack(shards.read(self.parts["zeros"]), self.bits)
+        return (zeros + 1) % (1 << self.bits) if self.less_one else zeros
+
+    def scales(self, shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ComputedTensor."""
+        stored = self.parts["scales"]
+        yield stored.key, shards.read(stored).to(torch.float32)
+
+    def _groups(self, shards: Shards) -> torch.Tensor:
+        """The group of each of K."""
+        count, inner = self.parts["scales"].shape[0], self.shape[1]
+        if "order" not in self.parts:
+            return torch.arange(inner) // -(-inner // count)
+        order = shards.read(self.parts["order"]).long()
+        if inner and not 0 <= int(order.min()) <= int(order.max()) < count:
+            raise CheckpointError(
+                f"{self.parts['order'].key} names groups {int(order.min())} to {int(order.max())}, but there are "
+                f"{count}, from 0 on; copy the checkpoint again"
+            )
+        return order
+
+
+def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:
+    """Each weight that is stored so; its bits and groups are seen in the shapes.
+
+    Raises:
+        CheckpointError: the parts of a weight don't fit together.
+        UnsupportedModelError: a number of bits or a form that is not known here.
+    """
+    form = config.get("checkpoint_format", "gptq")
+    if form not in ("gptq", "gptq_v2"):
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized (gptq) in the form {form!r}, which this version can't read, but gptq and "
+            "gptq_v2 it can; convert it to one of these"
+        )
+    for key in tensors:
+        if key.endswith(_VALUES):
+            yield _tensor(tensors, key.removesuffix(_VALUES), less_one=form == "gptq")
+
+
+def _tensor(tensors: Mapping[str, StoredTensor], name: str, *, less_one: bool) -> ComputedTensor:
+    parts = grouped_parts(tensors, name)
+    (packed, outer), (groups, _) = parts["values"].shape, parts["scales"].shape
+    bits = parts["zeros"].shape[1] * 32 // max(outer, 1)
+    if bits not in _BITS:
+        raise UnsupportedModelError(
+            f"{name}{_VALUES} has values of {bits} bits, which this version can't read, but 4 and 8 it can"
+        )
+    inner = packed * 32 // bits
+    if name + _ORDER in tensors:
+        parts["order"] = beside(tensors, name + _ORDER, ("I32", "I64"))
+    wanted = {"scales": (groups, outer), "zeros": (groups, outer * bits // 32), "order": (inner,)}
+    refuse_misfits(parts, wanted)
+    return GroupedTensor(**grouped_fields(name, (outer, inner), parts), bits=bits, less_one=less_one)
+
+
+def grouped_parts(tensors: Mapping[str, StoredTensor], name: str) -> dict[str, StoredTensor]:
+    """Values, scales and zero points of a linear layer, all of them matrices.
+
+    Raises:
+        CheckpointError: one isn't there, is of another type, or is no matrix.
+    """
+    parts = {
+        "values": beside(tensors, name + _VALUES, ("I32",)),
+        "scales": beside(tensors, name + _SCALES, _FLOATS),
+        "zeros": beside(tensors, name + _ZEROS, ("I32",)),
+    }
+    for part in parts.values():
+        if len(part.shape) != 2 or not part.shape[0]:
+            raise CheckpointError(f"{part.key} is stored as {list(part.shape)}, which is no matrix; copy it again")
+    return parts
+
+
+def refuse_misfits(parts: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a part has another shape.
+
+    Raises:
+        CheckpointError: with the part and both shapes.
+    """
+    for kind, part in parts.items():
+        if part.shape != wanted.get(kind, part.shape):
+            raise CheckpointError(
+                f"{part.key} is stored as {list(part.shape)}, which has to be {list(wanted[kind])} for "
+                f"{parts['values'].key} {list(parts['values'].shape)}; copy the checkpoint again"
+            )
+
+
+def grouped_fields(name: str, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Fields of the weight of linear layer `name`."""
+    return {
+        "file": parts["values"].file,
+        "key": f"{name}.weight",
+        "dtype": "F32",
+        "shape": shape,
+        "nbytes": sum(part.nbytes for part in parts.values()),
+        "parts": parts,
+    }
