@@ -79,13 +79,16 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[PretrainedConfi
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise CheckpointError(f"{path} has no model_type, so it is not the config of a Hugging Face model")
-    if raw.get("auto_map") and not trust_remote_code:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    # Models that transformers has by now (DeepSeek-V3) still name the code they once came with; it isn't run.
+    if raw.get("auto_map") and not trust_remote_code and raw["model_type"] not in CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"{path} names code of its own (auto_map); if you trust it, pass --trust-remote-code to run it"
+            f"{path} names code of its own (auto_map) for model_type {raw['model_type']!r}, which transformers doesn't "
+            "know; if you trust it, pass --trust-remote-code to run it"
         )
     quantization = quantization_config(raw, path)
     check_experts(raw, path)
-    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

@@ -465,6 +465,7 @@ def summary(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "budgets": manifest.selection.budgets,
         "floors": manifest.selection.floors,
         "weight_bytes": manifest.model.weight_bytes,
+        "quantization": manifest.build.get("quantization"),
         "engine": None
         if engine is None
         else {

@@ -60,6 +60,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     table = [
         ("model", f"{model.name} ({model.architecture}, {model.precision})"),
         ("size", f"{model.parameters / 1e6:,.1f} M parameters, {size(model.weight_bytes)} of weights"),
+        *_quantized(manifest),
         ("layers", f"{model.layers}, {len(moe)} of them MoE"),
         ("experts", f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each"),
         ("dimensions", f"H {model.hidden}, I {first.intermediate}, vocabulary {model.vocabulary}"),
@@ -142,6 +143,19 @@ def _survey(path: Path, *, json_output: bool) -> int:
 
 def _print_table(folder: Path, manifest: Manifest) -> None:
     _print_rows(folder, rows(manifest))
+
+
+def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+    """A row on the checkpoint, if it was quantized."""
+    found = manifest.build.get("quantization")
+    if not found or not found["weights"]:
+        return []
+    return [
+        (
+            "checkpoint",
+            f"quantized ({found['method']}): {found['weights']} weights of {size(found['nbytes'])} dequantized",
+        )
+    ]
 
 
 def _print_rows(folder: Path, lines: list[tuple[str, str]]) -> None:

@@ -114,7 +114,9 @@ def test_unknown_model_type(build_quietly: Build, own_checkpoint: Path, tmp_path
 def test_remote_code_is_not_run_unasked(build_quietly: Build, own_checkpoint: Path, tmp_path: Path) -> None:
     (own_checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     edit_config(own_checkpoint, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "--trust-remote-code")
+    build_quietly(own_checkpoint, tmp_path / "artifact")  # transformers' own model of that type
+    edit_config(own_checkpoint, model_type="evil")
+    refuse(build_quietly, UnsupportedModelError, own_checkpoint, tmp_path, "'evil'", "--trust-remote-code")
     assert not (tmp_path / "ran").exists()
 
 

@@ -19,6 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_architectures import Batch, eager_logits, exported_logits
 
+from lynx_trt import inspect
+from lynx_trt.build import summary
+from lynx_trt.calibration import source
+from lynx_trt.comparison.runners import HuggingFaceRunner
 from lynx_trt.errors import CheckpointError, LynxError, UnsupportedModelError
 from lynx_trt.export.checkpoint import empty_model, open_checkpoint
 from lynx_trt.export.hf import DTYPES
@@ -414,3 +418,22 @@ def test_build_says_what_it_does(
     assert "quantized (mxfp4): 4 of its weights are dequantized to fp16" in line
     assert "319.5 kB instead of 296.8 kB" in line
     assert built.manifest.model.weight_bytes == pytest.approx(319.5e3, rel=0.01)
+    assert ("checkpoint", "quantized (mxfp4): 4 weights of 52.2 kB dequantized") in inspect.rows(built.manifest)
+    assert summary(built.manifest, built.folder)["quantization"]["method"] == "mxfp4"
+
+
+def test_compare_and_calibrate_take_it(
+    quantized: Make, build_quietly: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the checkpoint that an artifact was built from, and as what runs beside it; DeepSeek-V3's partial blocks."""
+    folder = quantized("fp8-deepseek")
+    built = build_quietly(folder, tmp_path / "artifact")
+    probed = source.load(source.open_source(built, folder), device="cpu", dtype=torch.float32)
+    assert len(probed.layers) == len(built.manifest.model.moe_layers)
+    runner = HuggingFaceRunner(folder, None)
+    ids = np.array([Batch.random().rows[0]])
+    theirs = runner.prefill(ids)
+    runner.close()
+    with torch.no_grad():
+        ours = load_model(open_checkpoint(folder), torch.float32)(torch.from_numpy(ids)).logits[:, -1].numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
