@@ -10,7 +10,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError, first_line
 from lynx_trt.export.config import check_activation, check_experts, check_rope, refusal
@@ -44,6 +44,17 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def precision(self) -> Literal["fp16", "bf16"]:
+        """That of an artifact, unless another one is asked for: what most of its 16-bit weights are stored in.
+
+        A model trained in bf16 may have activations that fp16 doesn't hold. Of one in fp32 alone it is fp16, the more
+        exact of the two.
+        """
+        plain = [tensor for tensor in self.tensors.values() if type(tensor) is StoredTensor]  # not what is dequantized
+        size = {dtype: sum(tensor.nbytes for tensor in plain if tensor.dtype == dtype) for dtype in ("BF16", "F16")}
+        return "bf16" if size["BF16"] > size["F16"] else "fp16"
 
 
 def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:

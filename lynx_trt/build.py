@@ -44,7 +44,7 @@ class BuildOptions:
     preset: Preset = "lynx"
     budget: str | None = None
     floor: float | None = None
-    precision: Precision = "fp16"
+    precision: Precision | None = None  # the checkpoint's own
     decode_batch: str = "1:8:64"
     prefill_batch: str = "1:1:8"
     prefill_length: str | None = None
@@ -95,6 +95,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     _parse_ranges(options, None)
     sms = _sms(options)
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
+    precision = options.precision or checkpoint.precision
     max_length = _max_length(options, checkpoint)
     _parse_ranges(options, max_length)
     end_tokens = _end_tokens(checkpoint)
@@ -104,10 +105,10 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
         clock = _Clock(build_record["seconds"])
         update = progress.phase("Reading the model")
-        source = read_source(checkpoint, options.precision)
+        source = read_source(checkpoint, precision)
         if checkpoint.quantization:
             sizes = f"all weights take {size(source.weights.nbytes)} instead of {size(checkpoint.nbytes)}"
-            note(f"{checkpoint.quantization.in_words(options.precision)}; {sizes}")
+            note(f"{checkpoint.quantization.in_words(precision)}; {sizes}")
             build_record["quantization"] = asdict(checkpoint.quantization)
         if unused := source.weights.unused:
             layers = f"{len(source.caches)} layer{'s' if len(source.caches) > 1 else ''}"
@@ -122,7 +123,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         )
         copy_tokenizer(tokenizer, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
-        model = _model_record(options, end_tokens, exported, max_length, weight_bytes)
+        model = _model_record(options.model, precision, end_tokens, exported, max_length, weight_bytes)
         if report and sms:
             from lynx_trt.tensorrt.kernels import write_draws
 
@@ -351,17 +352,22 @@ def _build_engine(
 
 
 def _model_record(
-    options: BuildOptions, end_tokens: list[int], exported: Exported, max_length: int, weight_bytes: int
+    checkpoint: Path,
+    precision: Precision,
+    end_tokens: list[int],
+    exported: Exported,
+    max_length: int,
+    weight_bytes: int,
 ) -> ModelRecord:
     from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord
     from lynx_trt.export.hf import DECODE_MAX_LENGTH
 
     config = exported.source.model.config.get_text_config()
     return ModelRecord(
-        name=options.model.resolve().name,
+        name=checkpoint.resolve().name,
         architecture=type(exported.source.model).__name__,
         model_type=str(exported.source.model.config.model_type),
-        precision=options.precision,
+        precision=precision,
         layers=len(exported.source.caches),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
@@ -375,7 +381,7 @@ def _model_record(
                 experts=layer.experts,
                 experts_per_token=layer.experts_per_token,
                 intermediate=layer.intermediate,
-                expert_bytes=layer.expert_parameters * BITS[options.precision],
+                expert_bytes=layer.expert_parameters * BITS[precision],
                 form=asdict(layer.form),
                 rule=str(layer.rule) if layer.rule else None,
             )
@@ -488,7 +494,6 @@ app = new_app()
 
 @app.command()
 def main(
-    context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(help="Hugging Face checkpoint folder, or an ONNX file. Without it: the shipped lynx-tiny."),
@@ -511,8 +516,12 @@ def main(
         ),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of weights, activations and cache; an ONNX file keeps its own.")
-    ] = "fp16",
+        Precision | None,
+        typer.Option(
+            help="Of weights, activations and cache; an ONNX file keeps its own [default: the checkpoint's, fp16 if "
+            "that is fp32]."
+        ),
+    ] = None,
     decode_batch: Annotated[str, typer.Option(help="Sequences in a decode step, MIN:OPT:MAX.")] = "1:8:64",
     prefill_batch: Annotated[str, typer.Option(help="Sequences in a prefill step, MIN:OPT:MAX.")] = "1:1:8",
     prefill_length: Annotated[
@@ -545,7 +554,7 @@ def main(
 ) -> None:
     """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware selection, and a TensorRT engine."""
     source = model or shipped_model()
-    _refuse_precision_of_onnx(context, source, precision)
+    _refuse_precision_of_onnx(source, precision)
     options = BuildOptions(
         model=source,
         output=output or Path("out") / _name(source),
@@ -573,12 +582,10 @@ def main(
         _tell(artifact)
 
 
-def _refuse_precision_of_onnx(context: typer.Context, source: Path, precision: Precision) -> None:
-    """Only one that was asked for: the default says nothing."""
+def _refuse_precision_of_onnx(source: Path, precision: Precision | None) -> None:
     from lynx_trt.onnx_build import is_onnx
 
-    given = context.get_parameter_source("precision")
-    if given is not None and given.name != "DEFAULT" and is_onnx(source):
+    if precision is not None and is_onnx(source):
         raise UsageError(
             f"--precision {precision} means nothing for an ONNX file, which keeps its own; leave it out, or export the "
             f"file again in {precision}"
@@ -600,7 +607,8 @@ def _tell(artifact: Artifact) -> None:
     manifest, engine = artifact.manifest, artifact.manifest.engine
     layers = len(manifest.model.moe_layers)
     typer.echo(
-        f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)}"
+        f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)} in "
+        f"{manifest.model.precision}"
     )
     chosen = manifest.selection
     limits = in_words(chosen.restriction, [layer.experts for layer in manifest.model.moe_layers])

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 from test_architectures import PROMISED, Batch, eager_logits, exported_logits
 from trt_graphs import handed_over
 
 from lynx_trt.artifact import Artifact
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp16")]
+)
+def test_the_checkpoint_s_own_is_the_default(
+    dtype: torch.dtype, precision: str, build_quietly: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    """A few tensors in float32, as DeepSeek-V3's biases are, decide nothing."""
+    folder = tiny_models.save(tiny_models.random_model("qwen3_moe", dtype=dtype), tmp_path / "own")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: value.float() if value.dim() == 1 else value for key, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    built = build_quietly(folder, tmp_path / "artifact", precision=None)
+    assert built.manifest.model.precision == precision
+    assert build_quietly(folder, tmp_path / "other", precision="fp32").manifest.model.precision == "fp32"
 
 
 @pytest.mark.parametrize("name", PROMISED)
