@@ -97,7 +97,7 @@ def add_engine(
         sms=[where.sm],
     )
     write_draws(folder / DRAWS, artifact.manifest.model.vocabulary, [where.sm], lambda _: None)
-    return Artifact(folder, artifact.manifest.model_copy(update={"engine": engine_record(report, expert_weights)}))
+    return Artifact(folder, artifact.manifest.model_copy(update={"engine": engine_record(report)}))
 
 
 def add_planned_engine(folder: Path, where: Machine) -> Artifact:

@@ -33,6 +33,9 @@ SHIPPED = "lynx-tiny"
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PREFILL_LENGTH = (1, 128, 512)
 BITS = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Bytes of weights from which on those of the experts stay outside the engine: inside they cost the build three times
+# their size in memory, and most of its time.
+OUTSIDE_FROM = 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class BuildOptions:
     preset: Preset = "lynx"
     budget: str | None = None
     floor: float | None = None
-    precision: Precision | None = None  # the checkpoint's own
+    precision: Precision | None = None  # None: the checkpoint's own
     decode_batch: str = "1:8:64"
     prefill_batch: str = "1:1:8"
     prefill_length: str | None = None
     max_length: int | None = None
     tensorrt: Flavor = "auto"
-    expert_weights: ExpertWeights = "engine"
+    expert_weights: ExpertWeights | None = None  # None: by the size of a checkpoint's; engine for an ONNX file
     sm: str = "auto"
     tokenizer: Path | None = None
     overwrite: bool = False
@@ -95,17 +98,20 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     _parse_ranges(options, None)
     sms = _sms(options)
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
-    precision = options.precision or checkpoint.precision
+    precision: Precision = options.precision or checkpoint.precision
     max_length = _max_length(options, checkpoint)
     _parse_ranges(options, max_length)
     end_tokens = _end_tokens(checkpoint)
     tokenizer = options.tokenizer or options.model
     check_tokenizer(tokenizer)
-    build_record: dict[str, Any] = {"options": _plain(options), "seconds": {}}
     with artifacts.writing(options.output, overwrite=options.overwrite) as folder:
-        clock = _Clock(build_record["seconds"])
+        seconds: dict[str, float] = {}
+        clock = _Clock(seconds)
         update = progress.phase("Reading the model")
         source = read_source(checkpoint, precision)
+        where: ExpertWeights = "external" if source.weights.nbytes >= OUTSIDE_FROM else "engine"
+        options = replace(options, precision=precision, expert_weights=options.expert_weights or where)
+        build_record: dict[str, Any] = {"options": _plain(options), "seconds": seconds}
         if checkpoint.quantization:
             sizes = f"all weights take {size(source.weights.nbytes)} instead of {size(checkpoint.nbytes)}"
             note(f"{checkpoint.quantization.in_words(precision)}; {sizes}")
@@ -135,7 +141,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=model,
             selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
-            engine=engine_record(report, options.expert_weights) if report else None,
+            engine=engine_record(report) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
             versions=_versions(report),
@@ -340,7 +346,7 @@ def _build_engine(
         onnx.with_name(ENGINE),
         profiles,
         flavor=options.tensorrt,
-        expert_weights=options.expert_weights,
+        expert_weights=options.expert_weights or "engine",
         sms=sms,
         user_memory=user_memory,
         on_progress=on_progress,
@@ -417,14 +423,14 @@ def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     return [token for token in ids if token not in unknown]
 
 
-def engine_record(report: EngineReport, expert_weights: Literal["engine", "external"]) -> EngineRecord:
+def engine_record(report: EngineReport) -> EngineRecord:
     """What the manifest says of an engine that was built."""
     from lynx_trt.artifact import EngineRecord
 
     return EngineRecord(
         flavor=report.flavor,
         tensorrt=report.version,
-        expert_weights=expert_weights,
+        expert_weights="external" if report.external else "engine",
         compute_capabilities=list(report.kernels.sms),
         kernels=asdict(report.kernels),
         seconds=round(report.seconds, 2),
@@ -532,8 +538,12 @@ def main(
     ] = None,
     tensorrt: Annotated[Flavor, typer.Option(help="Which TensorRT builds the engine; none: ONNX only.")] = "auto",
     expert_weights: Annotated[
-        ExpertWeights, typer.Option(help="Inside the engine, or outside and bound at run time (for big models).")
-    ] = "engine",
+        ExpertWeights | None,
+        typer.Option(
+            help="Inside the engine, or outside and bound at run time, for a quarter of the build's memory and time "
+            "[default: outside if all weights take 2 GB or more; inside for an ONNX file]."
+        ),
+    ] = None,
     sm: Annotated[
         str,
         typer.Option(

@@ -96,7 +96,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=_model_record(options, foreign, max_length, nbytes),
             selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
-            engine=command.engine_record(report, options.expert_weights) if report else None,
+            engine=command.engine_record(report) if report else None,
             engine_absent=absent,
             plugin={"namespace": "lynx", "version": "1"},
             versions=command._versions(report),

@@ -842,3 +842,23 @@ def test_interrupted_build_leaves_nothing(phase: str, own_checkpoint: Path, tmp_
     if phase:
         assert errors.endswith("error: interrupted; nothing was left behind\n")
     assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(("asked", "where"), [(None, "external"), ("engine", "engine")])
+def test_experts_of_large_models_stay_outside_the_engine(
+    asked: str | None,
+    where: str,
+    checkpoint: Callable[[str], Path],
+    build_quietly: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inside, the build takes three times their size: unless it is asked for, or they are small."""
+    small = build_quietly(checkpoint("mixtral"), tmp_path / "small")
+    assert small.manifest.build["options"]["expert_weights"] == "engine"
+    monkeypatch.setattr(command_module, "OUTSIDE_FROM", 0)
+    options = {"tensorrt": "auto", "prefill_length": "1:16:32", "expert_weights": asked}
+    built = build_quietly(checkpoint("mixtral"), tmp_path / "large", **options)
+    assert built.manifest.build["options"]["expert_weights"] == where
+    assert built.manifest.engine
+    assert built.manifest.engine.expert_weights == where

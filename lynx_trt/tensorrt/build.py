@@ -308,7 +308,7 @@ def _death(code: int, state: _State, output: str) -> str:
         name = f"signal {-code}"
     advice = (
         ". If nobody killed it, the machine ran out of memory: keep the expert weights outside the engine "
-        "(expert_weights='external'), or build on a machine with memory of three times the weights"
+        "(--expert-weights external), or build on a machine with memory of three times the weights"
         if -code == signal.SIGKILL
         else ". This is a crash inside TensorRT: try another version of it, or report it with the ONNX file"
     )
