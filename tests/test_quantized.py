@@ -308,6 +308,9 @@ def replace(key: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         ("packed", replace(f"{EXPERT}_packed", lambda t: t.view(torch.uint8)), [f"{EXPERT}_packed", "U8", "I32"]),
         ("packed", replace(f"{EXPERT}_zero_point", lambda t: t[:3]), [f"{EXPERT}_zero_point", "[3, 4]", "[4, 4]"]),
         ("packed", put(f"{EXPERT}_scale", (1, 2), float("nan")), [f"{EXPERT}_scale holds nan at [1, 2]"]),
+        ("packed", replace(f"{EXPERT}_packed", lambda t: t.flatten()), [f"{EXPERT}_packed", "[256]", "no matrix"]),
+        # columns in an order of their own
+        ("packed", lambda t: t.update({f"{EXPERT}_g_idx": torch.zeros(64)}), [f"{EXPERT}_g_idx", "actorder"]),
         ("gptq", lambda tensors: tensors.pop(f"{LINEAR}.scales"), [f"lacks {LINEAR}.scales"]),
         ("gptq", lambda tensors: tensors.pop(f"{LINEAR}.qzeros"), [f"lacks {LINEAR}.qzeros"]),
         ("gptq", replace(f"{LINEAR}.scales", lambda t: t[:, 1:]), [f"{LINEAR}.scales", "[4, 31]", "[4, 32]"]),
@@ -322,7 +325,7 @@ def replace(key: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
 )  # fmt: skip
 def test_broken_parts(form: str, change: Any, words: list[str], own: Make, build_quietly: Build) -> None:
     """Missing, of another shape or type, or no number: the part is named, not what would have come of it."""
-    refused(CheckpointError, edit(own(form), change), build_quietly, *words)
+    refused(LynxError, edit(own(form), change), build_quietly, *words)
 
 
 def test_scale_of_zero(own: Make) -> None:
@@ -380,6 +383,7 @@ def groups(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
         ("packed", CheckpointError, groups({"num_bits": 8}, format="int-quantized"), ["_packed", "int-quantized"]),
         ("packed", UnsupportedModelError, groups({"num_bits": 3}), ["3 bits", "compressed-tensors"]),
         ("packed", UnsupportedModelError, groups({}, format="nvfp4-pack-quantized"), ["nvfp4-pack-quantized"]),
+        ("packed", UnsupportedModelError, groups({}, format=["pack-quantized"]), ["['pack-quantized']"]),
         ("packed", UnsupportedModelError, groups({"strategy": "token"}), ["token"]),
         # of another method than the config says
         ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4"]),

@@ -98,7 +98,8 @@ def _schemes(config: dict[str, Any]) -> list[_Scheme]:
 def _scheme(group: dict[str, Any], form: Any) -> _Scheme:
     weights, targets = group["weights"], group.get("targets")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy") or "tensor", weights.get("group_size")
-    if form not in _FORMATS or strategy not in _STRATEGIES or bits not in (_BITS if form == "pack-quantized" else (8,)):
+    formats = tuple(_FORMATS)  # of what json holds, not all has a hash
+    if form not in formats or strategy not in _STRATEGIES or bits not in (_BITS if form == "pack-quantized" else (8,)):
         raise UnsupportedModelError(
             f"the checkpoint is quantized (compressed-tensors) in the format {form!r}, {bits} bits with a scale a "
             f"{strategy}, which this version can't read; it can {', '.join(_FORMATS)}, in 4 (packed) or 8 bits "
@@ -161,6 +162,8 @@ def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> 
             "from where the checkpoint came from"
         )
     values = beside(tensors, name + _PACKED, ("I32",))
+    if len(values.shape) != 2:
+        raise CheckpointError(f"{values.key} is stored as {list(values.shape)}, which is no matrix; copy it again")
     if name + _ORDER in tensors:
         raise UnsupportedModelError(
             f"{name}{_ORDER} reorders the columns of a packed weight (actorder group), which this version can't read; "
