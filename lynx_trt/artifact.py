@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
 DRAWS = "draws.kernels"  # that draw tokens from the engine's logits
+# Bytes of files whose sums take seconds.
+LONG_TO_READ = 2 * 10**9
 CHUNK = 1 << 20
 
 
@@ -255,12 +257,14 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Hex digest of a file, read in pieces; `on_bytes` is called with the size of each."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(CHUNK):
             digest.update(piece)
+            if on_bytes:
+                on_bytes(len(piece))
     return digest.hexdigest()
 
 
@@ -305,15 +309,15 @@ def replace_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
     return Artifact(artifact.folder, manifest)
 
 
-def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:
-    """Open an artifact and, unless told not to, check that every file is the one that was built.
+def open_artifact(folder: Path, *, verify: bool = True, on_progress: Callable[[float], None] | None = None) -> Artifact:
+    """Open an artifact and, unless told not to, check that every file is the one that was built (`check_files`).
 
     Raises:
         ArtifactError: it can't be read, a file is missing or changed (the message names the first), or its graph is one
             that others exported, which the runtime here doesn't know to feed.
     """
     artifact = read(folder)
-    if verify and (problems := check_files(artifact)):
+    if verify and (problems := check_files(artifact, on_progress)):
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ArtifactError(problems[0] + more)
     if artifact.manifest.foreign is not None:
@@ -325,9 +329,13 @@ def open_artifact(folder: Path, *, verify: bool = True) -> Artifact:
     return artifact
 
 
-def check_files(artifact: Artifact) -> list[str]:
-    """One line for each file that is missing or is not what was built."""
-    problems = []
+def check_files(artifact: Artifact, on_progress: Callable[[float], None] | None = None) -> list[str]:
+    """One line for each file that is missing or is not what was built.
+
+    What takes no reading comes first. `on_progress` is called with the fraction that is done, if it takes seconds.
+    """
+    problems: list[str] = []
+    whole: dict[Path, FileRecord] = {}
     for name, record in artifact.manifest.files.items():
         path = artifact.path(name)
         if Path(name).name != name:
@@ -338,6 +346,17 @@ def check_files(artifact: Artifact) -> list[str]:
             problems.append(
                 f"{path} has {size} bytes, the manifest says {record.bytes}; copy or build the artifact again"
             )
-        elif sha256(path) != record.sha256:
+        else:
+            whole[path] = record
+    total, done = sum(record.bytes for record in whole.values()), 0
+
+    def on_bytes(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress and total >= LONG_TO_READ:
+            on_progress(done / total)
+
+    for path, record in whole.items():
+        if sha256(path, on_bytes) != record.sha256:
             problems.append(f"{path} was changed since it was built (sha256 differs); copy or build the artifact again")
     return problems

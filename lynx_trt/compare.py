@@ -93,8 +93,8 @@ def main(
         seed=seed,
     )
     check_output(output)
-    opened = open_artifact(artifact, verify=verify)
     with Progress(quiet=json_output) as progress:
+        opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
         report = compare(opened, options, progress)
     report["failures"] = [line for condition in conditions for line in condition.failures(report)]
     if earlier:

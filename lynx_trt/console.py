@@ -171,6 +171,17 @@ class Progress:
 
         return update
 
+    def sums(self) -> Callable[[float], None]:
+        """For `on_progress` of what checks an artifact's sums: a phase that begins with the first call."""
+        update: Callable[[float], None] | None = None
+
+        def begin(fraction: float) -> None:
+            nonlocal update
+            update = update or self.phase("Checking the files' sums")
+            update(fraction)
+
+        return begin
+
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lynx_trt.console import new_app, print_json, run, size
+from lynx_trt.console import Progress, new_app, print_json, run, size
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def main(
         raise UsageError("--stop is empty; an empty text would end every sequence at once")
     prompts = prompt or []
     sampling = Sampling(temperature, top_p, seed, top_k)
-    opened = open_artifact(artifact, verify=verify)
+    with Progress(quiet=json_output) as progress:
+        opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
     with _Screen(prompts, quiet=json_output) as screen:
         sequences, statistics = generate_text(
             opened,

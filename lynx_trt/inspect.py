@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lynx_trt.console import fail, new_app, note, print_json, run, size
+from lynx_trt.console import Progress, fail, new_app, note, print_json, run, size
 
 if TYPE_CHECKING:
     from lynx_trt.artifact import CalibrationRecord, Manifest
@@ -32,7 +32,8 @@ def main(
     if is_onnx(artifact):
         sys.exit(_survey(artifact, json_output=json_output))
     opened = read(artifact)
-    found = preflight(opened, verify=verify)
+    with Progress(quiet=json_output) as progress:
+        found = preflight(opened, verify=verify, on_progress=progress.sums())
     if json_output:
         manifest = opened.manifest.model_dump(mode="json")
         print_json({"manifest": manifest, "problems": found.problems, "notes": found.notes})

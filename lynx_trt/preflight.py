@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lynx_trt.artifact import DRAWS, TOKENIZER, Artifact, check_files
@@ -19,14 +20,17 @@ class Preflight:
     notes: list[str]
 
 
-def preflight(artifact: Artifact, *, verify: bool = True) -> Preflight:
+def preflight(
+    artifact: Artifact, *, verify: bool = True, on_progress: Callable[[float], None] | None = None
+) -> Preflight:
     """Look the artifact and this machine through.
 
     Args:
         artifact: an opened artifact.
         verify: compare the files' sha256 as well (reads all of them once).
+        on_progress: see `check_files`.
     """
-    problems = check_files(artifact) if verify else []
+    problems = check_files(artifact, on_progress) if verify else []
     notes: list[str] = []
     _check_plugin(artifact, problems)
     _check_onnxruntime(artifact, problems, notes)

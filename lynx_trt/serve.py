@@ -88,7 +88,7 @@ def main(
         threads=threads,
         stream_interval=stream_interval,
     )
-    opened = _opened(artifact, settings, verify, here=start)
+    opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
     name = name or _name(opened)
     output = output or Path("out") / f"{name}-repository"
     address = Address(host, http_port, grpc_port, metrics_port)
@@ -100,7 +100,7 @@ def main(
         _start(repository, address, drain, more, json_output)
 
 
-def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Artifact:
+def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet: bool = True) -> Artifact:
     """The artifact, if it can be served at all: preflight first.
 
     Args:
@@ -108,6 +108,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
         settings: how it is to be served.
         verify: compare the files' sums.
         here: it is this machine that will serve it.
+        quiet: no progress is shown.
 
     Raises:
         LynxError: it doesn't fit this machine, or a setting doesn't fit it.
@@ -120,7 +121,8 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool) -> Ar
     opened = read(folder)
     # The engine has its own check: where it doesn't fit, ONNX Runtime serves all the same.
     without_engine = Artifact(opened.folder, opened.manifest.model_copy(update={"engine": None}))
-    problems = preflight(without_engine, verify=verify).problems
+    with Progress(quiet=quiet) as progress:
+        problems = preflight(without_engine, verify=verify, on_progress=progress.sums()).problems
     if TOKENIZER not in opened.manifest.files:
         problems.append(f"{folder} has no tokenizer, so it can't take text; build it with --tokenizer FOLDER")
     refused = _why_no_engine(opened, settings.backend, engine_problems(opened) if here else [])

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lynx_trt import artifact as artifacts
 from lynx_trt import preflight as preflights
 from lynx_trt.artifact import DRAWS, MANIFEST, Artifact, CalibrationRecord, ForeignRecord, read, record_files
+from lynx_trt.console import Progress
 from lynx_trt.errors import ArtifactError
 from lynx_trt.inspect import rows
 from lynx_trt.preflight import engine_problems, preflight
@@ -149,6 +151,31 @@ def test_manifest_may_not_leave_its_folder(own_artifact: Path) -> None:
     manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "0"}
     (own_artifact / MANIFEST).write_text(json.dumps(manifest))
     assert any("outside the artifact" in problem for problem in preflight(read(own_artifact)).problems)
+
+
+def test_sums_are_checked_last_and_shown_where_they_take_long(
+    own_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tens of GB take half a minute: a file that is missing is said before, and what takes so long."""
+    opened = read(own_artifact)
+    monkeypatch.setattr(artifacts, "LONG_TO_READ", sum(record.bytes for record in opened.manifest.files.values()) + 1)
+    with Progress() as progress:
+        assert preflight(opened, on_progress=progress.sums()).problems == []
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(artifacts, "LONG_TO_READ", 1)
+    seen: list[float] = []
+    assert preflight(opened, on_progress=seen.append).problems == []
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    with Progress() as progress:
+        preflight(opened, on_progress=progress.sums())
+    assert capsys.readouterr().err == "Checking the files' sums ...\n"
+    first = next(iter(opened.manifest.files))
+    opened.path(first).write_bytes(bytes(opened.manifest.files[first].bytes))
+    opened.path("weights.safetensors").unlink()
+    missing, changed = preflight(opened).problems[:2]
+    assert "weights.safetensors is missing" in missing
+    assert f"{first} was changed" in changed
 
 
 def test_not_an_artifact(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def read(options: CalibrateOptions, progress: Progress) -> Inputs:
         LynxError: what is wrong with the options, the artifact, the checkpoint or the text, in a sentence.
     """
     batches, promise = option.batch_sizes(options), option.promised(options)
-    artifact = open_artifact(options.artifact)
+    artifact = open_artifact(options.artifact, on_progress=progress.sums())
     _check_artifact(options, artifact)
     manifest = artifact.manifest
     length = option.sequence_length(options, artifact)
