@@ -43,12 +43,25 @@ FORMS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "fp8-deepseek": ("deepseek_v3", lambda folder, target: quantized_models.fp8(folder, target, (32, 24))),
     "fp8-row": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "row")),
     "fp8-tensor": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, None, "tensor")),
+    # the scales' name in checkpoints of AutoFP8
+    "fp8-auto": ("mixtral", lambda folder, target: auto_fp8(quantized_models.fp8(folder, target, None, "tensor"))),
     "fp8-e8m0": ("qwen3_moe", lambda folder, target: quantized_models.fp8(folder, target, (1, 32), "e8m0")),
     **{
         method: ("qwen3_moe", partial(quantized_models.integers, method=method))
         for method in ("packed", "symmetric", "mixed", "gptq", "awq")
     },
 }
+
+
+def auto_fp8(folder: Path) -> Path:
+    """Scales under another name, and those of activations beside them."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            tensors[key.removesuffix("_inv")] = tensors.pop(key)
+            tensors[key.replace("weight_scale_inv", "input_scale")] = torch.tensor(0.5)
+
+    return edit(folder, change)
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +174,39 @@ def test_weights_that_other_packages_quantized(
         assert same_bits(in_float32.to(expected.dtype), expected)
 
 
+def test_scales_by_the_name_that_auto_fp8_gives_them(quantized: Make) -> None:
+    """The weights of the same model with scales by the usual name."""
+    stored = load_file(quantized("fp8-auto") / "model.safetensors")
+    checkpoint = open_checkpoint(quantized("fp8-auto"))
+    scaled = [key for key in stored if f"{key}_scale" in stored]
+    assert checkpoint.quantization.weights == len(scaled) == 2 * (4 + 8 * 3)  # type: ignore[union-attr]
+    assert weights_of(quantized("fp8-auto"), torch.float32)  # nothing else is missing or wrong
+    with Shards() as shards:
+        for key in scaled:
+            expected = stored[key].float() * stored[f"{key}_scale"]
+            assert same_bits(checkpoint.tensors[key].read(shards, torch.float32), expected), key
+
+
+def test_only_scales_of_queries_keys_and_values_are_left_aside(own: Make) -> None:
+    """And not what merely ends in one's name."""
+    names = ("a.k_scale", "a.v_scale", "a.q_scale", "a.k_proj.output_scale", "a.block_scale")
+    folder = edit(own("fp8-qwen3"), lambda tensors: tensors.update({name: torch.ones(3) for name in names}))
+    assert set(open_checkpoint(folder).tensors) & set(names) == {"a.block_scale"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_groups_in_order_of_which_the_last_is_partial(method: str, own: Make) -> None:
+    """40 values in groups of 16, and nothing that says the group of each: three groups of 14 would fit as well."""
+    order = torch.arange(40) // 16
+    values, scales, zeros = quantized_models._grouped(torch.randn(8, 40), order, 4, 1, symmetric=False)
+    parts = quantized_models._PACKERS[method](values, scales, zeros, order, 4)
+    parts.pop(".g_idx", None)
+    folder = edit(own(method), lambda tensors: tensors.update({f"a.b{key}": part for key, part in parts.items()}))
+    with Shards() as shards:
+        ours = open_checkpoint(folder).tensors["a.b.weight"].read(shards, torch.float32)
+    assert same_bits(ours, (values - zeros[:, order]) * scales[:, order])
+
+
 def test_partial_blocks(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the formula, element by element: transformers refuses such weights, or takes the blocks for smaller ones.
 
@@ -254,6 +300,7 @@ def refused(error: type[LynxError], folder: Path, build: Build, *words: str, **o
     assert not output.exists()
 
 
+WAY_OUT = "not quantized at all"
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 LINEAR = EXPERT.removesuffix(".weight")
@@ -321,6 +368,9 @@ def replace(key: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
         ("gptq", put(f"{LINEAR}.scales", (1, 2), float("inf")), [f"{LINEAR}.scales holds inf at [1, 2]"]),
         ("awq", replace(f"{LINEAR}.qzeros", lambda t: t[0]), [f"{LINEAR}.qzeros", "[4]", "no matrix"]),
         ("awq", replace(f"{LINEAR}.scales", lambda t: t[:, 1:]), [f"{LINEAR}.scales", "[4, 31]", "[4, 32]"]),
+        # groups that the config's size doesn't make
+        ("awq", lambda t: [replace(f"{LINEAR}.{part}", lambda x: x[:3])(t) for part in ("scales", "qzeros")],
+         [f"{LINEAR}.scales [3, 32]", "group_size 16", "3 groups of 64"]),
     ],
 )  # fmt: skip
 def test_broken_parts(form: str, change: Any, words: list[str], own: Make, build_quietly: Build) -> None:
@@ -365,7 +415,7 @@ def groups(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
         ("fp8-qwen3", CheckpointError, ["fp8"], ["without quant_method"]),
         ("fp8-qwen3", UnsupportedModelError, {"quant_method": "modelopt"}, ["(modelopt)", "mxfp4, fp8"]),
         ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no size of blocks"]),
-        ("awq", UnsupportedModelError, {"quant_method": "awq", "version": "gemv"}, ["(awq)", "gemv", "gemm"]),
+        ("awq", UnsupportedModelError, {"quant_method": "awq", "version": "gemv"}, ["(awq)", "gemv", "gemm", WAY_OUT]),
         ("gptq", UnsupportedModelError, {"quant_method": "gptq", "checkpoint_format": "marlin"}, ["(gptq)", "marlin"]),
         ("packed", CheckpointError, {"quant_method": "compressed-tensors"}, ["config_groups"]),
         ("packed", CheckpointError, groups({}, targets=["re:.*attn.*"]), ["experts", "targets"]),
@@ -381,12 +431,18 @@ def groups(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
             ["config_groups"],
         ),
         ("packed", CheckpointError, groups({"num_bits": 8}, format="int-quantized"), ["_packed", "int-quantized"]),
-        ("packed", UnsupportedModelError, groups({"num_bits": 3}), ["3 bits", "compressed-tensors"]),
+        ("packed", UnsupportedModelError, groups({"num_bits": 3}), ["3 bits", "compressed-tensors", WAY_OUT]),
+        (
+            "packed",
+            UnsupportedModelError,
+            {**groups({}), "sparsity_config": {"format": "sparse-24-bitmask"}},
+            ["sparse", "'sparse-24-bitmask'", WAY_OUT],
+        ),
         ("packed", UnsupportedModelError, groups({}, format="nvfp4-pack-quantized"), ["nvfp4-pack-quantized"]),
         ("packed", UnsupportedModelError, groups({}, format=["pack-quantized"]), ["['pack-quantized']"]),
         ("packed", UnsupportedModelError, groups({"strategy": "token"}), ["token"]),
         # of another method than the config says
-        ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4"]),
+        ("fp8-qwen3", CheckpointError, {"quant_method": "mxfp4"}, ["_scale_inv", "quant_method mxfp4", "dequantize"]),
         ("mxfp4", CheckpointError, {"quant_method": "fp8"}, ["_blocks", "quant_method fp8"]),
         *(
             ("fp8-qwen3", CheckpointError, {"quant_method": "fp8", "weight_block_size": size}, ["weight_block_size"])

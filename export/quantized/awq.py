@@ -14,7 +14,7 @@ import torch
 
 from lynx_trt.errors import UnsupportedModelError
 from lynx_trt.export.quantized import gptq
-from lynx_trt.export.quantized.computed import ComputedTensor
+from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.stored import Shards, StoredTensor
 
@@ -52,7 +52,7 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
     if form != "gemm" or bits != _BITS:
         raise UnsupportedModelError(
             f"the checkpoint is quantized (awq) in the form {form!r} with {bits} bits, which this version can't read, "
-            "but gemm with 4 bits it can"
+            f"but gemm with 4 bits it can; {ANOTHER}"
         )
     for key in tensors:
         if not key.endswith(".qweight"):
@@ -62,4 +62,5 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
         (inner, packed), groups = parts["values"].shape, parts["scales"].shape[0]
         gptq.refuse_misfits(parts, {"scales": (groups, packed * _EACH), "zeros": (groups, packed)})
         fields = gptq.grouped_fields(name, (packed * _EACH, inner), parts)
-        yield AwqTensor(**fields, bits=_BITS, less_one=False)
+        group = gptq.group_size(config, parts["scales"], inner)
+        yield AwqTensor(**fields, bits=_BITS, group=group, less_one=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
-from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside
+from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.quantized.scaled import FP8, ScaledTensor, block_size, fitting_block, grid_of
 from lynx_trt.export.stored import Shards, StoredTensor
@@ -84,6 +84,13 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
 
 
 def _schemes(config: dict[str, Any]) -> list[_Scheme]:
+    sparsity = config.get("sparsity_config")
+    form = sparsity.get("format") if isinstance(sparsity, dict) else None
+    if form not in (None, "dense"):
+        raise UnsupportedModelError(
+            f"the checkpoint is sparse (compressed-tensors) in the format {form!r}, which this version can't read; "
+            + ANOTHER
+        )
     groups = config.get("config_groups")
     each: list[Any] = list(groups.values()) if isinstance(groups, dict) else [None]
     if not all(isinstance(group, dict) and isinstance(group.get("weights") or {}, dict) for group in each):
@@ -103,7 +110,7 @@ def _scheme(group: dict[str, Any], form: Any) -> _Scheme:
         raise UnsupportedModelError(
             f"the checkpoint is quantized (compressed-tensors) in the format {form!r}, {bits} bits with a scale a "
             f"{strategy}, which this version can't read; it can {', '.join(_FORMATS)}, in 4 (packed) or 8 bits "
-            f"with a scale a {', '.join(_STRATEGIES)}"
+            f"with a scale a {', '.join(_STRATEGIES)}; {ANOTHER}"
         )
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"quantization_config has targets {targets!r}, which has to be a list of names")

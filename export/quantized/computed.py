@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Values computed at once, in float32: 32 MB, and a few times that for what is made on the way.
 PIECE = 2**23
 Index = tuple[int | slice, ...]
+# The way out where a method is known, but not the form in which it stores weights.
+ANOTHER = "take the model in a form that docs/quantized.md lists, or not quantized at all"
 
 
 @dataclass(frozen=True)

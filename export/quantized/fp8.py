@@ -1,8 +1,8 @@
 """FP8 with scales beside the values: blocks as DeepSeek-V3 and Qwen3 have them, a scale for each row, or one in all.
 
-`NAME` [...,R,C] float8_e4m3 and `NAME_scale_inv`, by which the values are multiplied, its name notwithstanding:
-[...,ceil(R/r),ceil(C/c)] for blocks of `weight_block_size` r by c, of which the last may be partial; else [...,R,1] or
-[...,R], or one number. Scales are floats, or exponents of 8 bits (float8_e8m0, or uint8).
+`NAME` [...,R,C] float8_e4m3 and `NAME_scale_inv`, by which the values are multiplied, its name notwithstanding (AutoFP8
+calls it `NAME_scale`): [...,ceil(R/r),ceil(C/c)] for blocks of `weight_block_size` r by c, of which the last may be
+partial; else [...,R,1] or [...,R], or one number. Scales are floats, or exponents of 8 bits (float8_e8m0, or uint8).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lynx_trt.export.quantized.computed import ComputedTensor, beside
 from lynx_trt.export.quantized.scaled import FP8, SCALES, ScaledTensor, block_size, fitting_block
 from lynx_trt.export.stored import StoredTensor
 
-_SCALE = "_scale_inv"
+_SCALES = ("_scale_inv", ".weight_scale")
 
 
 def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:
@@ -25,9 +25,9 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
     """
     block = block_size(config.get("weight_block_size"), "weight_block_size")
     for key in tensors:
-        if not key.endswith(_SCALE):
+        if not key.endswith(_SCALES):
             continue
-        values, scales = beside(tensors, key.removesuffix(_SCALE), (FP8,)), beside(tensors, key, SCALES)
+        values, scales = beside(tensors, key.rpartition("_scale")[0], (FP8,)), beside(tensors, key, SCALES)
         yield ScaledTensor(
             file=values.file,
             key=values.key,

@@ -2,8 +2,9 @@
 
 For a linear layer `NAME` with weight [N,K]: `NAME.qweight` int32 [K*bits/32,N], the first value in the lowest bits;
 `NAME.scales` [G,N]; `NAME.qzeros` int32 [G,N*bits/32], packed across; `NAME.g_idx` int32 [K], the group of each row, or
-none, where groups follow each other. The weight is (value - zero point) * scale. In the first form of the files, which
-is what a config without `checkpoint_format: gptq_v2` means, zero points are stored less one.
+none, where groups of `group_size` follow each other, the last of which may be partial. The weight is
+(value - zero point) * scale. In the first form of the files, which is what a config without
+`checkpoint_format: gptq_v2` means, zero points are stored less one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
-from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, pieces_of
+from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside, pieces_of
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.stored import Shards, StoredTensor
 
@@ -32,6 +33,7 @@ class GroupedTensor(ComputedTensor):
     """
 
     bits: int
+    group: int  # of K, where there is no order
     less_one: bool  # zero points as stored
 
     def pieces(self, shards: Shards) -> Iterator[tuple[Index, torch.Tensor]]:
@@ -65,7 +67,7 @@ class GroupedTensor(ComputedTensor):
         """The group of each of K."""
         count, inner = self.parts["scales"].shape[0], self.shape[1]
         if "order" not in self.parts:
-            return torch.arange(inner) // -(-inner // count)
+            return torch.arange(inner) // self.group
         order = shards.read(self.parts["order"]).long()
         if inner and not 0 <= int(order.min()) <= int(order.max()) < count:
             raise CheckpointError(
@@ -76,7 +78,7 @@ class GroupedTensor(ComputedTensor):
 
 
 def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:
-    """Each weight that is stored so; its bits and groups are seen in the shapes.
+    """Each weight that is stored so; its bits are seen in the shapes.
 
     Raises:
         CheckpointError: the parts of a weight don't fit together.
@@ -90,23 +92,45 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
         )
     for key in tensors:
         if key.endswith(_VALUES):
-            yield _tensor(tensors, key.removesuffix(_VALUES), less_one=form == "gptq")
+            yield _tensor(tensors, key.removesuffix(_VALUES), config, less_one=form == "gptq")
 
 
-def _tensor(tensors: Mapping[str, StoredTensor], name: str, *, less_one: bool) -> ComputedTensor:
+def _tensor(
+    tensors: Mapping[str, StoredTensor], name: str, config: dict[str, Any], *, less_one: bool
+) -> ComputedTensor:
     parts = grouped_parts(tensors, name)
     (packed, outer), (groups, _) = parts["values"].shape, parts["scales"].shape
     bits = parts["zeros"].shape[1] * 32 // max(outer, 1)
     if bits not in _BITS:
         raise UnsupportedModelError(
-            f"{name}{_VALUES} has values of {bits} bits, which this version can't read, but 4 and 8 it can"
+            f"{name}{_VALUES} has values of {bits} bits, which this version can't read, but 4 and 8 it can; " + ANOTHER
         )
     inner = packed * 32 // bits
     if name + _ORDER in tensors:
         parts["order"] = beside(tensors, name + _ORDER, ("I32", "I64"))
     wanted = {"scales": (groups, outer), "zeros": (groups, outer * bits // 32), "order": (inner,)}
     refuse_misfits(parts, wanted)
-    return GroupedTensor(**grouped_fields(name, (outer, inner), parts), bits=bits, less_one=less_one)
+    group = inner if "order" in parts else group_size(config, parts["scales"], inner)
+    return GroupedTensor(**grouped_fields(name, (outer, inner), parts), bits=bits, group=group, less_one=less_one)
+
+
+def group_size(config: dict[str, Any], scales: StoredTensor, inner: int) -> int:
+    """How many of the `inner` values of a row share one of its `scales`, where nothing says it of each.
+
+    Raises:
+        CheckpointError: `group_size` of the config makes another number of groups, or is missing where the last group
+            could be partial.
+    """
+    count, size = scales.shape[0], config.get("group_size")
+    if size is None and inner % count == 0:
+        size = inner // count
+    size = inner if size == -1 else size
+    if type(size) is int and size > 0 and -(-inner // size) == count:
+        return size
+    raise CheckpointError(
+        f"quantization_config has group_size {config.get('group_size')!r}, which does not make {count} groups of "
+        f"{inner}, as {scales.key} {list(scales.shape)} has them; copy the checkpoint again"
+    )
 
 
 def grouped_parts(tensors: Mapping[str, StoredTensor], name: str) -> dict[str, StoredTensor]:

@@ -36,9 +36,9 @@ _LEFT_ASIDE = (
     "input_zero_point",
     "activation_scale",
     "output_scale",
-    "k_scale",
-    "v_scale",
-    "q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
 )
 
 
@@ -108,7 +108,7 @@ def dequantized(
         said = f"quant_method {config['quant_method']}, which has none such" if config else "no quantization_config"
         raise CheckpointError(
             f"{marked} is a part of a quantized weight, but {path} has {said}; copy that file again from where the "
-            "checkpoint came from"
+            f"checkpoint came from, or {DEQUANTIZE}"
         )
     if not config:
         return tensors, None
