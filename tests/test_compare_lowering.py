@@ -5,23 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from lynx_trt.artifact import Artifact, check_files
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError
+from lynx_trt.runtime.attention import lower_attention
+from lynx_trt.runtime.graph import GraphEdit
 from lynx_trt.runtime.lowering import Form, lower
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.runtime.routing import Unrestricted
+from lynx_trt.tensorrt.prepare import _fold_heads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # softmax, renormalised | biases, clamped, interleaved, transposed, sinks | sigmoid with groups, a shared expert, a
 # dense first layer | a router that no rule describes, so experts are dropped and slots are empty
 NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe")
+FLOAT, HEADS, ROWS = TensorProto.FLOAT, 4, 16
 
 
 def steps(artifact: Artifact, form: Form | None) -> list[tuple[Array, Array]]:
@@ -63,7 +71,7 @@ def test_equals_the_function_bodies(name: str, artifact: Callable[..., Artifact]
 
 
 def test_latent_attention_reads_the_rows_that_there_are(artifact: Callable[..., Artifact]) -> None:
-    """Of cache and mask, both cut in one place for all layers, and in decode with all heads in one product."""
+    """Of cache and mask, both cut in one place for all layers."""
     lowered = lower(artifact("deepseek_v3", preset="lynx")).model.graph
     producers = {name: node for node in lowered.node for name in node.output}
     attentions = [node for node in lowered.node if node.op_type == "Attention"]
@@ -76,6 +84,66 @@ def test_latent_attention_reads_the_rows_that_there_are(artifact: Callable[..., 
         ends |= {key.input[2], mask.input[2]}
     assert len(ends) == 1
     assert len({node.input[3] for node in attentions}) == 1
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_latent_attentions_with_masks_of_their_own(length: int) -> None:
+    """Two layers, one of which sees a window: each keeps its mask, and only a decode step is one product of all heads.
+
+    No model that is read has both, so the graph is made here. TensorRT's copy shares masks as well.
+    """
+    graphs = {
+        "plain": _two_latent_attentions(),
+        "lowered": _two_latent_attentions(),
+        "folded": _two_latent_attentions(),
+    }
+    edit = GraphEdit(graphs["lowered"], Path())
+    lower_attention(edit, graphs["lowered"].graph)
+    edit.finish()
+    assert _fold_heads(graphs["folded"].graph) == 2
+    queries = [node.input[0] for node in graphs["lowered"].graph.node if node.op_type == "Attention"]
+    graphs["lowered"].graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in queries)
+    random = np.random.default_rng(0)
+    past = np.array([0, 5, 9])
+    inputs = {"past_lengths": past, "lengths": np.full(3, length)}
+    for name, shape in (("cache", (3, 1, ROWS, 8)), ("new", (3, 1, length, 8)), ("query", (3, HEADS, length, 8))):
+        inputs[name] = random.standard_normal(shape, np.float32)
+    keys, positions = np.arange(ROWS), (past[:, None] + np.arange(length))[:, None, :, None]
+    inputs["all"] = keys <= positions
+    inputs["window"] = inputs["all"] & (keys > positions - 3)
+    got = {}
+    for name, model in graphs.items():
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        wanted = {node.name for node in session.get_inputs()}
+        got[name] = session.run(None, {key: value for key, value in inputs.items() if key in wanted})
+    assert [each.shape for each in got["lowered"][2:]] == 2 * [
+        (3, 1, HEADS, 8) if length == 1 else (3, HEADS, length, 8)
+    ]
+    assert np.abs(got["plain"][0] - got["plain"][1]).max() > 0.1
+    for name in ("lowered", "folded"):
+        for ours, expected in zip(got[name][:2], got["plain"], strict=True):
+            assert np.abs(ours - expected).max() <= 64 * np.finfo(np.float32).eps * np.abs(expected).max()
+
+
+def _two_latent_attentions() -> onnx.ModelProto:
+    """Of one query to one cache, through two masks."""
+    batched: dict[str, tuple[int, list[Any]]] = {
+        "past_lengths": (TensorProto.INT64, []),
+        "lengths": (TensorProto.INT64, []),
+        "cache": (FLOAT, [1, ROWS, 8]),
+        "new": (FLOAT, [1, "sequence", 8]),
+        "query": (FLOAT, [HEADS, "sequence", 8]),
+        **{mask: (TensorProto.BOOL, [1, "sequence", ROWS]) for mask in ("all", "window")},
+    }
+    inputs = [helper.make_tensor_value_info(name, kind, ["batch", *shape]) for name, (kind, shape) in batched.items()]
+    shape = ["batch", HEADS, "sequence", 8]
+    outputs = [helper.make_tensor_value_info(name, FLOAT, shape) for name in ("through_all", "through_window")]
+    nodes = [helper.make_node("TensorScatter", ["cache", "new", "past_lengths"], ["rows"], axis=2)]
+    for mask, output in zip(("all", "window"), outputs, strict=True):
+        nodes.append(helper.make_node("Attention", ["query", "rows", "rows", mask], [output.name], scale=0.5))
+    graph = helper.make_graph(nodes, "latent", inputs, outputs)
+    graph.value_info.append(helper.make_tensor_value_info("rows", FLOAT, ["batch", 1, ROWS, 8]))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
 
 def test_the_baseline_is_the_model_without_selection(artifact: Callable[..., Artifact]) -> None:
