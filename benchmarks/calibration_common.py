@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ COMMIT = _commit()  # of the code that runs, whatever is committed in the meanti
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": COMMIT,
         "python": platform.python_version(),
         **{name: version(name) for name in ("lynx-trt", "torch", "transformers")},

@@ -43,7 +43,7 @@ async def ask(host: str, port: int, model: str, body: dict[str, Any], *, leave_a
     try:
         writer.write(head.encode() + data)
         await asyncio.wait_for(_read(reader, answer), leave_after)
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         answer.error = "left"
     except asyncio.IncompleteReadError:
         answer.error = "the connection ended"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def where() -> dict[str, Any]:
     cpu = next((line.split(":")[1] for line in lines if line.startswith("model name")), "")
     script, *arguments = sys.argv
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments]),
         "commit": commit.stdout.strip(),
         "cpu": cpu.strip() or platform.processor(),

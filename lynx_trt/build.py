@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -138,7 +138,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             clock.lap("draws")
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=model,
             selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
             engine=engine_record(report) if report else None,

@@ -7,7 +7,7 @@ artifact; the manifest's `foreign` part says what it takes.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
         update = progress.phase("Checksums")
         manifest = artifacts.Manifest(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=_model_record(options, foreign, max_length, nbytes),
             selection=artifacts.SelectionRecord.of(options.preset, selection, restriction),
             engine=command.engine_record(report) if report else None,

@@ -47,7 +47,7 @@ def test_every_contender_has_its_row(record: dict[str, Any]) -> None:
     assert record["extra"]["weights"].startswith("random")
     assert not record["left_out"]
     for each in rows:
-        assert each["tokens_per_second"] == pytest.approx(1e6 * each["batch"] / each["us"], rel=0.01)
+        assert each["tokens_per_second"] == pytest.approx(1e6 * each["batch"] / each["us"], rel=0.01, abs=0.06)
 
 
 def test_our_experts_are_those_of_the_model(record: dict[str, Any]) -> None:

@@ -355,7 +355,8 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
     """Every line of them but the CUDA graphs: peers, kernels by the interpreter, errors, the record."""
     record = dry_run(script, tmp_path, *(["--model", model] if model else []))
     assert record["environment"]["commit"]
-    assert record["environment"]["versions"]["torch"] == torch.__version__
+    # Of a wheel for CUDA from PyPI the build is not in its metadata.
+    assert torch.__version__.startswith(record["environment"]["versions"]["torch"])
     assert not record["left_out"]
     rows = record["rows"]
     if script == "machine":

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def about(options: CalibrateOptions, inputs: Inputs) -> dict[str, Any]:
     model = inputs.artifact.manifest.model
     return {
         "schema_version": 2,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "seed": options.seed,
         "model": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _changed_tensor(artifact: Artifact, weights: CheckpointWeights) -> str | Non
         return None
     with safe_open(path, framework="pt") as stored:
         named = [(name, stored.get_slice(name).get_shape()) for name in stored.keys()]  # noqa: SIM118 - no dict
-        common = [(_elements(shape), name) for name, shape in named if weights.resolve(name) == name]
+        common = [(math.prod(shape), name) for name, shape in named if weights.resolve(name) == name]
         for _, name in sorted(common)[:TENSORS_COMPARED]:
             if not _same_bits(stored.get_tensor(name), weights.load(name)):
                 return str(name)
@@ -78,13 +79,6 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Not of their values: a NaN, in a checkpoint that has some, equals nothing."""
     same = one.dtype == other.dtype and one.shape == other.shape
     return same and torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
-
-
-def _elements(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def load(checkpoint: Checkpoint, *, device: str, dtype: torch.dtype) -> Probed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def compare(artifact: Artifact, options: CompareOptions, progress: Progress) -> 
         raise LynxError("nothing can be compared: " + "; ".join(problems))
     report: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "artifact": _describe(artifact),
         "options": _plain(options),
         "machine": _machine(),

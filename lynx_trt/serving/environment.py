@@ -27,7 +27,7 @@ from lynx_trt.tensorrt.loader import BINDINGS_WHEEL, LIBRARIES_WHEEL, cache_root
 
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"
 CUDA_BINDINGS = "cuda-python>=12.8"
-PYTHONS = ((3, 10), (3, 13))  # the first and the last that the wheel has a backend stub for
+PYTHONS = ((3, 11), (3, 13))  # the first that this package runs on, and the last that the wheel has a stub for
 MARKER = ".ready"
 STUB = "triton_python_backend_stub"
 

@@ -232,7 +232,7 @@ def _rtx_wheels(reasons: list[str]) -> Loaded:
     except ImportError as error:
         raise TensorRTError(
             f"TensorRT for RTX {version} can't be loaded from {folder}: {_one_line(error)}. The wheels are for Linux "
-            f"on x86-64 with Python 3.10 or later; reinstall them with {INSTALL_CPU}, or set {CACHE_VARIABLE} to a "
+            f"on x86-64 with Python 3.11 or later; reinstall them with {INSTALL_CPU}, or set {CACHE_VARIABLE} to a "
             "folder that is not mounted noexec"
         ) from error
     origin = f"the wheels {LIBRARIES_WHEEL} and {BINDINGS_WHEEL}, linked in {folder}"
