@@ -162,7 +162,7 @@ def disassemble(image: Path) -> str:
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     if not tool.exists():
-        sys.exit(f"error: triton {triton.__version__} has no disassembler at {tool}: version 3.6 or 3.9 does")
+        sys.exit(f"error: triton {triton.__version__} has no disassembler at {tool}: versions 3.6 to 3.9 do")
     done = subprocess.run([tool, "-hex", "-c", "-gi", image], capture_output=True, text=True, check=True)  # noqa: S603
     return done.stdout
 
