@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import struct
@@ -150,8 +151,8 @@ class CheckpointWeights:
             if "*" in pattern:  # what is stacked
                 _refuse_odd_one(tensors)
         stored = source.tensors()
-        elements = sum(_elements(tensor.shape) for tensor in stored)
-        expected = sum(_elements(tuple(self._wanted[t].shape)) for t, first in self._targets.items() if first == name)
+        elements = sum(math.prod(tensor.shape) for tensor in stored)
+        expected = sum(self._wanted[t].numel() for t, first in self._targets.items() if first == name)
         if elements != expected:
             shapes = f"{len(stored)} tensors of {stored[0].shape}"
             raise CheckpointError(self._disagrees(name, shapes, wanted))
@@ -300,13 +301,6 @@ def _refuse_odd_one(tensors: list[StoredTensor]) -> None:
                 f"{tensor.key} is stored as {list(tensor.shape)}, but {other.key} as {list(usual)}, and experts are of "
                 "one shape; convert or copy the checkpoint again"
             )
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 @dataclass(frozen=True)
