@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a result depends on, where it is installed.
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "cuda-bindings", "onnx", "onnxruntime", "vllm"),
-    *("tensorrt", "tensorrt-rtx", "tensorrt-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "pydantic"),
+    *("tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs", "pydantic"),
 )
 
 

@@ -177,8 +177,8 @@ class HostDriver:
         floats(token, np.int32)[:] = tokens
 
 
-def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan") -> Any:
-    """What the backend uses of TensorRT's module; it takes plans that begin so."""
+def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan", *, rtx: bool = False) -> Any:
+    """What the backend uses of TensorRT's module, or that of TensorRT for RTX; it takes plans that begin so."""
     begin = plan
     gpu.driver.vocabulary = artifact.manifest.model.vocabulary
 
@@ -197,9 +197,20 @@ def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan") -> Any
                 return None
             return HostEngine(artifact, gpu, self.logger)
 
+    more = {"DynamicShapesKernelSpecializationStrategy": SimpleNamespace(LAZY=0, EAGER=1)} if rtx else {}
     return SimpleNamespace(
-        ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2)
+        ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2), **more
     )
+
+
+class HostConfig:
+    """IRuntimeConfig of TensorRT for RTX."""
+
+    dynamic_shapes_kernel_specialization_strategy = 0
+    allocation = 0
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        self.allocation = strategy
 
 
 class HostEngine:
@@ -221,6 +232,7 @@ class HostEngine:
         assert artifact.manifest.engine is not None
         self.profiles = [profile["shapes"] for profile in artifact.manifest.engine.profiles]
         self.contexts: list[HostContext] = []
+        self.kernels: list[int] = []  # of each: 1 compiles a shape's before it runs
 
     @property
     def num_io_tensors(self) -> int:
@@ -232,9 +244,13 @@ class HostEngine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self.inputs[name].shape)
 
-    def create_execution_context(self, strategy: int) -> HostContext:
-        assert strategy == 2
+    def create_runtime_config(self) -> HostConfig:
+        return HostConfig()
+
+    def create_execution_context(self, how: int | HostConfig) -> HostContext:
+        assert (how.allocation if isinstance(how, HostConfig) else how) == 2
         self.contexts.append(HostContext(self))
+        self.kernels.append(how.dynamic_shapes_kernel_specialization_strategy if isinstance(how, HostConfig) else 0)
         return self.contexts[-1]
 
 

@@ -23,6 +23,7 @@ from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
 from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract, Sources
 from lynx_trt.plugins.launcher import Launcher, spec_of, workspace_bytes
 from lynx_trt.selection import PRESETS
+from lynx_trt.tensorrt import loader
 
 ROOT = Path(__file__).parent.parent
 TYPES = ("float32", "float16", "bfloat16", "int32", "int64", "bool", "int8")
@@ -393,7 +394,7 @@ def test_engines(built, tmp_path):
     """TensorRT for RTX loads the library and builds with it: the same fields in an engine of the same size."""
     from trt_graphs import E, H, I, K, make_graph
 
-    for package in ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_bindings"):
+    for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     path = make_graph(tmp_path / "model.onnx", "fp16", layers=2)
@@ -410,7 +411,8 @@ def test_engines(built, tmp_path):
         plan, kernels = str(tmp_path / name), str(tmp_path / "kernels")
         tests = str(Path(__file__).parent)
         script = BUILD_SCRIPT.format(tests=tests, library=library, path=str(path), plan=plan, kernels=kernels)
-        out = run([sys.executable, "-c", script])
+        with loader.parser_environment() as environment:
+            out = run([sys.executable, "-c", script], env=environment)
         assert "{'LynxSelect': 2, 'LynxExperts': 2}" in out
         assert out.split()[-1] == "0" if library else out.split()[-1] != "0"  # the Python plugin stays out of it
         plans[name] = Path(plan).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_memory_copies_graphs_and_errors(tmp_path: Path) -> None:
     of the captures that the driver refused, which are its own."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         pytest.skip('cuda-python is not installed: pip install "cuda-python>=12.8"')
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
     library = tmp_path / "libcuda.so.1"
     compiled = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", str(SOURCE), "-ldl", "-o", str(library)]
     subprocess.run(compiled, check=True)

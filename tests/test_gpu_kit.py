@@ -108,7 +108,7 @@ def test_build_only(kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     rows = gpu_engine.build_only(whole, 86)
     assert [row.passed for row in rows] == [True, False]
     assert "weights.safetensors" in str(rows[1].error)
-    assert "1 of 2 engines built by TensorRT for RTX 1.7.1 on SM 86; none was run" in capsys.readouterr().out
+    assert "1 of 2 engines built by TensorRT for RTX 1.7.1.116 on SM 86; none was run" in capsys.readouterr().out
     (row,) = gpu_engine.build_only(kit, 90)
     assert "not on SM 90" in str(row.error)
     (whole / "other" / "model.onnx").unlink()  # as in a kit made before, which held engines
@@ -202,7 +202,7 @@ def test_a_process_that_dies_is_a_row(kit: Path, tmp_path: Path, monkeypatch: py
 def on_a_machine_with(
     monkeypatch: pytest.MonkeyPatch, sms: list[int], flavor: Literal["full", "rtx"], passed_over: str | None = None
 ) -> None:
-    loaded = loader.Loaded(ModuleType("tensorrt"), flavor, "1.2.3", "somewhere", True, passed_over)
+    loaded = loader.Loaded(ModuleType("tensorrt"), flavor, "1.2.3", "somewhere", passed_over)
     monkeypatch.setattr(gpu_build, "compute_capabilities", lambda: sms)
     monkeypatch.setattr(gpu, "compute_capabilities", lambda: sms)
     monkeypatch.setattr(loader, "load", lambda _: loaded)

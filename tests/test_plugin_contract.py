@@ -29,7 +29,7 @@ ATTRIBUTES = {"LynxSelect": SELECT_ATTRIBUTES, "LynxExperts": EXPERTS_ATTRIBUTES
 
 @pytest.fixture(scope="module")
 def trt():
-    for wheel in (loader.LIBRARIES_WHEEL, loader.BINDINGS_WHEEL):
+    for wheel in loader.RTX_WHEELS:
         try:
             importlib.metadata.version(wheel)
         except importlib.metadata.PackageNotFoundError:

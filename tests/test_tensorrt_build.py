@@ -35,8 +35,8 @@ from lynx_trt.tensorrt.prepare import _fold_heads, _nodes, hand_over, input_dims
 from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
 
 try:
-    importlib.metadata.version(loader.LIBRARIES_WHEEL)
-    importlib.metadata.version(loader.BINDINGS_WHEEL)
+    for wheel in loader.RTX_WHEELS:
+        importlib.metadata.version(wheel)
 except importlib.metadata.PackageNotFoundError as missing:
     pytest.skip(f"{missing.name} is not installed: {loader.INSTALL_CPU}", allow_module_level=True)
 
@@ -752,8 +752,8 @@ def test_progress_never_falls(tmp_path):
     assert lines == [("a", 0.5), ("b", 0.5), ("b", 0.7)]
 
 
-def test_the_flag_that_has_no_name(tmp_path):
-    """The library itself says what the bit is that the engine asks for: it goes together with no weight streaming."""
+def test_the_flag_is_the_one_that_the_library_knows(tmp_path):
+    """It says itself what the engine asks for: the flag goes together with no weight streaming."""
     trt = loader.load("rtx").module
     path = make_graph(tmp_path / "model.onnx", layers=0)
 
@@ -761,10 +761,10 @@ def test_the_flag_that_has_no_name(tmp_path):
         builder = worker._Builder(trt, channel)
         builder.parse(path.read_bytes(), path)
         builder.configure([asdict(profile) for profile in profiles_of(path)], None)
-        builder.leave_memory_to_user(named=False)
+        builder.leave_memory_to_user()
         builder.config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         with pytest.raises(TensorRTError, match=r"kREQUIRE_USER_ALLOCATION is not compatible with .*kWEIGHT_STREAMING"):
-            builder.build(tmp_path / "plan", stream=False)
+            builder.build(tmp_path / "plan")
 
     channel_lines(tmp_path, use)
 
@@ -809,7 +809,7 @@ class StandIn:
 
 def test_plan_is_streamed(tmp_path):
     def use(channel):
-        assert StandIn().builder(channel).build(tmp_path / "plan", stream=True) == 6
+        assert StandIn().builder(channel).build(tmp_path / "plan") == 6
 
     assert channel_lines(tmp_path, use)[-1]["phase"] == "Writing the plan"
     assert (tmp_path / "plan").read_bytes() == b"onetwo"
@@ -824,7 +824,7 @@ def test_streaming_to_a_full_disk(tmp_path):
     def use(channel):
         builder = StandIn(parts=[b"x" * 1_000_000]).builder(channel)
         with pytest.raises(TensorRTError, match=r"No space left on device.*GB are free.*; make room"):
-            builder.build(tmp_path / "plan", stream=True)
+            builder.build(tmp_path / "plan")
 
     channel_lines(tmp_path, use)
     assert not (tmp_path / "plan").exists()
@@ -837,14 +837,14 @@ def test_a_stream_that_fails(tmp_path):
         builder._stream((tmp_path / "plan").open("wb"))
 
 
-@pytest.mark.parametrize(("flags", "expected"), [({"REQUIRE_USER_ALLOCATION": 5}, 0b100001), ({}, 1)])
-def test_a_flag_that_has_a_name(flags, expected):
-    """TensorRT for RTX with its own bindings: by name, and not at all where an old one has none."""
-    builder = StandIn().builder()
+@pytest.mark.parametrize(("flags", "expected"), [({"REQUIRE_USER_ALLOCATION": 5}, [5]), ({}, [])])
+def test_a_library_without_the_flag(flags, expected):
+    """TensorRT for RTX has it from 1.2 on."""
+    builder, asked = StandIn().builder(), []
     builder.trt.BuilderFlag = SimpleNamespace(**flags)
-    builder.config = SimpleNamespace(flags=1)
-    builder.leave_memory_to_user(named=True)
-    assert builder.config.flags == expected
+    builder.config = SimpleNamespace(set_flag=asked.append)
+    builder.leave_memory_to_user()
+    assert asked == expected
 
 
 def test_nodes_that_are_no_plugin_layers():

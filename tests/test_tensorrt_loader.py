@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
-import shutil
-import stat
 import subprocess
 import sys
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,17 +15,15 @@ import pytest
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.tensorrt import gpu, loader
 
-WHEELS = (loader.LIBRARIES_WHEEL, loader.BINDINGS_WHEEL)
-
 
 def has_wheels() -> bool:
     try:
-        return all(importlib.metadata.version(wheel) for wheel in WHEELS)
+        return all(importlib.metadata.version(wheel) for wheel in loader.RTX_WHEELS)
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-needs_wheels = pytest.mark.skipif(not has_wheels(), reason=f"{' or '.join(WHEELS)} is not installed")
+needs_wheels = pytest.mark.skipif(not has_wheels(), reason=f"{' or '.join(loader.RTX_WHEELS)} is not installed")
 
 
 def run(code: str, **environment: str) -> str:
@@ -40,65 +34,54 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(loader.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def links(tmp_path):
-    """Links to made-up files: what the folder does needs no TensorRT."""
-    wheel = tmp_path / "wheel"
-    wheel.mkdir()
-    for name in ("library", "bindings"):
-        (wheel / name).write_text(name)
-    return {"libnvinfer.so.11": wheel / "library", "tensorrt.so": wheel / "bindings"}
-
-
-@pytest.fixture
-def no_compiler_needed(monkeypatch):
-    monkeypatch.setattr(loader, "_compile_stub", lambda library: library.write_text("stub"))
-
-
 # ---- the real thing
 
 
 @needs_wheels
-def test_load(cache):
+def test_load():
     code = """
 import json, sys
 from lynx_trt.tensorrt import gpu, loader
-before = [name for name in sys.modules if name in ("numpy", "onnx", "torch") or "_native" in name]
+before = [name for name in sys.modules if name in ("numpy", "onnx", "torch") or name.startswith("tensorrt")]
 loaded = loader.load("rtx")
 again = loader.load("rtx")
 trt = loaded.module
 builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-print(json.dumps([before, loaded is again, loaded.flavor, loaded.version, loaded.origin, loaded.matched,
-                  builder is not None, "tensorrt" in sys.modules]))
+print(json.dumps([before, loaded is again, loaded.flavor, loaded.version, loaded.origin, builder is not None,
+                  "tensorrt" in sys.modules]))
 """
     output = run(code)
     # The only line: TensorRT and the loader print nothing.
-    before, same, flavor, version, origin, matched, builds, foreign = json.loads(output)
+    before, same, flavor, version, origin, builds, foreign = json.loads(output)
     assert before == []  # importing the loader costs nothing
     assert same
     assert flavor == "rtx"
     assert version.split(".")[0].isdigit()
-    assert loader.LIBRARIES_WHEEL in origin
-    assert str(cache) in origin
-    assert not matched
+    assert version == importlib.metadata.version(loader.RTX_WHEELS[0]) == loader.describe()["rtx"]
+    assert "the module tensorrt_rtx" in origin
     assert builds
-    assert not foreign  # `import tensorrt` elsewhere must not find ours
+    assert not foreign  # it is another product
 
 
 @needs_wheels
-def test_processes_at_once(cache):
-    """Several first starts at once, as under mpirun: each works, one folder is left."""
-    code = "from lynx_trt.tensorrt import loader; print(loader.load('rtx').version)"
-    with ThreadPoolExecutor(3) as pool:
-        versions = list(pool.map(lambda _: run(code), range(3)))
-    assert len(set(versions)) == 1
-    assert len(list(cache.iterdir())) == 1
+def test_the_parser_finds_its_library_by_the_name_that_it_opens(monkeypatch):
+    """With a plugin node it ends the process where it can't: a graph with one is built in test_tensorrt_build.py."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    with loader.parser_environment() as environment:
+        folder, mine = environment["LD_LIBRARY_PATH"].split(":")
+        link = Path(folder) / "libtensorrt_rtx.so"
+        assert link.resolve().name.startswith("libtensorrt_rtx.so.")
+        assert link.is_file()
+        assert mine == "/mine"
+        run("import ctypes; ctypes.CDLL('libtensorrt_rtx.so')", **environment)
+    assert not Path(folder).exists()
+
+
+def test_without_the_wheels_the_environment_is_as_it_was(monkeypatch):
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    with loader.parser_environment() as environment:
+        assert list(Path(environment["LD_LIBRARY_PATH"]).iterdir()) == []
 
 
 @needs_wheels
@@ -107,14 +90,13 @@ def test_describe_loads_nothing():
 import json, sys
 from lynx_trt.tensorrt import gpu, loader
 found = loader.describe()
-assert not [name for name in sys.modules if "_native" in name]
+assert not [name for name in sys.modules if name.startswith("tensorrt")]
 assert "libtensorrt" not in open("/proc/self/maps").read()
 print(json.dumps(found))
 """
     found = json.loads(run(code))
-    assert found.keys() == {"gpus", "full", "rtx", "rtx_source", "auto", "missing", "compiler"}
+    assert found.keys() == {"gpus", "full", "rtx", "auto"}
     assert found["rtx"]
-    assert found["missing"] == []
 
 
 # ---- which one
@@ -146,7 +128,7 @@ def test_full_is_taken_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(loader, "count_gpus", lambda: 1)
     loaded = loader._load.__wrapped__("auto")
     assert loaded.module is module
-    assert (loaded.flavor, loaded.version, loaded.matched) == ("full", "11.4.0.106", True)
+    assert (loaded.flavor, loaded.version) == ("full", "11.4.0.106")
 
 
 @pytest.mark.parametrize(("version", "taken"), [("10.14.1.48", False), ("10.15.0", True), ("12.0", True)])
@@ -167,8 +149,8 @@ def test_full_that_does_not_work(monkeypatch, gpus, works, reason):
     monkeypatch.setattr(loader, "count_gpus", lambda: gpus)
     with pytest.raises(TensorRTError, match=f"full TensorRT does not work here: .*{reason}.*pip install tensorrt"):
         loader._load.__wrapped__("full")
-    package = loader.Loaded(types.ModuleType("tensorrt_rtx"), "rtx", "1.8.0", "somewhere", matched=True)
-    monkeypatch.setattr(loader, "_rtx_package", lambda reasons: package)
+    package = loader.Loaded(types.ModuleType("tensorrt_rtx"), "rtx", "1.8.0", "somewhere")
+    monkeypatch.setattr(loader, "_rtx", lambda reasons: package)
     loaded = loader._load.__wrapped__("auto")
     assert reason in loaded.passed_over
     # An engine that can't run here: it is said why full TensorRT, which could, was not taken.
@@ -180,121 +162,41 @@ def test_full_that_does_not_work(monkeypatch, gpus, works, reason):
     assert loader._load.__wrapped__("rtx").passed_over is None  # it was not tried
 
 
-def test_rtx_package_is_taken_before_the_wheels(monkeypatch):
-    module = types.ModuleType("tensorrt_rtx")
-    module.__version__, module.__file__ = "1.8.0", "/somewhere/tensorrt_rtx/__init__.py"
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-    loaded = loader._load.__wrapped__("rtx")
-    assert (loaded.module, loaded.flavor, loaded.version, loaded.matched) == (module, "rtx", "1.8.0", True)
+def fake_rtx(monkeypatch, name: str, builder: object) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__version__, module.__file__ = "1.8.0.1", f"/somewhere/{name}/__init__.py"
+    module.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
+    module.Builder = lambda logger: builder
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
 
 
-@pytest.mark.parametrize("missing", [WHEELS, WHEELS[:1], WHEELS[1:]])
-def test_missing_wheels(monkeypatch, missing):
+def test_either_name_of_rtx_will_do(monkeypatch):
+    """That of the SDK's package before that of the wheels, which it is made of."""
+    bindings = fake_rtx(monkeypatch, "tensorrt_rtx_bindings", object())
+    if not loader._importable("tensorrt_rtx"):
+        loaded = loader._load.__wrapped__("rtx")
+        assert (loaded.module, loaded.flavor, loaded.version) == (bindings, "rtx", "1.8.0.1")
+        assert loaded.origin == "the module tensorrt_rtx_bindings in /somewhere/tensorrt_rtx_bindings"
+    module = fake_rtx(monkeypatch, "tensorrt_rtx", object())
+    assert loader._load.__wrapped__("rtx").module is module
+
+
+def test_no_tensorrt_at_all(monkeypatch):
     monkeypatch.setattr(loader, "_importable", lambda module: False)
-    monkeypatch.setattr(loader, "_wheel_version", lambda wheel: None if wheel in missing else "1.0")
-    with pytest.raises(TensorRTError) as caught:
+    with pytest.raises(
+        TensorRTError, match=r"no module named tensorrt.*is not installed: pip install .lynx-trt\[cpu\]"
+    ):
         loader._load.__wrapped__("auto")
-    assert 'pip install "lynx-trt[cpu]"' in str(caught.value)
-    assert all((wheel in str(caught.value)) == (wheel in missing) for wheel in WHEELS)
     found = loader.describe()
-    assert found["missing"] == list(missing)
-    assert found["rtx"] is None
-    assert found["auto"] is None
+    assert (found["full"], found["rtx"], found["auto"]) == (None, None, None)
 
 
-def test_damaged_wheel(tmp_path):
-    with pytest.raises(TensorRTError, match=r"libtensorrt_rtx.so.\* is not in .*lynx-trt\[cpu\]"):
-        loader._links(tmp_path, tmp_path)
-
-
-def test_newest_library_is_taken(tmp_path):
-    for version in ("1.7.1", "1.10.0", "1.9.3"):  # as numbers, not as text
-        (tmp_path / f"libtensorrt_rtx.so.{version}").touch()
-    assert loader._rtx_version(tmp_path) == "1.10.0"
-
-
-# ---- the private folder
-
-
-@pytest.mark.usefixtures("no_compiler_needed")
-class TestLinkFolder:
-    def test_made_once(self, cache, links):
-        folder = loader.link_folder(links, ["1"])
-        assert {path.name for path in folder.iterdir()} == {*links, loader.STUB_NAME}
-        assert (folder / "libnvinfer.so.11").resolve() == links["libnvinfer.so.11"]
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-        before = folder.stat().st_ino
-        assert loader.link_folder(links, ["1"]) == folder
-        assert folder.stat().st_ino == before
-        assert list(cache.iterdir()) == [folder]
-
-    def test_named_by_versions_and_paths(self, cache, links, tmp_path):
-        other = tmp_path / "other"
-        other.write_text("x")
-        folders = {
-            loader.link_folder(links, ["1"]),
-            loader.link_folder(links, ["2"]),
-            loader.link_folder({**links, "tensorrt.so": other}, ["1"]),
-        }
-        assert len(folders) == 3
-
-    @pytest.mark.parametrize("damage", ["dangling", "elsewhere", "no stub", "open to others", "a file"])
-    def test_made_again(self, cache, links, tmp_path, damage):
-        folder = loader.link_folder(links, ["1"])
-        link = folder / "tensorrt.so"
-        if damage == "dangling":
-            link.unlink()
-            link.symlink_to(tmp_path / "gone")
-        elif damage == "elsewhere":
-            link.unlink()
-            link.symlink_to(links["libnvinfer.so.11"])
-        elif damage == "no stub":
-            (folder / loader.STUB_NAME).unlink()
-        elif damage == "open to others":  # somebody else could have put a library there
-            folder.chmod(0o777)
-        else:
-            subprocess.run(["rm", "-r", folder], check=True)
-            folder.write_text("")
-        assert loader.link_folder(links, ["1"]) == folder
-        assert link.resolve() == links["tensorrt.so"]
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert list(cache.iterdir()) == [folder]
-
-    def test_many_at_once(self, cache, links):
-        with ThreadPoolExecutor(16) as pool:
-            folders = list(pool.map(lambda _: loader.link_folder(links, ["1"]), range(64)))
-        assert set(folders) == set(cache.iterdir())
-        assert loader._intact(folders[0], {name: path.resolve() for name, path in links.items()})
-
-    def test_many_at_once_over_a_broken_one(self, cache, links):
-        folder = loader.link_folder(links, ["1"])
-        (folder / "tensorrt.so").unlink()
-        with ThreadPoolExecutor(16) as pool:
-            folders = list(pool.map(lambda _: loader.link_folder(links, ["1"]), range(64)))
-        assert set(folders) == {folder} == set(cache.iterdir())
-        assert loader._intact(folder, {name: path.resolve() for name, path in links.items()})
-
-    def test_another_process_sets_the_broken_one_aside(self, cache, links, monkeypatch):
-        """Between the attempt to take its place and the look at what was in the way."""
-        folder = loader.link_folder(links, ["1"])
-        (folder / "tensorrt.so").unlink()
-        rename = Path.rename
-
-        def late(path: Path, target: Path) -> Path:
-            if target == folder and folder.exists():
-                shutil.rmtree(folder)
-                raise OSError(errno.ENOTEMPTY, "Directory not empty")
-            return rename(path, target)
-
-        monkeypatch.setattr(Path, "rename", late)
-        assert loader.link_folder(links, ["1"]) == folder
-        assert list(cache.iterdir()) == [folder]
-
-    def test_nowhere_to_write(self, monkeypatch, links):
-        monkeypatch.setenv(loader.CACHE_VARIABLE, "/proc/lynx-trt")
-        with pytest.raises(TensorRTError, match=r"can't make /proc/lynx-trt/.* Set LYNX_TRT_CACHE to a folder"):
-            loader.link_folder(links, ["1"])
+def test_rtx_that_does_not_start(monkeypatch):
+    """Bindings without the wheel of their libraries, say."""
+    fake_rtx(monkeypatch, "tensorrt_rtx", None)
+    with pytest.raises(TensorRTError, match=r"can't be loaded: RuntimeError: it makes no Builder; install it again"):
+        loader._load.__wrapped__("rtx")
 
 
 def test_cache_root(monkeypatch):
@@ -306,34 +208,3 @@ def test_cache_root(monkeypatch):
     assert loader.cache_root() == Path("/home/me/.cache/lynx-trt")
     monkeypatch.setenv(loader.CACHE_VARIABLE, "~/mine")
     assert loader.cache_root() == Path("/home/me/mine")
-
-
-# ---- the compiler
-
-
-def test_no_compiler(monkeypatch, cache, links, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(TensorRTError, match=r"no C compiler found.*apt install gcc.*set CC"):
-        loader.link_folder(links, ["1"])
-    assert list(cache.iterdir()) == []
-
-
-def test_compiler_that_fails(monkeypatch, cache, links, tmp_path):
-    compiler = tmp_path / "my-cc"
-    compiler.write_text("#!/bin/sh\necho 'ld: cannot find crti.o' >&2\nexit 7\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", f"{compiler} -O2")
-    with pytest.raises(TensorRTError, match=r"exit code 7\).*my-cc -O2 .*cannot find crti.o.* Set CC"):
-        loader.link_folder(links, ["1"])
-    assert list(cache.iterdir()) == []
-
-
-@pytest.mark.skipif(loader.find_compiler() is None, reason="no C compiler is installed")
-def test_the_stub_compiles(tmp_path):
-    import ctypes
-
-    loader._compile_stub(tmp_path / "stub.so")
-    stub = ctypes.CDLL(str(tmp_path / "stub.so"))
-    stub.initLibNvInferPlugins.restype = ctypes.c_bool
-    assert stub.initLibNvInferPlugins(None, b"") is True

@@ -152,9 +152,17 @@ def test_each_size_is_captured_once_with_a_context_of_its_own(engined: Artifact)
     assert gpu.launches == (5 - 3) + (4 - 3) + 2
     # All share one block of scratch memory.
     assert len({context.scratch for context in engine.contexts}) == 1
-    backend.drop_graphs()
-    backend.step(np.full((1, 1), 65), np.zeros(1, np.int64), np.ones(1, np.int64), everything)
-    assert len(engine.contexts) == 5
+    assert engine.kernels == [0] * 4
+
+
+def test_what_is_captured_has_its_kernels_before(engined: Artifact) -> None:
+    """TensorRT for RTX compiles a shape's in the background at first; a graph would keep what it began with."""
+    gpu = HostGpu()
+    backend = TensorRTBackend(engined, 4, gpu=gpu, tensorrt=tensorrt_for(engined, gpu, rtx=True))
+    for _ in range(5):
+        backend.step(np.full((1, 1), 65), np.zeros(1, np.int64), np.ones(1, np.int64), Restriction((8, 8)))
+    assert backend._rt.engine.kernels == [0, 0, 1]  # decode, prefill, the captured size
+    assert gpu.launches == 2
 
 
 def test_capture_that_is_refused_goes_on_without(engined: Artifact) -> None:

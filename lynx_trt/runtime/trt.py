@@ -152,8 +152,9 @@ class TensorRTBackend:
             self._gpu.upload(address + start, piece)
             self._gpu.synchronize()  # the piece has to live until it is copied
 
-    def _context(self, profile: str) -> _Context:
-        context = _Context(self._rt, profile, self._gpu, (self._scratch, self._scratch_bytes))
+    def _context(self, profile: str, *, captured: bool = False) -> _Context:
+        scratch = self._scratch, self._scratch_bytes
+        context = _Context(self._rt, profile, self._gpu, scratch, captured=captured)
         for name, address in self._experts.items():
             context.bind(name, address)
         return context
@@ -249,7 +250,7 @@ class TensorRTBackend:
         if not self._graphs_wanted or self.graphs_refused or seen <= RUNS_BEFORE_CAPTURE:
             self._run(self._decode, batch, 1, 0)
             return
-        context = self._context("decode")
+        context = self._context("decode", captured=True)
         # TensorRT wants one run with the shapes before it is captured; it does the step itself.
         self._run(context, batch, 1, 0)
         self._gpu.synchronize()
@@ -257,11 +258,6 @@ class TensorRTBackend:
             self._captured[batch] = context, self._gpu.capture(context.run)
         except TensorRTError as error:
             self.graphs_refused = str(error)
-
-    def drop_graphs(self) -> None:
-        """Forget the captured steps, to be captured again: TensorRT for RTX may have compiled better kernels since."""
-        self._gpu.synchronize()
-        self._captured.clear()
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
@@ -347,9 +343,19 @@ class _Runtime:
 class _Context:
     """An execution context on one profile, its scratch memory given by us."""
 
-    def __init__(self, runtime: _Runtime, profile: str, gpu: Gpu, scratch: tuple[int, int]) -> None:
-        strategy = runtime.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = runtime.engine.create_execution_context(strategy)
+    def __init__(
+        self, runtime: _Runtime, profile: str, gpu: Gpu, scratch: tuple[int, int], *, captured: bool = False
+    ) -> None:
+        how = runtime.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kernels = getattr(runtime.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if captured and kernels is not None:
+            # TensorRT for RTX runs a shape with fallback kernels while it compiles better ones, in the background: a
+            # graph would keep the fallback. Here it compiles them in the run before the capture.
+            config = runtime.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(how)
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            how = config
+        context = runtime.engine.create_execution_context(how)
         if context is None:
             raise TensorRTError(f"TensorRT makes no execution context: {runtime.reasons()}")
         self._runtime, self._context, self._gpu = runtime, context, gpu

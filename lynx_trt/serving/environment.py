@@ -23,7 +23,7 @@ from pathlib import Path
 from lynx_trt.artifact import EngineRecord
 from lynx_trt.errors import ServingError
 from lynx_trt.partials import partial
-from lynx_trt.tensorrt.loader import BINDINGS_WHEEL, LIBRARIES_WHEEL, cache_root
+from lynx_trt.tensorrt.loader import RTX_WHEELS, cache_root
 
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"
 CUDA_BINDINGS = "cuda-python>=12.8"
@@ -75,7 +75,7 @@ def engine_requirements(engine: EngineRecord) -> list[str]:
     """What runs an engine from Python: the TensorRT that built it, and CUDA's bindings."""
     if engine.flavor == "full":
         return [f"tensorrt=={engine.tensorrt}", CUDA_BINDINGS]
-    return [*(f"{wheel}{_pin(wheel, '')}" for wheel in (LIBRARIES_WHEEL, BINDINGS_WHEEL)), CUDA_BINDINGS]
+    return [*(f"{wheel}{_pin(wheel, '')}" for wheel in RTX_WHEELS), CUDA_BINDINGS]
 
 
 def _pin(name: str, least: str) -> str:

@@ -23,7 +23,7 @@ from typing import IO, Any, Literal
 
 from lynx_trt.errors import LynxError, TensorRTError, UsageError
 from lynx_trt.tensorrt import profiles as _profiles
-from lynx_trt.tensorrt.loader import Flavor
+from lynx_trt.tensorrt.loader import Flavor, parser_environment
 from lynx_trt.tensorrt.prepare import ExpertWeights, ExternalInput, input_dims, read
 from lynx_trt.tensorrt.profiles import Profile
 
@@ -247,7 +247,7 @@ def _run(
 def _child(request: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
     """The worker and the lines it sends; dead and waited for at the end, whatever happens meanwhile."""
     receive, send = os.pipe()
-    with os.fdopen(receive, encoding="utf-8") as events:
+    with os.fdopen(receive, encoding="utf-8") as events, parser_environment() as environment:
         try:
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "lynx_trt.tensorrt.worker", str(send)],
@@ -255,6 +255,7 @@ def _child(request: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subproc
                 stdout=output,
                 stderr=output,
                 pass_fds=(send,),
+                env=environment,
             )
         finally:
             os.close(send)

@@ -39,9 +39,6 @@ _PROGRESS_SECONDS = 0.1
 # Warnings about what is meant: token ids and lengths are int64, and not every node carries kernels.
 _NOISE = ("has Int64 binding", "Attribute kernels")
 
-# BuilderFlag::kREQUIRE_USER_ALLOCATION of TensorRT for RTX, which the bindings of full TensorRT have no name for.
-_USER_ALLOCATION = 28
-
 
 def main() -> int:
     """Do one build; 0 if the plan is written, 1 if an error event was sent."""
@@ -135,8 +132,8 @@ def _build(request: dict[str, Any], channel: _Channel) -> dict[str, Any]:
     del prepared, model  # with the copy of the weights, if they lie inside the file
     builder.configure(request["profiles"], request["workspace_bytes"])
     if request["user_memory"] and loaded.flavor == "rtx":
-        builder.leave_memory_to_user(named=loaded.matched)
-    size = builder.build(Path(request["partial"]), stream=loaded.matched)
+        builder.leave_memory_to_user()
+    size = builder.build(Path(request["partial"]))
     return {
         "flavor": loaded.flavor,
         "version": loaded.version,
@@ -222,29 +219,22 @@ class _Builder:
             if self.config.add_optimization_profile(shapes) != number:
                 raise TensorRTError(f"TensorRT refuses the profile {profile['name']}: {self._reasons()}")
 
-    def leave_memory_to_user(self, *, named: bool) -> None:
-        """Forbid TensorRT for RTX to allocate while a step runs, which a CUDA graph can't hold.
+    def leave_memory_to_user(self) -> None:
+        """Forbid TensorRT for RTX to allocate while a step runs, which a CUDA graph can't hold (from its 1.2 on)."""
+        flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None:
+            self.config.set_flag(flag)
 
-        `named`: these are its own bindings, which know the flag if the library does (from 1.2 on).
-        """
-        number = _USER_ALLOCATION
-        if named:
-            flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
-            if flag is None:
-                return
-            number = int(flag)
-        self.config.flags |= 1 << number
-
-    def build(self, partial: Path, *, stream: bool) -> int:
+    def build(self, partial: Path) -> int:
         """Build and write the plan; return its size in bytes.
 
-        `stream`: write it while it is made, which saves one copy of it in memory, where TensorRT can.
+        It is written while it is made, which saves one copy of it in memory, where TensorRT can.
         """
         self.channel.progress("Building engine")
         try:
             with partial.open("wb") as file:
-                stream = stream and hasattr(self.builder, "build_serialized_network_to_stream")
-                size = self._stream(file) if stream else self._serialize(file)
+                streams = hasattr(self.builder, "build_serialized_network_to_stream")
+                size = self._stream(file) if streams else self._serialize(file)
                 self.channel.progress("Writing the plan", 1.0)
                 file.flush()
                 os.fsync(file.fileno())
