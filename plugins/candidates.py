@@ -53,7 +53,7 @@ def estimate(spec: ExpertsSpec, sm: int, tokens: int, *, prefill: bool) -> Exper
     """The estimate for a batch, of the kind of kernels that is asked for."""
     bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
     bucket = max(bucket, PREFILL_BUCKET) if prefill else min(bucket, PREFILL_BUCKET // 2)
-    return experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, sm)
+    return experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, sm, interleaved=spec.form.interleaved)
 
 
 def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: bool) -> list[MatmulLaunch]:

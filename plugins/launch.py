@@ -93,16 +93,26 @@ def tokens_bucket(tokens: int, experts: int, experts_per_token: int) -> int:
 
 
 def experts_launch(
-    tokens: int, experts: int, experts_per_token: int, hidden: int, inner: int, dtype: str, sm: int
+    tokens: int,
+    experts: int,
+    experts_per_token: int,
+    hidden: int,
+    inner: int,
+    dtype: str,
+    sm: int,
+    *,
+    interleaved: bool = False,
 ) -> ExpertsLaunch:
     """The launch for a batch of up to `tokens` tokens (a power of two): measured, else an estimate.
 
     More tokens than any measured of a layer take the launch of the most. The types of 2 bytes share their measurements.
+    `interleaved`: as in ExpertsForm.
     """
     measured = _experts_table().get((sm, experts, experts_per_token, hidden, inner), {}) if BYTES[dtype] == 2 else {}
     if measured and (launch := measured.get(min(tokens, max(measured)))):
         return launch
-    return experts_estimate(tokens_bucket(tokens, experts, experts_per_token), hidden, inner, dtype, sm)
+    bucket = tokens_bucket(tokens, experts, experts_per_token)
+    return experts_estimate(bucket, hidden, inner, dtype, sm, interleaved=interleaved)
 
 
 def select_launch(tokens: int, experts: int, experts_per_token: int, sm: int) -> SelectLaunch:
@@ -135,13 +145,15 @@ PREFILL_BUCKET = 64
 FLOAT32_TOKENS = 512
 
 
-def experts_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+def experts_estimate(
+    bucket: int, hidden: int, inner: int, dtype: str, sm: int, *, interleaved: bool = False
+) -> ExpertsLaunch:
     """A launch by reasoning, for what no GPU has measured."""
     if dtype == "float32":
         return _float32_launch(bucket)
     if bucket < PREFILL_BUCKET:
         return _decode_estimate(bucket, hidden, inner, dtype, sm)
-    return _prefill_estimate(bucket, hidden, inner, dtype, sm)
+    return _prefill_estimate(bucket, hidden, inner, dtype, sm, interleaved=interleaved)
 
 
 def _decode_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
@@ -169,7 +181,7 @@ def _decode_launch(launch: MatmulLaunch, hidden: int, inner: int, dtype: str, sm
     return ExpertsLaunch(False, fit(gate_up, dtype, sm, rows_a_value=2), fit(down, dtype, sm, rows_a_value=1), reason)
 
 
-def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
+def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int, *, interleaved: bool) -> ExpertsLaunch:
     block_t = min(bucket, 128)
     # Hopper's matrix instruction is fed best by 128 x 256 tiles (2 groups of warps of 64 x 256); Blackwell's wants 128
     # rows too. The others hold 128 x 128 in their registers. With 64 pairs the weights' arrival still counts: two
@@ -191,6 +203,10 @@ def _prefill_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int)
         # Here down may write float32, and a tile of 128 x 256 of it, 128 values a thread, spills 356 bytes (Mixtral at
         # 512 tokens); 128 x 128 takes 170 registers. At 64 pairs 4 warps spill 4 bytes (gpt-oss), 8 take 109 registers.
         down = replace(down, block_n=128, warps=8)
+    if sm == 100 and interleaved and block_t == 128:
+        # Gate and up that lie in turns are taken apart in registers: 128 x 256 of them spill 68 bytes with triton 3.7.1
+        # (gpt-oss from 4096 tokens on), 128 x 128 take 194 registers.
+        gate_up = replace(gate_up, block_n=64)
     if sm == 120 and block_t == 64:
         gate_up = replace(gate_up, warps=8)  # 4 spill 4 bytes (Mixtral at 256 tokens)
     if launch.descriptors:

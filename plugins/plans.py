@@ -260,7 +260,7 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     """LynxExperts for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     if launch is None:
         layer = spec.experts, spec.experts_per_token, spec.hidden, spec.inner
-        launch = experts_launch(tokens, *layer, spec.dtype, sm)
+        launch = experts_launch(tokens, *layer, spec.dtype, sm, interleaved=spec.form.interleaved)
     steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, sm, tokens)
     partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
     steps += [

@@ -257,9 +257,9 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
                 down=replace(down, programmatic=early[1]),
             )
             times[launch] = bench.time(experts_plan(spec, gpu.sm, tokens, launch), batches, tokens)
-    usual = experts_estimate(
-        tokens_bucket(tokens, spec.experts, spec.experts_per_token), spec.hidden, spec.inner, spec.dtype, gpu.sm
-    )
+    bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
+    sizes = bucket, spec.hidden, spec.inner, spec.dtype, gpu.sm
+    usual = experts_estimate(*sizes, interleaved=spec.form.interleaved)
     before = bench.time(experts_plan(spec, gpu.sm, tokens, usual), batches, tokens)
     best = min(times, key=lambda launch: times[launch])
     fastest = times[best]
