@@ -14,7 +14,7 @@ import torch
 
 from lynx_trt.errors import UnsupportedModelError
 from lynx_trt.export.quantized import gptq
-from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor
+from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, fields_of, refuse_misfits
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.stored import Shards, StoredTensor
 
@@ -60,7 +60,7 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
         name = key.removesuffix(".qweight")
         parts = gptq.grouped_parts(tensors, name)
         (inner, packed), groups = parts["values"].shape, parts["scales"].shape[0]
-        gptq.refuse_misfits(parts, {"scales": (groups, packed * _EACH), "zeros": (groups, packed)})
-        fields = gptq.grouped_fields(name, (packed * _EACH, inner), parts)
+        refuse_misfits(parts, {"scales": (groups, packed * _EACH), "zeros": (groups, packed)})
+        fields = fields_of(f"{name}.weight", (packed * _EACH, inner), parts)
         group = gptq.group_size(config, parts["scales"], inner)
         yield AwqTensor(**fields, bits=_BITS, group=group, less_one=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
-from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside
+from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside, fields_of, refuse_misfits
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.quantized.scaled import FP8, ScaledTensor, block_size, fitting_block, grid_of
 from lynx_trt.export.stored import Shards, StoredTensor
@@ -159,7 +159,7 @@ def _plain(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> C
     parts = {"values": values, "scales": beside(tensors, name + _SCALE, _FLOATS)}
     if name + _ZEROS in tensors and values.dtype != FP8:
         parts["zeros"] = beside(tensors, name + _ZEROS, ("I8",))
-    return ScaledTensor(**_fields(name, values.shape, parts), block=_block(parts, values.shape, scheme))
+    return ScaledTensor(**fields_of(name, values.shape, parts), block=_block(parts, values.shape, scheme))
 
 
 def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
@@ -180,14 +180,9 @@ def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> 
     shape = (*values.shape[:-1], values.shape[-1] * 32 // scheme.bits)
     block = _block(parts, shape, scheme)
     if name + _ZEROS in tensors:
-        parts["zeros"] = zeros = beside(tensors, name + _ZEROS, ("I32",))
-        wanted = (-(-shape[0] * scheme.bits // 32), grid_of(shape, block)[1])
-        if zeros.shape != wanted:
-            raise CheckpointError(
-                f"{zeros.key} is stored as {list(zeros.shape)}, which has to be {list(wanted)} for {values.key} "
-                f"{list(values.shape)}; copy the checkpoint again"
-            )
-    return PackedTensor(**_fields(name, shape, parts), block=block, bits=scheme.bits)
+        parts["zeros"] = beside(tensors, name + _ZEROS, ("I32",))
+        refuse_misfits(parts, {"zeros": (-(-shape[0] * scheme.bits // 32), grid_of(shape, block)[1])})
+    return PackedTensor(**fields_of(name, shape, parts), block=block, bits=scheme.bits)
 
 
 def _block(parts: dict[str, StoredTensor], shape: tuple[int, ...], scheme: _Scheme) -> tuple[int, int]:
@@ -199,14 +194,3 @@ def _block(parts: dict[str, StoredTensor], shape: tuple[int, ...], scheme: _Sche
             f"{list(parts['scales'].shape)}, and each scale has a zero point; copy the checkpoint again"
         )
     return found
-
-
-def _fields(name: str, shape: tuple[int, ...], parts: dict[str, StoredTensor]) -> dict[str, Any]:
-    return {
-        "file": parts["values"].file,
-        "key": name,
-        "dtype": "F32",
-        "shape": shape,
-        "nbytes": sum(part.nbytes for part in parts.values()),
-        "parts": parts,
-    }

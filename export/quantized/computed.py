@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -91,6 +91,32 @@ def beside(tensors: Mapping[str, StoredTensor], key: str, dtypes: tuple[str, ...
             "quantize it in a form that docs/quantized.md lists"
         )
     return stored
+
+
+def refuse_misfits(parts: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a part has another shape.
+
+    Raises:
+        CheckpointError: with the part and both shapes.
+    """
+    for kind, part in parts.items():
+        if part.shape != wanted.get(kind, part.shape):
+            raise CheckpointError(
+                f"{part.key} is stored as {list(part.shape)}, which has to be {list(wanted[kind])} for "
+                f"{parts['values'].key} {list(parts['values'].shape)}; copy the checkpoint again"
+            )
+
+
+def fields_of(key: str, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Fields of the weight `key` that is computed of `parts`, the values' first."""
+    return {
+        "file": next(iter(parts.values())).file,
+        "key": key,
+        "dtype": "F32",
+        "shape": shape,
+        "nbytes": sum(part.nbytes for part in parts.values()),
+        "parts": parts,
+    }
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lynx_trt.export.quantized.computed import ComputedTensor, beside
+from lynx_trt.export.quantized.computed import ComputedTensor, beside, fields_of
 from lynx_trt.export.quantized.scaled import FP8, SCALES, ScaledTensor, block_size, fitting_block
 from lynx_trt.export.stored import StoredTensor
 
@@ -28,12 +28,5 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
         if not key.endswith(_SCALES):
             continue
         values, scales = beside(tensors, key.rpartition("_scale")[0], (FP8,)), beside(tensors, key, SCALES)
-        yield ScaledTensor(
-            file=values.file,
-            key=values.key,
-            dtype="F32",
-            shape=values.shape,
-            nbytes=values.nbytes + scales.nbytes,
-            parts={"values": values, "scales": scales},
-            block=fitting_block(values, values.shape, scales, block),
-        )
+        fields = fields_of(values.key, values.shape, {"values": values, "scales": scales})
+        yield ScaledTensor(**fields, block=fitting_block(values, values.shape, scales, block))

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
-from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside, pieces_of
+from lynx_trt.export.quantized.computed import (
+    ANOTHER,
+    ComputedTensor,
+    Index,
+    beside,
+    fields_of,
+    pieces_of,
+    refuse_misfits,
+)
 from lynx_trt.export.quantized.packed import unpack
 from lynx_trt.export.stored import Shards, StoredTensor
 
@@ -111,7 +119,8 @@ def _tensor(
     wanted = {"scales": (groups, outer), "zeros": (groups, outer * bits // 32), "order": (inner,)}
     refuse_misfits(parts, wanted)
     group = inner if "order" in parts else group_size(config, parts["scales"], inner)
-    return GroupedTensor(**grouped_fields(name, (outer, inner), parts), bits=bits, group=group, less_one=less_one)
+    fields = fields_of(f"{name}.weight", (outer, inner), parts)
+    return GroupedTensor(**fields, bits=bits, group=group, less_one=less_one)
 
 
 def group_size(config: dict[str, Any], scales: StoredTensor, inner: int) -> int:
@@ -148,29 +157,3 @@ def grouped_parts(tensors: Mapping[str, StoredTensor], name: str) -> dict[str, S
         if len(part.shape) != 2 or not part.shape[0]:
             raise CheckpointError(f"{part.key} is stored as {list(part.shape)}, which is no matrix; copy it again")
     return parts
-
-
-def refuse_misfits(parts: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise if a part has another shape.
-
-    Raises:
-        CheckpointError: with the part and both shapes.
-    """
-    for kind, part in parts.items():
-        if part.shape != wanted.get(kind, part.shape):
-            raise CheckpointError(
-                f"{part.key} is stored as {list(part.shape)}, which has to be {list(wanted[kind])} for "
-                f"{parts['values'].key} {list(parts['values'].shape)}; copy the checkpoint again"
-            )
-
-
-def grouped_fields(name: str, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Fields of the weight of linear layer `name`."""
-    return {
-        "file": parts["values"].file,
-        "key": f"{name}.weight",
-        "dtype": "F32",
-        "shape": shape,
-        "nbytes": sum(part.nbytes for part in parts.values()),
-        "parts": parts,
-    }

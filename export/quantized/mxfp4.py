@@ -14,16 +14,15 @@ import numpy as np
 import torch
 
 from lynx_trt.errors import CheckpointError
-from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, e8m0, pieces_of
+from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, e8m0, fields_of, pieces_of
+from lynx_trt.export.quantized.packed import both_of_a_byte, pairs_of
 from lynx_trt.export.stored import Shards, StoredTensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _BLOCK = 32
 # By the four bits of E2M1: sign, two of exponent, one of mantissa.
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
-_VALUES = np.concatenate([_VALUES, -_VALUES])
-# Both values of a byte, as the 8 bytes of two float32: one look-up for two values.
-_PAIRS = np.stack([_VALUES[np.arange(256) & 15], _VALUES[np.arange(256) >> 4]], axis=1).view(np.int64)[:, 0]
+_PAIRS = pairs_of(np.concatenate([_VALUES, -_VALUES]))
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class Mxfp4Tensor(ComputedTensor):
         for expert, chosen in pieces_of((experts, rows, columns)):
             blocks = shards.piece(self.parts["blocks"], (expert, chosen))
             scales = e8m0(shards.piece(self.parts["scales"], (expert, chosen)))
-            pairs = np.take(_PAIRS, blocks.numpy()).view(np.float32)
-            values = (torch.from_numpy(pairs) * scales[..., None]).reshape(-1, columns)
+            values = (both_of_a_byte(_PAIRS, blocks.numpy()) * scales[..., None]).reshape(-1, columns)
             yield (expert, slice(None), chosen), values.T
 
     def scales(self, shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,11 +67,4 @@ def find(tensors: Mapping[str, StoredTensor], _: dict[str, Any]) -> Iterator[Com
                 f"for each block of {key}; copy the checkpoint again"
             )
         experts, rows, groups, _size = blocks.shape
-        yield Mxfp4Tensor(
-            file=blocks.file,
-            key=name,
-            dtype="F32",
-            shape=(experts, groups * _BLOCK, rows),
-            nbytes=blocks.nbytes + scales.nbytes,
-            parts={"blocks": blocks, "scales": scales},
-        )
+        yield Mxfp4Tensor(**fields_of(name, (experts, groups * _BLOCK, rows), {"blocks": blocks, "scales": scales}))

@@ -1,9 +1,23 @@
-"""Integers of a few bits, packed into int32."""
+"""Integers of a few bits, packed into bytes or int32."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+
+def pairs_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Of the 16 values of 4 bits both of each byte, the lower half's first, as the 8 bytes of two float32 [256]."""
+    byte = np.arange(256)
+    return np.stack([values[byte & 15], values[byte >> 4]], axis=1).view(np.int64)[:, 0]
+
+
+def both_of_a_byte(pairs: NDArray[np.int64], data: NDArray[Any]) -> torch.Tensor:
+    """[...,N] uint8 -> [...,2N] float32: one look-up in `pairs` for two values."""
+    return torch.from_numpy(np.take(pairs, data).view(np.float32))
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -11,9 +25,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     data = packed.contiguous().numpy().view(np.uint8)
     if bits == 8:
         return torch.from_numpy(data.astype(np.float32))
-    return torch.from_numpy(np.take(_PAIRS, data).view(np.float32))
+    return both_of_a_byte(_UNSIGNED, data)
 
 
-_NIBBLES = np.arange(256)
-# Both values of a byte, as the 8 bytes of two float32: one look-up for two values.
-_PAIRS = np.stack([_NIBBLES & 15, _NIBBLES >> 4], axis=1).astype(np.float32).view(np.int64)[:, 0]
+_UNSIGNED = pairs_of(np.arange(16, dtype=np.float32))
