@@ -95,20 +95,7 @@ def test_weights_that_do_not_fit_the_gpu(
     text_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / DRAWS).write_bytes(b"kernels")
-    engine = EngineRecord(
-        flavor="rtx",
-        tensorrt="1.7.1",
-        expert_weights="engine",
-        compute_capabilities=[89],
-        seconds=1.0,
-        peak_bytes=1,
-        plan_bytes=1,
-        plugin_layers={},
-        profiles=[],
-        tensors=[],
-        external=[],
-        warnings=[],
-    )
+    engine = EngineRecord.model_construct(flavor="rtx", tensorrt="1.7.1", compute_capabilities=[89])
     files = {**text_artifact.manifest.files, **record_files(tmp_path)}
     manifest = text_artifact.manifest.model_copy(update={"engine": engine, "files": files})
     built = Artifact(text_artifact.folder, manifest)
@@ -124,12 +111,11 @@ def test_weights_that_do_not_fit_the_gpu(
 
 
 def test_where_neither_can_run_it(text_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    if text_artifact.manifest.engine is None:
-        engine = {"update": {"engine": EngineRecord.model_construct(compute_capabilities=[89])}}
-        text_artifact = Artifact(text_artifact.folder, text_artifact.manifest.model_copy(**engine))
+    engine = EngineRecord.model_construct(compute_capabilities=[89])
+    built = Artifact(text_artifact.folder, text_artifact.manifest.model_copy(update={"engine": engine}))
     monkeypatch.setattr(gpu, "compute_capabilities", list)
     for memory, words in ((1 << 40, "; ONNX Runtime on the CPU can"), (1, "")):
         monkeypatch.setattr(machine, "memory_bytes", lambda memory=memory: memory)
-        notes = preflight(text_artifact, verify=False).notes
+        notes = preflight(built, verify=False).notes
         assert f"no GPU here, so the engine can't run{words}" in notes
         assert any("can't run it here" in note for note in notes) == (memory == 1)

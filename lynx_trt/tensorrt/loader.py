@@ -151,23 +151,19 @@ def _full(reasons: list[str]) -> Loaded | None:
         reasons.append("the CUDA driver reports no GPU")
         return None
     try:
-        module = importlib.import_module("tensorrt")
-        # Making a Builder is what fails where the driver is too old for the library.
-        if not module.Builder(module.Logger(module.Logger.ERROR)):
-            raise RuntimeError("it makes no Builder")
+        loaded = _started("tensorrt", "full")
     except Exception as error:  # whatever its import does: libraries missing, a package that is only a downloader
         reasons.append(f"{type(error).__name__}: {_one_line(error)}")
         return None
-    version = tuple(int(word) for word in str(module.__version__).split(".")[:2] if word.isdigit())
+    version = tuple(int(word) for word in loaded.version.split(".")[:2] if word.isdigit())
     if version < LEAST_FULL:
         least = ".".join(map(str, LEAST_FULL))
         reasons.append(
-            f"TensorRT {module.__version__} doesn't know RMSNormalization, RotaryEmbedding and TensorScatter: "
+            f"TensorRT {loaded.version} doesn't know RMSNormalization, RotaryEmbedding and TensorScatter: "
             f'pip install "tensorrt>={least}"'
         )
         return None
-    origin = f"the module tensorrt in {Path(str(module.__file__)).parent}"
-    return Loaded(module, "full", str(module.__version__), origin)
+    return loaded
 
 
 def _rtx_module() -> str | None:
@@ -185,15 +181,21 @@ def _rtx(reasons: list[str]) -> Loaded:
             f"{INSTALL_CPU}"
         )
     try:
-        module = importlib.import_module(name)
-        if not module.Builder(module.Logger(module.Logger.ERROR)):
-            raise RuntimeError("it makes no Builder")
+        return _started(name, "rtx")
     except Exception as error:  # whatever its import does: no wheel with its libraries, or another version
         raise TensorRTError(
             f"TensorRT for RTX can't be loaded: {type(error).__name__}: {_one_line(error)}; install it again, for "
             f"Linux on x86-64: {INSTALL_CPU}"
         ) from error
-    return Loaded(module, "rtx", str(module.__version__), f"the module {name} in {Path(str(module.__file__)).parent}")
+
+
+def _started(name: str, flavor: Literal["full", "rtx"]) -> Loaded:
+    """Import a product's module. Raises whatever its import raises, or what making a Builder does."""
+    module = importlib.import_module(name)
+    # That is what fails where the driver is too old for the library.
+    if not module.Builder(module.Logger(module.Logger.ERROR)):
+        raise RuntimeError("it makes no Builder")
+    return Loaded(module, flavor, str(module.__version__), f"the module {name} in {Path(str(module.__file__)).parent}")
 
 
 def _importable(module: str) -> bool:
