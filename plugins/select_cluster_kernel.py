@@ -91,11 +91,11 @@ def select_cluster_kernel(
         if VOTE == "affinity":
             voters = counts.to(tl.int32)
             for start in range(BLOCK_T, end, BLOCK_T):
-                token = first + start + tl.arange(0, BLOCK_T)
-                _, _, _, _, counts_too, _ = load_tile(
-                    choice, combine, topk_index, topk_weight, token_mask, token, token < T, E, K, BLOCK_E
+                other = first + start + tl.arange(0, BLOCK_T)
+                _, _, _, _, others, _ = load_tile(
+                    choice, combine, topk_index, topk_weight, token_mask, other, other < T, E, K, BLOCK_E
                 )
-                voters += counts_too.to(tl.int32)
+                voters += others.to(tl.int32)
             tl.store(voting + block, tl.sum(voters, axis=0))
             meet()
             all_voting = tl.sum(tl.load(voting + program, cache_modifier=".cg"), axis=0)
