@@ -5,12 +5,14 @@
         -> (index[T,K] i64, weight[T,K] f32, active[] i32)
 
     LynxExperts(hidden[T,H], index[T,K] i64, weight[T,K] f32, gate_up, down
-                [, gate_up_bias[E,2I], down_bias[E,H]]) -> [T,H]
+                [, gate_up_scale, down_scale] [, gate_up_bias[E,2I], down_bias[E,H]]) -> [T,H]
 
 The exporter writes these nodes, the function bodies define what they mean for ONNX Runtime, and the
 TensorRT plugins read the same attributes as their fields. An index of -1 is an empty slot. With
 `transposed = 0` the weights are `gate_up[E,2I,H]`, `down[E,H,I]` (an output row at a time); with 1 they are
-`gate_up[E,H,2I]`, `down[E,I,H]`. Ungated experts (`gated = 0`) have `gate_up` of I rows instead of 2I.
+`gate_up[E,H,2I]`, `down[E,I,H]`. Ungated experts (`gated = 0`) have `gate_up` of I rows instead of 2I. Quantized
+weights (`weights = "mxfp4"`, never transposed) have scales: `gate_up[E,2I,H/2]`, `gate_up_scale[E,2I,H/32]`,
+`down[E,H,I/2]`, `down_scale[E,H,I/32]`, all int8 (mxfp4.py).
 """
 
 from __future__ import annotations
@@ -56,5 +58,6 @@ def experts_attributes(form: ExpertsForm) -> Attributes:
         "alpha": float(form.alpha),
         "limit": float(form.limit),
         "up_offset": float(form.up_offset),
+        "weights": form.weights,
         **PLUGIN,
     }

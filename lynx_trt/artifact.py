@@ -23,7 +23,7 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, UsageError
 from lynx_trt.selection import Selection
 
-SCHEMA: Literal[3] = 3
+SCHEMA: Literal[4] = 4
 MANIFEST = "lynx.json"
 TOKENIZER = "tokenizer.json"
 ENGINE = "engine.plan"
@@ -169,7 +169,7 @@ class ForeignRecord(_Record):
 class Manifest(_Record):
     """`lynx.json`."""
 
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[4] = SCHEMA
     created: str
     model: ModelRecord
     selection: SelectionRecord

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lynx_trt import mxfp4
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating[Any]]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+# As numbers of the graph's own precision, or quantized (mxfp4.py).
+WEIGHTS = ("float", "mxfp4")
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -30,7 +33,8 @@ class ExpertsForm:
     act(gate) * (up + up_offset) @ down + bias. Ungated experts have no gate: act(up) @ down + bias.
 
     Raises:
-        UsageError: a field is out of its range, or is about a gate that ungated experts don't have.
+        UsageError: a field is out of its range, or is about a gate that ungated experts don't have, or quantized
+            weights are transposed.
     """
 
     activation: str = "silu"  # silu: z * sigmoid(alpha * z) | gelu | gelu_tanh | relu | relu2 (relu squared)
@@ -40,6 +44,7 @@ class ExpertsForm:
     alpha: float = 1.0  # of silu; 1.702 makes it the quick form of gelu
     limit: float = 0.0
     up_offset: float = 0.0
+    weights: str = "float"  # float | mxfp4
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -53,8 +58,17 @@ class ExpertsForm:
             raise UsageError(f"limit is {self.limit!r}: it has to be a number above 0, or 0 for no limit.")
         if not abs(self.up_offset) <= _FLOAT32_MAX:
             raise UsageError(f"up_offset is {self.up_offset!r}: it has to be a finite number.")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"weights is {self.weights!r}: it has to be one of {', '.join(WEIGHTS)}.")
+        if self.quantized and self.transposed:
+            raise UsageError(f"transposed is True: weights in {self.weights} have to lie along what is summed over.")
         if not self.gated and (self.interleaved or self.up_offset):
             raise UsageError("gated is False, so there is nothing to be interleaved with or to add up_offset to.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights have scales beside them."""
+        return self.weights != "float"
 
 
 def experts(
@@ -66,6 +80,8 @@ def experts(
     down: ArrayLike,
     gate_up_bias: ArrayLike | None = None,
     down_bias: ArrayLike | None = None,
+    gate_up_scale: ArrayLike | None = None,
+    down_scale: ArrayLike | None = None,
 ) -> Floats:
     """The weighted sum of each token's experts: what `LynxExperts` computes.
 
@@ -73,6 +89,7 @@ def experts(
 
     Args:
         form: activation and layout. `[A|B]` below: A, or B for `transposed` forms; ungated ones have I for 2I.
+            Quantized weights have the shapes that mxfp4.py gives for [E,2I,H] and [E,H,I].
         hidden: float [T,H].
         index: int [T,K], -1 for an empty slot.
         weight: float [T,K].
@@ -80,6 +97,8 @@ def experts(
         down: float [E,H,I | E,I,H].
         gate_up_bias: float [E,2I].
         down_bias: float [E,H].
+        gate_up_scale: int8 [E,2I,H/32], of quantized weights alone.
+        down_scale: int8 [E,H,I/32], of quantized weights alone.
 
     Returns:
         [T,H] of hidden's dtype; a token with no expert gets zeros.
@@ -89,19 +108,21 @@ def experts(
     """
     hidden, index, weight, gate_up, down = (np.asarray(a) for a in (hidden, index, weight, gate_up, down))
     biases = [None if bias is None else np.asarray(bias) for bias in (gate_up_bias, down_bias)]
-    _check(form, hidden, index, weight, gate_up, down, *biases)
+    scales = [None if scale is None else np.asarray(scale) for scale in (gate_up_scale, down_scale)]
+    _check(form, hidden, index, weight, gate_up, down, *biases, *scales)
     dtype = np.float64 if hidden.dtype == np.float64 else np.float32
 
-    def linear(x: Floats, weights: Floats, bias: Floats | None, expert: int) -> Floats:
-        matrix = weights[expert].astype(dtype)
+    def linear(x: Floats, weights: Floats, scale: Floats | None, bias: Floats | None, expert: int) -> Floats:
+        own = weights[expert]
+        matrix: Floats = (own if scale is None else mxfp4.dequantize(own, scale[expert])).astype(dtype)
         y: Floats = x @ (matrix if form.transposed else matrix.T)
         return y if bias is None else y + bias[expert].astype(dtype)
 
     result = np.zeros(hidden.shape, dtype)
     for expert in np.unique(index[index >= 0]):
         tokens, slots = np.nonzero(index == expert)
-        inner = _activate(form, linear(hidden[tokens].astype(dtype), gate_up, biases[0], expert))
-        output = linear(inner, down, biases[1], expert) * weight[tokens, slots, None].astype(dtype)
+        inner = _activate(form, linear(hidden[tokens].astype(dtype), gate_up, scales[0], biases[0], expert))
+        output = linear(inner, down, scales[1], biases[1], expert) * weight[tokens, slots, None].astype(dtype)
         np.add.at(result, tokens, output)
     with np.errstate(over="ignore"):  # beyond float16 is Inf, as it is for every backend
         return result.astype(hidden.dtype)
@@ -164,25 +185,34 @@ def _check(
     down: Floats,
     gate_up_bias: Floats | None,
     down_bias: Floats | None,
+    gate_up_scale: Floats | None,
+    down_scale: Floats | None,
 ) -> None:
     if hidden.ndim != 2 or down.ndim != 3:
         raise UsageError(f"hidden and down have the shapes {hidden.shape} and {down.shape}: they have to be 2D and 3D.")
     tokens, width = hidden.shape
-    number, inner = down.shape[0], down.shape[1 if form.transposed else 2]
+    packed = 2 if form.quantized else 1
+    number, inner = down.shape[0], down.shape[1 if form.transposed else 2] * packed
     rows = 2 * inner if form.gated else inner
     shapes = {
         "index": (index, (tokens, *index.shape[1:2])),
         "weight": (weight, index.shape),
-        "gate_up": (gate_up, (number, width, rows) if form.transposed else (number, rows, width)),
-        "down": (down, (number, inner, width) if form.transposed else (number, width, inner)),
+        "gate_up": (gate_up, (number, width, rows) if form.transposed else (number, rows, width // packed)),
+        "down": (down, (number, inner, width) if form.transposed else (number, width, inner // packed)),
         "gate_up_bias": (gate_up_bias, (number, rows)),
         "down_bias": (down_bias, (number, width)),
+        "gate_up_scale": (gate_up_scale, (number, rows, width // mxfp4.BLOCK)),
+        "down_scale": (down_scale, (number, width, inner // mxfp4.BLOCK)),
     }
     for name, (array, shape) in shapes.items():
+        if name.endswith("_scale") and (array is not None) != form.quantized:
+            raise UsageError(f"{name} has to be {'given' if form.quantized else 'left out'} of {form.weights} weights.")
         if array is not None and array.shape != shape:
             raise UsageError(
                 f"{name} has the shape {array.shape}: with this form and these inputs it has to be {shape}."
             )
+    if form.quantized and (width % mxfp4.BLOCK or inner % mxfp4.BLOCK):
+        raise UsageError(f"H and I are {width} and {inner}: in mxfp4 they have to be multiples of {mxfp4.BLOCK}.")
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
         raise UsageError(f"index is {index.dtype} of shape {index.shape}: it has to be whole numbers [T,K].")
     if index.size and not -1 <= index.min() <= index.max() < number:

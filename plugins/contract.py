@@ -6,7 +6,8 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
-K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; D is in COMPUTED).
+K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; P and Q are H and I
+in MXFP4's bytes of two values, G and J in its blocks of 32; D is in COMPUTED). What is quantized is int8 for its bits.
 
 TensorRT's plugins do take int64 (tried with TensorRT for RTX 1.7 under the 11.4 API: a plugin that supports nothing
 else for `index` is built into an engine), so `index` keeps the type that ONNX's TopK gives it.
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lynx_trt.experts import ACTIVATIONS, ExpertsForm
+from lynx_trt.experts import ACTIVATIONS, WEIGHTS, ExpertsForm
 from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
 from lynx_trt.selection import VOTES
 
@@ -54,6 +55,9 @@ class Field:
 DISPATCH = "dispatch"
 _DISPATCH_FIELD = Field(DISPATCH, "int32", 0, (0, 1))
 
+# The field that says in what the weights are; other than "float", their tensors are those of QUANTIZED.
+WEIGHTS_FIELD = "weights"
+
 # Dimensions that are equal to none of an input: sums of products of symbols and numbers.
 Terms = tuple[tuple[int | str, ...], ...]
 COMPUTED: dict[str, Terms] = {"D": (("T", "K"), (2, "E"), (2,))}
@@ -79,8 +83,8 @@ _DISPATCH_TENSOR = Tensor(DISPATCH, "int32", ("D",))
 class Contract:
     """What TensorRT is told about one plugin. The inputs named `optional` are given all together or not at all.
 
-    Of a node whose field `dispatch` is 1, `of_node` is the contract: the metadata is its last output (`hands_over`) or
-    its last input.
+    `of_node` is the contract of a node: with the field `dispatch` 1 the metadata is its last output (`hands_over`) or
+    its last input; with quantized weights these are of other types and shapes, and their scales come after them.
     """
 
     name: str
@@ -94,11 +98,15 @@ class Contract:
 
     def of_node(self, values: Mapping[str, Value]) -> Contract:
         """The contract of a node with such fields."""
-        if not values[DISPATCH]:
-            return self
-        if self.hands_over:
-            return replace(self, outputs=(*self.outputs, _DISPATCH_TENSOR))
-        return replace(self, inputs=(*self.inputs, _DISPATCH_TENSOR))
+        inputs, outputs = self.inputs, self.outputs
+        if quantized := QUANTIZED.get(str(values.get(WEIGHTS_FIELD))):
+            place = inputs.index(_WEIGHTS[0])
+            inputs = (*inputs[:place], *quantized, *inputs[place + len(_WEIGHTS) :])
+        if values[DISPATCH] and self.hands_over:
+            outputs = (*outputs, _DISPATCH_TENSOR)
+        elif values[DISPATCH]:
+            inputs = (*inputs, _DISPATCH_TENSOR)
+        return replace(self, inputs=inputs, outputs=outputs)
 
     @property
     def stored_fields(self) -> tuple[Field, ...]:
@@ -209,6 +217,20 @@ def _size(sources: Sources, shapes: Sequence[Sequence[int]]) -> int:
 
 _FORM = ExpertsForm()
 
+_WEIGHTS = (
+    Tensor("gate_up", "float", ("E", "R", "H")),  # [E,H,R] with transposed = 1
+    Tensor("down", "float", ("E", "H", "I")),  # [E,I,H] with transposed = 1
+)
+# What stands in their place, by the field `weights`.
+QUANTIZED: dict[str, tuple[Tensor, ...]] = {
+    "mxfp4": (
+        Tensor("gate_up", "int8", ("E", "R", "P")),
+        Tensor("down", "int8", ("E", "H", "Q")),
+        Tensor("gate_up_scale", "int8", ("E", "R", "G")),
+        Tensor("down_scale", "int8", ("E", "H", "J")),
+    ),
+}
+
 SELECT_CONTRACT = Contract(
     name=SELECT,
     fields=(
@@ -250,14 +272,14 @@ EXPERTS_CONTRACT = Contract(
         Field("alpha", "float32", _FORM.alpha),
         Field("limit", "float32", _FORM.limit),
         Field("up_offset", "float32", _FORM.up_offset),
+        Field(WEIGHTS_FIELD, "char", _FORM.weights, WEIGHTS),
         _DISPATCH_FIELD,
     ),
     inputs=(
         Tensor("hidden", "float", ("T", "H")),
         Tensor("index", "int64", ("T", "K")),
         Tensor("weight", "float32", ("T", "K")),
-        Tensor("gate_up", "float", ("E", "R", "H")),  # [E,H,R] with transposed = 1
-        Tensor("down", "float", ("E", "H", "I")),  # [E,I,H] with transposed = 1
+        *_WEIGHTS,
         Tensor("gate_up_bias", "float", ("E", "R")),
         Tensor("down_bias", "float", ("E", "H")),
     ),

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from lynx_trt.errors import ArtifactError
 from lynx_trt.export.ops import SELECT
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
-from lynx_trt.plugins.contract import DISPATCH, Contract
+from lynx_trt.plugins.contract import DISPATCH, WEIGHTS_FIELD, Contract
 from lynx_trt.plugins.plan import Plan, Step, find_plan
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec, Spec, Value
 
@@ -59,14 +59,16 @@ def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]
             values, experts=shapes[0][1], experts_per_token=shapes[2][1], dispatch_taken=handed
         )
     down = shapes[4]
+    quantized = values[WEIGHTS_FIELD] != "float"
+    inner = down[1] if values["transposed"] else down[2] * (2 if quantized else 1)
     return ExpertsSpec.from_attributes(
         values,
         experts=down[0],
         experts_per_token=shapes[1][1],
         hidden=shapes[0][1],
-        inner=down[1] if values["transposed"] else down[2],
+        inner=inner,
         dtype=float_type,
-        bias=len(shapes) - handed > 5,
+        bias=len(shapes) - handed > (7 if quantized else 5),
         dispatch_given=handed,
     )
 

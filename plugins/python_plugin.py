@@ -87,6 +87,7 @@ def type_name(trt: Any, data_type: Any) -> str:
         trt.DataType.INT32: "int32",
         trt.DataType.INT64: "int64",
         trt.DataType.BOOL: "bool",
+        trt.DataType.INT8: "int8",
     }
     return known.get(data_type, str(data_type))
 
@@ -99,6 +100,7 @@ def _data_type(trt: Any, name: str) -> Any:
         "int32": trt.DataType.INT32,
         "int64": trt.DataType.INT64,
         "bool": trt.DataType.BOOL,
+        "int8": trt.DataType.INT8,
     }[name]
 
 

@@ -17,6 +17,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
+from lynx_trt.mxfp4 import dequantize
 
 Array = NDArray[Any]
 
@@ -224,3 +225,73 @@ def test_wrong_inputs_are_named(place: int, value: Array, message: str) -> None:
 def test_wrong_forms_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ExpertsForm(**fields)
+
+
+# ------------------------------------------------------------------------------------------------------- MXFP4
+
+
+def _mxfp4(rng: np.random.Generator, *shape: int) -> tuple[Array, Array]:
+    """Random values and scales of a matrix [...,D]; scales from 2^-9 to 2."""
+    *rows, width = shape
+    values = rng.integers(-128, 128, (*rows, width // 2)).astype(np.int8)
+    scales = rng.integers(118, 129, (*rows, width // 32)).astype(np.uint8).view(np.int8)
+    return values, scales
+
+
+def test_mxfp4_is_what_the_format_says() -> None:
+    # By hand: 0x21 is 1.0 over 0.5, 0xF8 is -6.0 over -0.0; 127 is 1, 130 is 8, 0 is 2^-127, 255 no number.
+    values = np.zeros((4, 16), np.uint8)
+    values[:, 0], values[:, 15] = 0x21, 0xF8
+    matrix = dequantize(values.view(np.int8), np.array([[127], [130], [0], [255]], np.uint8).view(np.int8))
+    assert matrix[0, [0, 1, 30, 31]].tolist() == [0.5, 1, 0, -6]
+    assert np.signbit(matrix[0, 30])
+    assert matrix[1, [0, 1, 31]].tolist() == [4, 8, -48]
+    assert matrix[2, 31] == -6 * 2.0**-127
+    assert np.isnan(matrix[3]).all()
+
+
+@pytest.mark.parametrize("form", [ExpertsForm(weights="mxfp4"), ExpertsForm("gelu", gated=False, weights="mxfp4")])
+def test_experts_in_mxfp4_are_those_of_their_dequantized_weights(form: ExpertsForm) -> None:
+    rng = np.random.default_rng(3)
+    rows = 128 if form.gated else 64
+    gate_up, gate_up_scale = _mxfp4(rng, EXPERTS, rows, 32)
+    down, down_scale = _mxfp4(rng, EXPERTS, 32, 64)
+    hidden, index = rng.normal(size=(TOKENS, 32)), rng.integers(0, EXPERTS, (TOKENS, WIDTH))
+    weight = rng.random((TOKENS, WIDTH))
+    scales = {"gate_up_scale": gate_up_scale, "down_scale": down_scale}
+    found = experts(form, hidden, index, weight, gate_up, down, **scales)
+    full = dequantize(gate_up, gate_up_scale), dequantize(down, down_scale)
+    np.testing.assert_array_equal(found, experts(replace(form, weights="float"), hidden, index, weight, *full))
+    assert np.abs(found).max() > 1
+
+
+def test_mistakes_of_mxfp4_are_named() -> None:
+    with pytest.raises(UsageError, match="weights is 'fp3': it has to be one of float, mxfp4"):
+        ExpertsForm(weights="fp3")
+    with pytest.raises(UsageError, match="transposed is True: weights in mxfp4"):
+        ExpertsForm(weights="mxfp4", transposed=True)
+    rng = np.random.default_rng(3)
+    (gate_up, gate_up_scale), (down, down_scale) = _mxfp4(rng, 4, 64, 64), _mxfp4(rng, 4, 64, 32)
+    hidden, index, weight = np.zeros((2, 64)), np.zeros((2, 1), np.int64), np.ones((2, 1))
+    form = ExpertsForm(weights="mxfp4")
+    with pytest.raises(UsageError, match="gate_up_scale has to be given of mxfp4 weights"):
+        experts(form, hidden, index, weight, gate_up, down)
+    with pytest.raises(UsageError, match=r"down_scale has the shape \(4, 64, 2\)"):
+        experts(form, hidden, index, weight, gate_up, down, None, None, gate_up_scale, gate_up_scale)
+    with pytest.raises(UsageError, match="gate_up_scale has to be left out of float weights"):
+        experts(
+            ExpertsForm(), hidden, index, weight, np.zeros((4, 64, 64)), np.zeros((4, 64, 32)), None, None, down_scale
+        )
+    with pytest.raises(UsageError, match="H and I are 64 and 48: in mxfp4 they have to be multiples of 32"):
+        experts(
+            form,
+            hidden,
+            index,
+            weight,
+            np.zeros((4, 96, 32)),
+            np.zeros((4, 64, 24)),
+            None,
+            None,
+            np.zeros((4, 96, 2)),
+            np.zeros((4, 64, 1)),
+        )
