@@ -7,7 +7,8 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
 K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; P and Q are H and I
-in MXFP4's bytes of two values, G and J in its blocks of 32; D is in COMPUTED). What is quantized is int8 for its bits.
+in MXFP4's bytes of two values, G and J in its blocks of 32; D is in COMPUTED). What is quantized is int8 for its bits:
+of TensorRT for RTX 1.7.1 the parser makes int32 of uint8 constants, and the builder takes no uint8 input of a plugin.
 
 TensorRT's plugins do take int64 (tried with TensorRT for RTX 1.7 under the 11.4 API: a plugin that supports nothing
 else for `index` is built into an engine), so `index` keeps the type that ONNX's TopK gives it.
@@ -22,6 +23,7 @@ from typing import Literal
 
 from lynx_trt.experts import ACTIVATIONS, WEIGHTS, ExpertsForm
 from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
+from lynx_trt.mxfp4 import BLOCK
 from lynx_trt.selection import VOTES
 
 FieldType = Literal["int32", "float32", "char", "int8"]
@@ -64,6 +66,20 @@ COMPUTED: dict[str, Terms] = {"D": (("T", "K"), (2, "E"), (2,))}
 # The same with inputs' dimensions, each as (input, axis), in the symbols' place.
 Sources = tuple[tuple[int | tuple[int, int], ...], ...]
 
+
+@dataclass(frozen=True)
+class Rule:
+    """What a size of an input has to be: `factor` times the dimension `symbol` is `terms`, of other symbols."""
+
+    symbol: str
+    factor: int
+    terms: Terms
+
+    def __str__(self) -> str:
+        left = self.symbol if self.factor == 1 else f"{self.factor} {self.symbol}"
+        return f"{left} has to be {' + '.join(' '.join(map(str, term)) for term in self.terms)}"
+
+
 KERNEL_FIELDS = (Field(KERNELS_ID, "char", ""), Field(KERNELS, "int8", ""))
 
 
@@ -85,6 +101,7 @@ class Contract:
 
     `of_node` is the contract of a node: with the field `dispatch` 1 the metadata is its last output (`hands_over`) or
     its last input; with quantized weights these are of other types and shapes, and their scales come after them.
+    `rules` hold besides that a symbol is one size in all inputs.
     """
 
     name: str
@@ -93,20 +110,23 @@ class Contract:
     outputs: tuple[Tensor, ...]
     hands_over: bool
     optional: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = tuple(Rule(symbol, 1, terms) for symbol, terms in COMPUTED.items())
     version: str = str(VERSION)
     namespace: str = DOMAIN
 
     def of_node(self, values: Mapping[str, Value]) -> Contract:
         """The contract of a node with such fields."""
-        inputs, outputs = self.inputs, self.outputs
-        if quantized := QUANTIZED.get(str(values.get(WEIGHTS_FIELD))):
+        inputs, outputs, rules = self.inputs, self.outputs, self.rules
+        if _WEIGHTS[0] in inputs:
             place = inputs.index(_WEIGHTS[0])
-            inputs = (*inputs[:place], *quantized, *inputs[place + len(_WEIGHTS) :])
+            weights, sizes = _weights_of(values)
+            inputs = (*inputs[:place], *weights, *inputs[place + len(_WEIGHTS) :])
+            rules = (*rules, *sizes)
         if values[DISPATCH] and self.hands_over:
             outputs = (*outputs, _DISPATCH_TENSOR)
         elif values[DISPATCH]:
             inputs = (*inputs, _DISPATCH_TENSOR)
-        return replace(self, inputs=inputs, outputs=outputs)
+        return replace(self, inputs=inputs, outputs=outputs, rules=rules)
 
     @property
     def stored_fields(self) -> tuple[Field, ...]:
@@ -182,19 +202,31 @@ class Contract:
                 raise ValueError(f"{self.name}: {tensor.name} has {rank} dimensions; it must be {shape}")
 
     def check_sizes(self, shapes: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError, naming the input, unless one whose size is computed has it; `shapes` are concrete."""
+        """Raise ValueError, naming the input, unless its sizes fit the others'; -1 is one that is not known yet."""
+        known: dict[str, tuple[str, int]] = {}
         for tensor, shape in zip(self.inputs_of(len(shapes)), shapes, strict=True):
-            for symbol, size in zip(tensor.shape, shape, strict=False):
-                if symbol in COMPUTED and size != (right := _size(self._sources(symbol), shapes)):
-                    raise ValueError(
-                        f"{self.name}: {tensor.name} has {size} entries; it must have {right} here: it comes from a "
-                        "node with other numbers of tokens or experts"
-                    )
+            for symbol, size in zip(tensor.shape, shape, strict=True):
+                if size < 0:
+                    continue
+                name, first = known.setdefault(symbol, (tensor.name, size))
+                if size != first:
+                    raise ValueError(f"{self.name}: {tensor.name} has {symbol} = {size}, and {name} has {first}")
+        sizes = {symbol: size for symbol, (_, size) in known.items()}
+        for rule in self.rules:
+            symbols = {each for term in rule.terms for each in term if isinstance(each, str)}
+            if not {rule.symbol, *symbols} <= sizes.keys():
+                continue
+            right = sum(
+                math.prod(sizes[each] if isinstance(each, str) else each for each in term) for term in rule.terms
+            )
+            if rule.factor * sizes[rule.symbol] != right:
+                name, size = known[rule.symbol]
+                raise ValueError(f"{self.name}: {name} has {rule.symbol} = {size}, and {rule}, which is {right}")
 
     def parse_fields(self, given: dict[str, Value]) -> dict[str, Value]:
         """The value of every field, defaults filled in; attributes that are no fields are ignored.
 
-        Raises ValueError: a required one is missing, or one has a value that is not allowed.
+        Raises ValueError: a required one is missing, or one has a value that is not allowed, alone or with another's.
         """
         values: dict[str, Value] = {}
         for spec in self.fields:
@@ -205,6 +237,11 @@ class Contract:
                 allowed = ", ".join(map(str, spec.choices))
                 raise ValueError(f"{self.name}: {spec.name} is {value!r}; allowed: {allowed}")
             values[spec.name] = value
+        if values.get("transposed") and values[WEIGHTS_FIELD] != "float":
+            kind = values[WEIGHTS_FIELD]
+            raise ValueError(
+                f"{self.name}: transposed is 1, and weights in {kind} have to lie along what is summed over"
+            )
         return values
 
 
@@ -218,8 +255,13 @@ def _size(sources: Sources, shapes: Sequence[Sequence[int]]) -> int:
 _FORM = ExpertsForm()
 
 _WEIGHTS = (
-    Tensor("gate_up", "float", ("E", "R", "H")),  # [E,H,R] with transposed = 1
-    Tensor("down", "float", ("E", "H", "I")),  # [E,I,H] with transposed = 1
+    Tensor("gate_up", "float", ("E", "R", "H")),
+    Tensor("down", "float", ("E", "H", "I")),
+)
+# With transposed = 1.
+_TRANSPOSED = (
+    Tensor("gate_up", "float", ("E", "H", "R")),
+    Tensor("down", "float", ("E", "I", "H")),
 )
 # What stands in their place, by the field `weights`.
 QUANTIZED: dict[str, tuple[Tensor, ...]] = {
@@ -230,6 +272,24 @@ QUANTIZED: dict[str, tuple[Tensor, ...]] = {
         Tensor("down_scale", "int8", ("E", "H", "J")),
     ),
 }
+# What has to hold between their dimensions.
+QUANTIZED_RULES: dict[str, tuple[Rule, ...]] = {
+    "mxfp4": (
+        Rule("P", 2, (("H",),)),
+        Rule("G", BLOCK, (("H",),)),
+        Rule("J", BLOCK, ((2, "Q"),)),
+    ),
+}
+
+
+def _weights_of(values: Mapping[str, Value]) -> tuple[tuple[Tensor, ...], tuple[Rule, ...]]:
+    """The tensors of a node's weights, and what has to hold between their dimensions."""
+    kind, gated = str(values.get(WEIGHTS_FIELD)), values.get("gated") != 0
+    if kind in QUANTIZED:
+        return QUANTIZED[kind], (Rule("R", 1, ((4 if gated else 2, "Q"),)), *QUANTIZED_RULES[kind])
+    rows = Rule("R", 1, ((2, "I") if gated else ("I",),))
+    return _TRANSPOSED if values.get("transposed") else _WEIGHTS, (rows,)
+
 
 SELECT_CONTRACT = Contract(
     name=SELECT,

@@ -170,6 +170,7 @@ class _Plugin:
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Any, builder: Any) -> list[Any]:
         with _refusing(self.node):
             self.contract.check_ranks([len(shape) for shape in inputs])
+            self.contract.check_sizes([[_known(size) for size in shape] for shape in inputs])
         outputs = []
         for dims in self.contract.output_sources():
             shape = self.trt.DimsExprs(len(dims))
@@ -257,6 +258,11 @@ class _Plugin:
 
         kernels = published(self.kernels_id)
         return Launcher(self.contract, kernels, self._key(shapes, float_type), len(shapes), self.driver())
+
+
+def _known(size: Any) -> int:
+    """A size that is the same in all steps, -1 for others."""
+    return int(size.get_constant_value()) if size.is_constant() else -1
 
 
 def _dimension(trt: Any, sources: Sources, inputs: Sequence[Any], builder: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_kernels import FakeDriver, clustered_kernels, fake_kernels
+from test_plugin_contract import WRONG_SIZES, shapes_of
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
@@ -83,7 +84,7 @@ class Case:
 
     def __init__(self, op: str, attributes: dict, inputs: list[tuple[str, tuple]]) -> None:
         self.attributes = {name: value for name, value in attributes.items() if name not in PLUGIN}
-        self.contract: Contract = CONTRACTS[op].of_node({"dispatch": 0, **attributes})
+        self.contract: Contract = CONTRACTS[op].of_node({"dispatch": 0, **self.attributes})
         self.inputs = inputs
 
     @property
@@ -117,10 +118,14 @@ def select_case(preset: str = "lynx", **changes) -> Case:
 
 def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias: bool = False, **changes) -> Case:
     form = form or ExpertsForm()
-    e, k, h, i = 8, 2, 128, 48
+    e, k, h, i = 8, 2, 128, 96
     r = 2 * i if form.gated else i
-    weights = [(e, h, r), (e, i, h)] if form.transposed else [(e, r, h), (e, h, i)]
-    inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *((kind, shape) for shape in weights)]
+    if form.quantized:
+        weights = [("int8", (e, r, h // 2)), ("int8", (e, h, i // 2))]
+        weights += [("int8", (e, r, h // 32)), ("int8", (e, h, i // 32))]
+    else:
+        weights = [(kind, (e, h, r)), (kind, (e, i, h))] if form.transposed else [(kind, (e, r, h)), (kind, (e, h, i))]
+    inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *weights]
     inputs += [(kind, (e, r)), (kind, (e, h))] if bias else []
     inputs += [("int32", ("D",))] if changes.get("dispatch") else []
     return Case("LynxExperts", {**experts_attributes(form), **changes}, inputs)
@@ -134,6 +139,15 @@ CASES = {
         ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0), "bfloat16", bias=True
     ),
     "experts-ungated": experts_case(ExpertsForm("relu2", gated=False), "float32"),
+    "experts-mxfp4": experts_case(ExpertsForm(weights="mxfp4")),
+    "experts-mxfp4-ungated": experts_case(ExpertsForm("gelu", gated=False, weights="mxfp4"), "bfloat16"),
+    "experts-mxfp4-gpt-oss-handed": experts_case(
+        ExpertsForm(interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, weights="mxfp4"),
+        "bfloat16",
+        bias=True,
+        dispatch=1,
+    ),
+    "experts-mxfp4-handed": experts_case(ExpertsForm(weights="mxfp4"), dispatch=1),
     "select-handing": select_case(dispatch=1),
     "experts-handed": experts_case(dispatch=1),
     "experts-bias-handed": experts_case(kind="bfloat16", bias=True, dispatch=1),
@@ -230,7 +244,7 @@ def test_launches(built, tmp_path, name, cluster):
     )
     driver = FakeDriver()
     launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
-    inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000 * n for n in range(1, 5)]
+    inputs, outputs = [0x1000 * n for n in range(1, 11)], [0x100000 * n for n in range(1, 5)]
     for each in tokens:
         launcher.prepare(each).run(driver, inputs, outputs, 0x7000000, 77)
     numbers = {cubin.entry: number for number, cubin in enumerate(kernels.cubins)}
@@ -281,6 +295,12 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
         (select_case(vote="majority"), "", "vote is 'majority', which is not allowed"),
         (experts_case(gated=2), "", "gated is '2', which is not allowed"),
         (select_case(dispatch=2), "", "dispatch is '2', which is not allowed"),
+        (experts_case(weights="int4"), "", "weights is 'int4', which is not allowed"),
+        (
+            experts_case(ExpertsForm(transposed=True), weights="mxfp4"),
+            "",
+            "transposed is 1, and weights in mxfp4 have to lie along what is summed over",
+        ),
         (select_case(), "", "it holds no GPU kernels, so this engine can't run"),
         (select_case(), "noblob lost", "the GPU kernels lost are in none of the engines loaded here"),
         (select_case(), "kernels id FILE", "can't be read"),
@@ -303,7 +323,40 @@ def test_metadata_of_another_size_is_refused(built, tmp_path):
     case.inputs[-1] = ("int32", (metadata(5),))
     lines = probe(built, case.commands("run 4", kernels=f"kernels id {tmp_path / 'kernels'}"))
     assert lines_of(lines, "status", "launch") == ["status -1 -1"]
-    assert "LynxExperts node: dispatch has 28 entries; it must have 26 here" in "\n".join(lines)
+    assert "LynxExperts node: dispatch has D = 28, and D has to be T K + 2 E + 2, which is 26" in lines
+
+
+@pytest.mark.parametrize(("values", "weights", "changes", "message"), WRONG_SIZES)
+def test_sizes_that_do_not_fit(built, values, weights, changes, message):
+    """In the contract's words, while the network is made."""
+    shapes = shapes_of(weights, **changes)
+    case = Case("LynxExperts", values, [])
+    kinds = ["float16" if tensor.type == "float" else tensor.type for tensor in case.contract.inputs_of(len(shapes))]
+    case.inputs = list(zip(kinds, shapes, strict=True))
+    lines = probe(built, case.commands("outputs"))
+    assert f"LynxExperts node: {message}" in lines
+    assert lines_of(lines, "refused", "output") == ["refused"]
+
+
+def test_sizes_of_a_step_that_do_not_fit(built, tmp_path):
+    """What is not known while the network is made is looked at in each step."""
+    case = experts_case(ExpertsForm(weights="mxfp4"))
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
+    case.inputs[1:3] = [("int64", (4, 2)), ("float32", (4, 2))]
+    lines = probe(built, case.commands("outputs", "run 4", "run 5", kernels=f"kernels id {tmp_path / 'kernels'}"))
+    assert lines_of(lines, "refused", "status") == ["status 0 0", "status -1 -1"]
+    assert "LynxExperts node: index has T = 4, and hidden has 5" in lines
+
+
+def test_types_of_quantized_weights(built):
+    """uint8 is none of the probe's; TensorRT makes int32 of it."""
+    case = experts_case(ExpertsForm(weights="mxfp4"))
+    case.inputs[3] = ("int32", case.inputs[3][1])
+    lines = probe(built, case.commands("outputs"))
+    assert "LynxExperts node: gate_up is int32; allowed: int8" in lines
+    case = experts_case(ExpertsForm(weights="mxfp4"))
+    case.inputs = case.inputs[:5]
+    assert "LynxExperts node: it has 5 inputs; it takes 7 or 9" in probe(built, case.commands("outputs"))
 
 
 @pytest.mark.parametrize(("dispatch", "metadata_input"), [(1, False), (0, True)])
@@ -334,7 +387,7 @@ case = CASES[{name!r}]
 kernels = clustered_kernels(case.spec, MOST) if cluster else fake_kernels([case.spec], (90,), MOST)
 driver = CudaDriver()
 launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
-inputs, outputs = [0x1000 * n for n in range(1, 9)], [0x100000 * n for n in range(1, 5)]
+inputs, outputs = [0x1000 * n for n in range(1, 11)], [0x100000 * n for n in range(1, 5)]
 for tokens in (9, 17, 513):
     launcher.prepare(tokens).run(driver, inputs, outputs, 0x7000000, 77)
 """

@@ -93,9 +93,113 @@ def test_the_size_of_the_metadata():
     shapes = [(5, 16), (5, 2), (5, 2), (8, 64, 16), (8, 16, 32)]
     for biases in ([], [(8, 64), (8, 16)]):
         node.check_sizes([*shapes, *biases, (28,)])
-        with pytest.raises(ValueError, match="LynxExperts: dispatch has 26 entries; it must have 28 here"):
+        message = r"LynxExperts: dispatch has D = 26, and D has to be T K \+ 2 E \+ 2, which is 28"
+        with pytest.raises(ValueError, match=message):
             node.check_sizes([*shapes, *biases, (26,)])
     EXPERTS_CONTRACT.check_sizes(shapes)
+
+
+# T, K, E, H and I are 5, 2, 8, 64 and 96 in all nodes below.
+FLOAT = {"gate_up": (8, 192, 64), "down": (8, 64, 96)}
+MXFP4 = {"gate_up": (8, 192, 32), "down": (8, 64, 48), "gate_up_scale": (8, 192, 2), "down_scale": (8, 64, 3)}
+BIASES = {"gate_up_bias": (8, 192), "down_bias": (8, 64)}
+QUANTIZED = {"weights": "mxfp4"}
+
+
+def shapes_of(weights, **changes):
+    """A node's inputs' shapes, with those that differ."""
+    sizes = {"hidden": (5, 64), "index": (5, 2), "weight": (5, 2), **weights}
+    assert not changes.keys() - sizes
+    return list((sizes | changes).values())
+
+
+def test_sizes_that_fit():
+    """Whatever is not known before the engine runs is not looked at."""
+    forms = [
+        ({}, FLOAT),
+        ({"gated": 0}, {**FLOAT, "gate_up": (8, 96, 64)}),
+        ({"transposed": 1}, {"gate_up": (8, 64, 192), "down": (8, 96, 64)}),
+        (QUANTIZED, MXFP4),
+        (QUANTIZED | {"gated": 0}, {**MXFP4, "gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 2)}),
+    ]
+    for values, weights in forms:
+        node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **values})
+        node.check_sizes(shapes_of(weights))
+        node.check_sizes(shapes_of(weights, hidden=(-1, 64), index=(-1, 2), weight=(-1, -1)))
+        node.check_sizes(shapes_of(weights, hidden=(-1, -1)))
+        if "gated" not in values:
+            node.check_sizes(shapes_of(weights | BIASES))
+    SELECT_CONTRACT.check_sizes([(-1, 8), (5, 8), (5, 2), (-1, 2), (), (), (5,)])
+
+
+# What is wrong with a node: its fields, its weights, what is changed in its inputs, and the message. The C++ plugin is
+# asked for the same by its own tests.
+WRONG_SIZES = [
+    ({}, FLOAT, {"weight": (5, 3)}, "weight has K = 3, and index has 2"),
+    ({}, FLOAT, {"index": (4, 2)}, "index has T = 4, and hidden has 5"),
+    ({}, FLOAT, {"gate_up": (8, 192, 32)}, "gate_up has H = 32, and hidden has 64"),
+    ({}, FLOAT, {"down": (7, 64, 96)}, "down has E = 7, and gate_up has 8"),
+    ({}, FLOAT, {"gate_up": (8, 96, 64)}, "gate_up has R = 96, and R has to be 2 I, which is 192"),
+    ({"gated": 0}, FLOAT, {}, "gate_up has R = 192, and R has to be I, which is 96"),
+    ({"transposed": 1}, FLOAT, {}, "gate_up has H = 192, and hidden has 64"),
+    ({}, FLOAT | BIASES, {"gate_up_bias": (8, 96)}, "gate_up_bias has R = 96, and gate_up has 192"),
+    (QUANTIZED, MXFP4, {"gate_up": (8, 192, 64)}, "gate_up has P = 64, and 2 P has to be H, which is 64"),
+    (QUANTIZED, MXFP4, {"gate_up_scale": (8, 192, 4)}, "gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
+    (QUANTIZED, MXFP4, {"gate_up_scale": (8, 96, 2)}, "gate_up_scale has R = 96, and gate_up has 192"),
+    (QUANTIZED, MXFP4, {"down": (8, 64, 96)}, "gate_up has R = 192, and R has to be 4 Q, which is 384"),
+    (QUANTIZED | {"gated": 0}, MXFP4, {}, "gate_up has R = 192, and R has to be 2 Q, which is 96"),
+    (QUANTIZED, MXFP4, {"down_scale": (8, 64, 6)}, "down_scale has J = 6, and 32 J has to be 2 Q, which is 96"),
+    (QUANTIZED, MXFP4, {"down_scale": (8, 32, 3)}, "down_scale has H = 32, and hidden has 64"),
+    (QUANTIZED, MXFP4 | BIASES, {"down_bias": (8, 32)}, "down_bias has H = 32, and hidden has 64"),
+    # H is 48, which is no multiple of 32: no number of blocks is right.
+    (
+        QUANTIZED,
+        {"gate_up": (8, 192, 24), "down": (8, 48, 48), "gate_up_scale": (8, 192, 1), "down_scale": (8, 48, 3)},
+        {"hidden": (5, 48)},
+        "gate_up_scale has G = 1, and 32 G has to be H, which is 48",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "weights", "changes", "message"), WRONG_SIZES)
+def test_sizes_that_do_not_fit(values, weights, changes, message):
+    """The kernels believe them: what is too small would be read past its end."""
+    node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **values})
+    with pytest.raises(ValueError, match=f"^LynxExperts: {message}$"):
+        node.check_sizes(shapes_of(weights, **changes))
+
+
+def test_sizes_of_a_selection_that_do_not_fit():
+    with pytest.raises(ValueError, match="LynxSelect: combine has E = 4, and choice has 8"):
+        SELECT_CONTRACT.check_sizes([(5, 8), (5, 4), (5, 2), (5, 2), (), (), (5,)])
+
+
+def test_quantized_weights():
+    """Of other types, their scales before the biases; the field and the tensors have to agree."""
+    names = ["hidden", "index", "weight", "gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"]
+    node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **QUANTIZED})
+    handed = EXPERTS_CONTRACT.of_node(HANDED | QUANTIZED)
+    assert (node.input_counts, handed.input_counts) == ((7, 9), (8, 10))
+    assert [tensor.name for tensor in node.inputs_of(9)] == names
+    assert [tensor.name for tensor in node.inputs_of(7)] == names[:7]
+    assert [tensor.name for tensor in handed.inputs_of(8)] == [*names[:7], "dispatch"]
+    assert [tensor.name for tensor in handed.inputs_of(10)] == [*names, "dispatch"]
+    types = ["bfloat16", "int64", "float32", *["int8"] * 4]
+    node.check_types(types)
+    node.check_types([*types, "bfloat16", "bfloat16"])
+    assert node.output_types(types) == ["bfloat16"]
+    with pytest.raises(ValueError, match="gate_up is int32; allowed: int8"):  # what TensorRT makes of uint8
+        node.check_types([*types[:3], "int32", *types[4:]])
+    with pytest.raises(ValueError, match="down_bias is float32; allowed: bfloat16"):
+        node.check_types([*types, "bfloat16", "float32"])
+    with pytest.raises(ValueError, match="gate_up is int8; allowed: float16"):  # a node without the field
+        EXPERTS_CONTRACT.check_types(["float16", "int64", "float32", *["int8"] * 4])
+    with pytest.raises(ValueError, match="LynxExperts has 5 inputs; it takes 7 or 9"):
+        node.check_types(["float16", "int64", "float32", "float16", "float16"])
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4"):
+        EXPERTS_CONTRACT.parse_fields({"weights": "int4"})
+    with pytest.raises(ValueError, match="LynxExperts: transposed is 1, and weights in mxfp4"):
+        EXPERTS_CONTRACT.parse_fields(QUANTIZED | {"transposed": 1})
 
 
 def test_a_node_has_the_metadata_or_not():
@@ -118,17 +222,20 @@ def test_a_node_has_the_metadata_or_not():
 
 
 @pytest.mark.parametrize("kind", FLOAT_TYPES)
-@pytest.mark.parametrize("n_inputs", [5, 6, 7, 8])
-def test_experts_formats(kind, n_inputs):
+@pytest.mark.parametrize(
+    ("weights", "n_inputs"),
+    [("float", 5), ("float", 6), ("float", 7), ("float", 8), *(("mxfp4", n) for n in range(7, 11))],
+)
+def test_experts_formats(kind, weights, n_inputs):
     handed = n_inputs % 2 == 0
-    contract = EXPERTS_CONTRACT.of_node({"dispatch": int(handed)})
-    types = [kind, "int64", "float32", kind, kind, kind, kind][: n_inputs - handed]
-    types += [*["int32"] * handed, kind]
+    contract = EXPERTS_CONTRACT.of_node({"dispatch": int(handed), "weights": weights})
+    types = [kind, "int64", "float32", *([kind] * 2 if weights == "float" else ["int8"] * 4), kind, kind]
+    types = [*types[: n_inputs - handed], *["int32"] * handed, kind]
     assert all(contract.supports(p, types, n_inputs) for p in range(len(types)))
     assert contract.output_types(types[:n_inputs]) == [kind]
     for position in range(len(types)):
         assert not contract.supports(position, types, n_inputs, linear=False)
-        wrong = [*types[:position], "int8", *types[position + 1 :]]
+        wrong = [*types[:position], "bool" if types[position] == "int8" else "int8", *types[position + 1 :]]
         assert not contract.supports(position, wrong, n_inputs)
         assert not contract.supports(position, types, n_inputs + 1)
 
@@ -259,6 +366,11 @@ def test_output_types(trt):
     )
     bf16 = trt.DataType.BF16
     assert plugin.get_output_data_types([bf16, i64, f32, bf16, bf16]) == [bf16]
+    fields = fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES | QUANTIZED)
+    plugin = creator_of(trt, "LynxExperts").create_plugin("node", fields, trt.TensorRTPhase.BUILD)
+    assert plugin.get_output_data_types([bf16, i64, f32, *[trt.DataType.INT8] * 4]) == [bf16]
+    with pytest.raises(ValueError, match=r"gate_up is DataType\.UINT8; allowed: int8"):
+        plugin.get_output_data_types([bf16, i64, f32, *[trt.DataType.UINT8] * 4])
 
 
 def test_handed_metadata_is_an_output_and_an_input(trt):
@@ -389,9 +501,9 @@ def test_handed_metadata_is_read(trt, monkeypatch):
     plugin.enqueue(descs, [], pointers, [4096], 8192, 77)
     gate_up, *_ = driver.launched
     assert len(driver.launched) == 3
-    assert gate_up["words"][:4] == [pointers[0], pointers[3], 0, pointers[5]]
+    assert [word for word in gate_up["words"] if word in pointers] == [pointers[0], pointers[3], pointers[5]]
     descs[-1] = SimpleNamespace(dims=(30,))
-    with pytest.raises(ValueError, match="dispatch has 30 entries; it must have 28 here"):
+    with pytest.raises(ValueError, match=r"dispatch has D = 30, and D has to be T K .* which is 28"):
         plugin.on_shape_change(descs, [])
 
 
@@ -402,8 +514,8 @@ def test_another_gpu_is_told(trt, monkeypatch):
         "n", with_kernels(trt, "LynxSelect", "for 80 and 90", blob), trt.TensorRTPhase.RUNTIME
     )
     monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: FakeDriver(sm=120)))
-    descs = [SimpleNamespace(dims=(5, 8), type=trt.DataType.FLOAT)] * 7
-    descs[2] = SimpleNamespace(dims=(5, 2))
+    shapes = [(5, 8), (5, 8), (5, 2), (5, 2), (), (), (5,)]
+    descs = [SimpleNamespace(dims=shape, type=trt.DataType.FLOAT) for shape in shapes]
     python_plugin.take_refusals()
     with pytest.raises(ArtifactError, match="are for SM 80, 90, and this GPU is SM 120"):
         plugin.enqueue(descs, [], [0] * 7, [0] * 3, 0, 0)

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdio>
 #include <cstring>
+#include <map>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -37,6 +40,16 @@ Tensor typed(char const* name, DataType type, char const* shape) {
     return {name, false, type, shape};
 }
 
+// The field that says in what the weights are, and the one of whether they are transposed.
+constexpr char kWeights[] = "weights";
+constexpr char kTransposed[] = "transposed";
+constexpr char kFloat[] = "float";
+constexpr std::size_t kFirstWeight = 3;
+
+bool isQuantized(Contract const& contract, std::vector<Value> const& values) {
+    return !contract.handsOver && values[contract.field(kWeights)].text != kFloat;
+}
+
 }  // namespace
 
 Contract const& selectContract() {
@@ -67,7 +80,7 @@ Contract const& selectContract() {
             typed("weight", DataType::kFLOAT, "TK"),
             typed("active", DataType::kINT32, ""),
         },
-        true, 0};
+        true, 0, 0, {{'D', 1, "T K + 2 E + 2"}}};
     return *contract;
 }
 
@@ -76,28 +89,58 @@ Contract const& expertsContract() {
         {
             text("activation", false, "silu", {"silu", "gelu", "gelu_tanh", "relu", "relu2"}),
             flag("gated", false, 1),
-            flag("transposed", false, 0),
+            flag(kTransposed, false, 0),
             flag("interleaved", false, 0),
             real("alpha", false, 1),
             real("limit", false, 0),
             real("up_offset", false, 0),
+            text(kWeights, false, kFloat, {kFloat, "mxfp4"}),
             flag("dispatch", false, 0),
         },
         {
             precise("hidden", "TH"),
             typed("index", DataType::kINT64, "TK"),
             typed("weight", DataType::kFLOAT, "TK"),
-            precise("gate_up", "ERH"),  // EHR with transposed = 1
-            precise("down", "EHI"),     // EIH with transposed = 1
+            precise("gate_up", "ERH"),
+            precise("down", "EHI"),
             precise("gate_up_bias", "ER"),
             precise("down_bias", "EH"),
         },
-        {precise("output", "TH")}, false, 2};
+        {precise("output", "TH")}, false, 2, 5, {{'D', 1, "T K + 2 E + 2"}}};
     return *contract;
+}
+
+std::size_t Contract::field(char const* wanted) const {
+    for (std::size_t i = 0; i < fields.size(); ++i) {
+        if (std::strcmp(fields[i].name, wanted) == 0) {
+            return i;
+        }
+    }
+    throw std::runtime_error(std::string("no field is ") + wanted);
 }
 
 Contract Contract::ofNode(std::vector<Value> const& values) const {
     Contract made = *this;
+    if (!handsOver) {
+        bool const gated = values[field("gated")].number != 0;
+        auto const first = made.inputs.begin() + kFirstWeight;
+        if (isQuantized(*this, values)) {
+            made.rules.push_back({'R', 1, gated ? "4 Q" : "2 Q"});
+            made.rules.insert(made.rules.end(), {{'P', 2, "H"}, {'G', 32, "H"}, {'J', 32, "2 Q"}});
+            // Their types say no more than how many bits there are.
+            first[0] = typed("gate_up", DataType::kINT8, "ERP");
+            first[1] = typed("down", DataType::kINT8, "EHQ");
+            made.inputs.insert(first + 2,
+                {typed("gate_up_scale", DataType::kINT8, "ERG"), typed("down_scale", DataType::kINT8, "EHJ")});
+            made.firstOptional += 2;
+        } else {
+            made.rules.push_back({'R', 1, gated ? "2 I" : "I"});
+            if (values[field(kTransposed)].number != 0) {
+                first[0].shape = "EHR";
+                first[1].shape = "EIH";
+            }
+        }
+    }
     if (values.back().number != 0) {
         (handsOver ? made.outputs : made.inputs).push_back(typed("dispatch", DataType::kINT32, "D"));
     }
@@ -111,7 +154,7 @@ bool Contract::takes(int32_t nInputs) const {
 
 Tensor const& Contract::input(int32_t number, int32_t nInputs) const {
     bool const every = nInputs == static_cast<int32_t>(inputs.size());
-    return inputs[!every && number >= kFirstOptional ? number + optional : number];
+    return inputs[!every && number >= firstOptional ? number + optional : number];
 }
 
 std::pair<int32_t, int32_t> Contract::place(char symbol, int32_t nInputs) const {
@@ -133,6 +176,7 @@ char const* typeName(DataType type) {
     case DataType::kINT32: return "int32";
     case DataType::kINT64: return "int64";
     case DataType::kBOOL: return "bool";
+    case DataType::kINT8: return "int8";
     default: return "another type";
     }
 }
@@ -172,21 +216,54 @@ std::vector<Value> parseFields(Contract const& contract, PluginFieldCollection c
         }
         values.push_back(std::move(value));
     }
+    if (isQuantized(contract, values) && values[contract.field(kTransposed)].number != 0) {
+        throw std::runtime_error("transposed is 1, and weights in " + values[contract.field(kWeights)].text +
+            " have to lie along what is summed over");
+    }
     return values;
 }
 
 void checkSizes(Contract const& contract, std::vector<Dims> const& shapes) {
-    if (std::strcmp(contract.inputs.back().shape, "D") != 0) {
-        return;
+    auto const nInputs = static_cast<int32_t>(shapes.size());
+    std::map<char, std::pair<char const*, int64_t>> known;
+    for (int32_t i = 0; i < nInputs; ++i) {
+        Tensor const& tensor = contract.input(i, nInputs);
+        for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {
+            char const symbol = tensor.shape[axis];
+            int64_t const size = shapes[i].d[axis];
+            if (size < 0) {
+                continue;
+            }
+            auto const [name, first] = known.emplace(symbol, std::make_pair(tensor.name, size)).first->second;
+            if (size != first) {
+                throw std::runtime_error(std::string(tensor.name) + " has " + symbol + " = " + std::to_string(size) +
+                    ", and " + name + " has " + std::to_string(first));
+            }
+        }
     }
-    auto const size = [&](char symbol) {
-        auto const [input, axis] = contract.place(symbol, static_cast<int32_t>(shapes.size()));
-        return shapes[input].d[axis];
-    };
-    int64_t const right = size('T') * size('K') + 2 * size('E') + 2;
-    if (shapes.back().d[0] != right) {
-        throw std::runtime_error("dispatch has " + std::to_string(shapes.back().d[0]) + " entries; it must have " +
-            std::to_string(right) + " here: it comes from a node with other numbers of tokens or experts");
+    for (Rule const& rule : contract.rules) {
+        auto const left = known.find(rule.symbol);
+        bool all = left != known.end();
+        int64_t right = 0, product = 1;
+        std::istringstream words(rule.terms);
+        for (std::string word; words >> word;) {
+            if (word == "+") {
+                right += std::exchange(product, 1);
+            } else if (std::isdigit(static_cast<unsigned char>(word[0])) != 0) {
+                product *= std::stoll(word);
+            } else {
+                auto const found = known.find(word[0]);
+                all = all && found != known.end();
+                product *= found != known.end() ? found->second.second : 0;
+            }
+        }
+        right += product;
+        if (all && rule.factor * left->second.second != right) {
+            auto const [name, size] = left->second;
+            throw std::runtime_error(std::string(name) + " has " + rule.symbol + " = " + std::to_string(size) + ", and " +
+                (rule.factor != 1 ? std::to_string(rule.factor) + " " : "") + rule.symbol + " has to be " + rule.terms +
+                ", which is " + std::to_string(right));
+        }
     }
 }
 
@@ -202,14 +279,15 @@ std::string keyOf(
         size("experts", shapes[0].d[1]);
         size("experts_per_token", shapes[2].d[1]);
     } else {
-        bool const transposed = values[2].number != 0;
+        bool const transposed = values[contract.field(kTransposed)].number != 0;
+        int64_t const packed = isQuantized(contract, values) ? 2 : 1;
         result = "experts";
         size("experts", shapes[4].d[0]);
         size("experts_per_token", shapes[1].d[1]);
         size("hidden", shapes[0].d[1]);
-        size("inner", shapes[4].d[transposed ? 1 : 2]);
+        size("inner", shapes[4].d[transposed ? 1 : 2] * packed);
         add("dtype", typeName(type));
-        size("bias", static_cast<int64_t>(shapes.size()) - handed > kFirstOptional ? 1 : 0);
+        size("bias", static_cast<int64_t>(shapes.size()) - handed > contract.firstOptional ? 1 : 0);
         size("dispatch_given", handed);
     }
     for (std::size_t i = 0; i + 1 < values.size(); ++i) {  // the last is `dispatch`

@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -28,8 +29,17 @@ struct Tensor {
     char const* name;
     bool isFloat;   // of the graph's own precision; otherwise of `type`
     nvinfer1::DataType type;
-    // A letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up, D T K + 2 E + 2.
+    // A letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up, P and Q are H and I
+    // in MXFP4's bytes of two values, G and J in its blocks of 32, D T K + 2 E + 2.
     char const* shape;
+};
+
+// What a size of an input has to be: `factor` times the dimension `symbol` is `terms`, a sum of products of letters and
+// numbers with a space between any two, like "T K + 2 E + 2".
+struct Rule {
+    char symbol;
+    int64_t factor;
+    std::string terms;
 };
 
 struct Contract {
@@ -38,9 +48,14 @@ struct Contract {
     std::vector<Tensor> inputs;
     std::vector<Tensor> outputs;
     bool handsOver;    // with the last field, `dispatch`, 1: the metadata is the last output; otherwise the last input
-    int32_t optional;  // so many inputs, those from kFirstOptional on, are given together or not at all
+    // So many inputs, those from firstOptional on, are given together or not at all: LynxExperts' biases.
+    int32_t optional;
+    int32_t firstOptional;
+    std::vector<Rule> rules;  // besides that a letter is one size in all inputs
 
-    // The contract of a node with such fields.
+    // The place of a field among the fields. Throws std::runtime_error: it is none of them.
+    std::size_t field(char const* field) const;
+    // The contract of a node with such fields: quantized weights are other tensors, and their scales come after them.
     Contract ofNode(std::vector<Value> const& values) const;
     bool takes(int32_t nInputs) const;
     // An input of a node that has so many.
@@ -48,9 +63,6 @@ struct Contract {
     // The first input that has a dimension, and its axis. Throws std::runtime_error: none has it.
     std::pair<int32_t, int32_t> place(char symbol, int32_t nInputs) const;
 };
-
-// LynxExperts' biases.
-constexpr int32_t kFirstOptional = 5;
 
 Contract const& selectContract();
 Contract const& expertsContract();
@@ -65,10 +77,10 @@ bool isFloatType(nvinfer1::DataType type);
 std::string shown(Field const& field, Value const& value);
 
 // All fields' values in the contract's order, defaults filled in. Throws std::runtime_error, naming the attribute: a
-// required one is missing, or one has a value that is not allowed.
+// required one is missing, or one has a value that is not allowed, alone or with another's.
 std::vector<Value> parseFields(Contract const& contract, nvinfer1::PluginFieldCollection const& given);
 
-// Throws std::runtime_error unless the metadata that a node is given, if it is, is that of its own T, K and E.
+// Throws std::runtime_error, naming the input, unless its sizes fit the others'; one below 0 is not known yet.
 void checkSizes(Contract const& contract, std::vector<nvinfer1::Dims> const& shapes);
 
 // The key of plugins/specs.py, by which a node's kernels are found; `type` is the graph's own precision.

@@ -128,6 +128,7 @@ public:
         int32_t nOutputs, IExprBuilder& builder) noexcept override {
         return guarded(contract_.name, node_.c_str(), -1, [&] {
             checkRanks(inputs, nInputs);
+            checkSizes(contract_, knownSizes(inputs, nInputs));
             for (int32_t i = 0; i < nOutputs; ++i) {
                 std::string const shape = contract_.outputs[i].shape;
                 outputs[i].nbDims = static_cast<int32_t>(shape.size());
@@ -302,6 +303,19 @@ private:
                     " dimensions; it must have " + std::to_string(std::strlen(tensor.shape)));
             }
         }
+    }
+
+    // The inputs' sizes that are the same in all steps, -1 for others.
+    static std::vector<Dims> knownSizes(DimsExprs const* inputs, int32_t nInputs) {
+        std::vector<Dims> shapes(static_cast<std::size_t>(nInputs));
+        for (int32_t i = 0; i < nInputs; ++i) {
+            shapes[i].nbDims = inputs[i].nbDims;
+            for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) {
+                IDimensionExpr const& size = *inputs[i].d[axis];
+                shapes[i].d[axis] = size.isConstant() ? size.getConstantValue() : -1;
+            }
+        }
+        return shapes;
     }
 
     // A dimension of an output: one of an input, or that of the metadata.

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -37,15 +38,40 @@ std::string nameOf(DataType type) {
     return "?";
 }
 
-// Expressions of dimensions that are no more than text: sums of products, as a+b*c.
-struct Expressions final : apiv::VExprBuilder {
-    std::deque<std::string> texts;
+// TensorRT hands out objects of a class that nobody else can make: a table of virtual functions, then its pointer.
+template <typename Implementation>
+struct Handle {
+    void* table{};
+    Implementation* implementation{};
+};
 
-    IDimensionExpr const* keep(std::string const& text) {
-        texts.push_back(text);
-        return reinterpret_cast<IDimensionExpr const*>(&texts.back());
+// An expression of dimensions is text, a sum of products as a+b*c, and a size if it is the same in all steps.
+struct Expression final : apiv::VDimensionExpr {
+    std::string text;
+    bool constant{};
+    int64_t size{};
+    Handle<apiv::VDimensionExpr> handle;
+
+    Expression(std::string text, bool constant, int64_t size) : text(std::move(text)), constant(constant), size(size) {
+        handle.implementation = this;
     }
-    static std::string const& text(IDimensionExpr const& each) { return reinterpret_cast<std::string const&>(each); }
+    bool isConstant() const override { return constant; }
+    int64_t getConstantValue() const override { return constant ? size : std::numeric_limits<int64_t>::min(); }
+    bool isSizeTensor() const override { return false; }
+};
+static_assert(sizeof(Handle<apiv::VDimensionExpr>) == sizeof(IDimensionExpr));
+
+struct Expressions final : apiv::VExprBuilder {
+    std::deque<Expression> made;
+
+    IDimensionExpr const* keep(std::string const& text, bool constant = false, int64_t size = 0) {
+        made.emplace_back(text, constant, size);
+        return reinterpret_cast<IDimensionExpr const*>(&made.back().handle);
+    }
+    static std::string const& text(IDimensionExpr const& each) {
+        auto const& handle = reinterpret_cast<Handle<apiv::VDimensionExpr> const&>(each);
+        return static_cast<Expression const*>(handle.implementation)->text;
+    }
 
     IDimensionExpr const* constant(int64_t value) override { return keep(std::to_string(value)); }
     IDimensionExpr const* operation(
@@ -58,12 +84,7 @@ struct Expressions final : apiv::VExprBuilder {
     }
 };
 
-// TensorRT hands out objects of a class that nobody else can make: a table of virtual functions, then its pointer.
-struct Builder {
-    void* table{};
-    apiv::VExprBuilder* implementation{};
-};
-static_assert(sizeof(Builder) == sizeof(IExprBuilder));
+static_assert(sizeof(Handle<apiv::VExprBuilder>) == sizeof(IExprBuilder));
 
 struct Input {
     DataType type;
@@ -156,10 +177,13 @@ struct Probe {
             given.push_back(inputs[i].type);
             shapes[i].nbDims = int32_t(inputs[i].sizes.size());
             for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {
-                shapes[i].d[axis] = expressions.keep(std::to_string(i) + "." + std::to_string(axis));
+                std::string const& size = inputs[i].sizes[axis];
+                bool const constant = size != "T" && size != "D";
+                shapes[i].d[axis] = expressions.keep(std::to_string(i) + "." + std::to_string(axis), constant,
+                    constant ? std::stoll(size) : 0);
             }
         }
-        Builder builder{nullptr, &expressions};
+        Handle<apiv::VExprBuilder> builder{nullptr, &expressions};
         int const types_status = build->getOutputDataTypes(types.data(), count, given.data(), int32_t(given.size()));
         int const shapes_status = build->getOutputShapes(shapes.data(), int32_t(shapes.size()), nullptr, 0,
             results.data(), count, reinterpret_cast<IExprBuilder&>(builder));
