@@ -23,9 +23,10 @@ import psutil
 import pytest
 from fake_kernels import fake_kernels
 from onnx import helper
-from trt_graphs import CACHE, HEAD_SIZE, HEADS, H, handed_over, make_graph
+from trt_graphs import CACHE, DTYPES, HEAD_SIZE, HEADS, H, handed_over, make_graph
 
 from lynx_trt.errors import TensorRTError, UsageError
+from lynx_trt.experts import ExpertsForm
 from lynx_trt.export.ops import EXPERTS, SELECT
 from lynx_trt.plugins import aot
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
@@ -146,6 +147,27 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
     assert build(path).kernels == KernelsReport()
 
 
+@pytest.mark.parametrize("where", ["engine", "external"])
+def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where):
+    """What is compiled is for the sizes of the numbers, not for those of the bytes."""
+    asked = []
+
+    def compile_for(ops, sms, *, progress):
+        asked.extend(op.spec for op in ops)
+        return fake_kernels(asked, sms, 256)
+
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    sizes = {"hidden": 64, "intermediate": 96}
+    path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True, form=MXFP4, **sizes)
+    report = build(path, sms=(89,), expert_weights=where)
+    assert report.messages == ()
+    experts = next(spec for spec in asked if isinstance(spec, ExpertsSpec))
+    assert experts == ExpertsSpec(8, 2, 64, 96, "bfloat16", MXFP4, bias=True, dispatch_given=True)
+    plan = path.with_suffix(".plan").read_bytes()
+    assert 0 < plan.count(fake_kernels(asked, (89,), 256).to_bytes()) <= 4
+    assert handed_over(plan) == [1] * 8
+
+
 def test_a_gpu_that_the_engine_would_not_run_on(tmp_path):
     """Whoever asks, not the command alone: TensorRT for RTX builds such an engine without a word."""
     path = make_graph(tmp_path / "model.onnx", "fp16")
@@ -179,6 +201,40 @@ def test_external_weights_are_not_in_the_plan(tmp_path):
     weights = sum(weight.length for weight in outside.external)
     assert weights == 3 * 8 * 512 * 128 * 2
     assert inside.plan_bytes - outside.plan_bytes > 0.9 * weights
+
+
+MXFP4 = ExpertsForm(weights="mxfp4")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_quantized_weights(tmp_path, dtype, bias):
+    """A byte of them is one of the engine, inside and outside; TensorRT turns none into numbers."""
+    path = make_graph(tmp_path / "model.onnx", dtype, layers=2, bias=bias, hidden=128, intermediate=512, form=MXFP4)
+    inside, outside = build(path), build(path, expert_weights="external")
+    assert inside.plugin_layers == outside.plugin_layers == {SELECT: 2, EXPERTS: 2}
+    assert inside.messages == outside.messages == ()
+    plan = path.with_suffix(".plan").read_bytes()
+    assert len(re.findall(rb"weights\0.{8}mxfp4", plan, re.DOTALL)) == 4  # two layers, two profiles
+    assert handed_over(plan) == [1] * 8
+    quantized = [f"{name}{part}.{n}" for n in range(2) for part in ("", "_scale") for name in ("gate_up", "down")]
+    io = {tensor.name: tensor for tensor in outside.io}
+    weights = {weight.name: weight for weight in outside.external}
+    biases = {f"{name}.{n}" for n in range(2) for name in ("gate_up_bias", "down_bias")}
+    assert set(weights) == {*quantized, *(biases if bias else ())}
+    data = (tmp_path / "model.onnx.data").read_bytes()
+    onnx.load_external_data_for_model(whole := onnx.load(path, load_external_data=False), str(tmp_path))
+    values = {tensor.name: tensor.raw_data for tensor in whole.graph.initializer}
+    for weight in weights.values():
+        assert (io[weight.name].dtype, io[weight.name].shape) == (weight.dtype, weight.shape)
+        assert weight.dtype == ("int8" if weight.name in quantized else DTYPES[dtype][1].name)
+        assert data[weight.offset : weight.offset + weight.length] == values[weight.name]
+    size = sum(weights[name].length for name in quantized)
+    assert size == 2 * 8 * (3 * 512 * 128 // 2 + 3 * 512 * 128 // 32)
+    assert 0.9 * size < inside.plan_bytes - outside.plan_bytes < 1.1 * size
+    build(path)
+    inside_plan = path.with_suffix(".plan").read_bytes()
+    assert all(values[name] in inside_plan and values[name] not in plan for name in quantized)
 
 
 def test_function_bodies_do_not_replace_the_plugins(tmp_path):
@@ -491,6 +547,22 @@ def rewire(op: str, position: int, tensor: str | None):
     return change
 
 
+def retype(tensor: str, kind: int):
+    """Another type of the same bits."""
+
+    def change(model):
+        next(t for t in model.graph.initializer if t.name == tensor).data_type = kind
+
+    return change
+
+
+def reshape(tensor: str, *shape: int):
+    def change(model):
+        next(t for t in model.graph.initializer if t.name == tensor).dims[:] = shape
+
+    return change
+
+
 def move_data(key: int, value: str):
     def change(model):
         next(t for t in model.graph.initializer if t.name == "gate_up.0").external_data[key].value = value
@@ -522,6 +594,30 @@ def test_wrong_graph(tmp_path, change, message):
     path = edit(make_graph(tmp_path / "model.onnx"), change)
     with pytest.raises(TensorRTError, match=re.compile(message, re.DOTALL)):
         build(path)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["engine", "external"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (retype("gate_up.0", onnx.TensorProto.UINT8), r"gate_up is (int32|DataType.UINT8); allowed: int8"),
+        (set_attribute(EXPERTS, "weights", "fp3"), r"weights is 'fp3'; allowed: float, mxfp4"),
+        (set_attribute(EXPERTS, "weights", "float"), r"LynxExperts has 7 inputs|gate_up is int8; allowed: float16"),
+        (set_attribute(EXPERTS, "transposed", 1), r"transposed is 1, and weights in mxfp4 have to lie along"),
+        (rewire(EXPERTS, 6, None), r"has 6 inputs; it takes 7 or 9"),
+        (rewire(EXPERTS, 6, "gate_up_scale.0"), r"down_scale has H = 192, and hidden has 64"),
+        (reshape("gate_up.0", 8, 96, 64), r"gate_up_scale has R = 192, and gate_up has 96"),
+        (reshape("down.0", 8, 96, 32), r"down has H = 96, and hidden has 64"),
+        (reshape("down_scale.0", 4, 128, 3), r"down_scale has E = 4, and gate_up has 8"),
+        (reshape("gate_up_scale.0", 8, 64, 6), r"gate_up_scale has R = 64, and gate_up has 192"),
+        (set_attribute(EXPERTS, "gated", 0), r"gate_up has R = 192, and R has to be 2 Q, which is 96"),
+    ],
+)
+def test_wrong_quantized_weights(tmp_path, change, message, where):
+    path = make_graph(tmp_path / "model.onnx", hidden=64, intermediate=96, form=MXFP4)
+    with pytest.raises(TensorRTError, match=r"\n  node LynxExperts.experts.0: .*" + message):
+        build(edit(path, change), expert_weights=where)
     assert leftovers(tmp_path) == []
 
 

@@ -50,7 +50,20 @@ class GraphMaker:
 
     def weight(self, name: str, shape: tuple[int, ...], *, inline: bool = False) -> str:
         values = (self.random.standard_normal(size=shape, dtype=np.float32) * 0.02).astype(self.numpy)
-        tensor = TensorProto(name=name, dims=shape, data_type=self.elem)
+        return self._add(TensorProto(name=name, dims=shape, data_type=self.elem), values, inline=inline)
+
+    def quantized(self, name: str, end: str, shape: tuple[int, ...]) -> list[str]:
+        """[...,D] in MXFP4: values and scales (from 2^-9 to 2), as two tensors."""
+        *rows, width = shape
+        values = self.random.integers(-128, 128, (*rows, width // 2))
+        scales = self.random.integers(118, 129, (*rows, width // 32))
+        arrays = {f"{name}{end}": values.astype(np.int8), f"{name}_scale{end}": scales.astype(np.uint8).view(np.int8)}
+        return [
+            self._add(TensorProto(name=each, dims=array.shape, data_type=TensorProto.INT8), array)
+            for each, array in arrays.items()
+        ]
+
+    def _add(self, tensor: onnx.TensorProto, values: np.ndarray, *, inline: bool = False) -> str:
         if inline or values.nbytes < 1024:
             tensor.raw_data = values.tobytes()
         else:
@@ -61,7 +74,7 @@ class GraphMaker:
                 tensor.external_data.add(key=key, value=str(value))
             self.data.write(values.tobytes())
         self.weights.append(tensor)
-        return name
+        return tensor.name
 
     def attention(self, x: str) -> str:
         """[B,S,H] -> [B,S,H] through a cache of fixed length, written in place."""
@@ -97,15 +110,19 @@ class GraphMaker:
             domain=DOMAIN,
             **select_attributes(PRESETS[preset], experts_per_token=K, renormalize=True, scale=1.0),
         )
+        form = form or ExpertsForm()
         inputs = [x, f"index{n}", f"weight{n}"]
-        inputs += [self.weight(f"gate_up{n}", (E, 2 * intermediate, hidden))]
-        inputs += [self.weight(f"down{n}", (E, hidden, intermediate))]
+        shapes = {"gate_up": (E, 2 * intermediate, hidden), "down": (E, hidden, intermediate)}
+        if form.quantized:
+            values, scales = zip(*(self.quantized(name, n, shape) for name, shape in shapes.items()), strict=True)
+            inputs += [*values, *scales]
+        else:
+            inputs += [self.weight(f"{name}{n}", shape) for name, shape in shapes.items()]
         if bias:
             inputs += [
                 self.weight(f"gate_up_bias{n}", (E, 2 * intermediate)),
                 self.weight(f"down_bias{n}", (E, hidden)),
             ]
-        form = form or ExpertsForm()
         self.node(EXPERTS, inputs, [f"experts{n}"], domain=DOMAIN, **experts_attributes(form))
         return self.node("Add", [x, f"experts{n}"], [f"layer_output{n}"])
 
@@ -135,7 +152,14 @@ class GraphMaker:
 
 
 def make_graph(
-    path: Path, dtype: str = "fp16", *, layers: int = 1, bias: bool = False, hidden: int = H, intermediate: int = I
+    path: Path,
+    dtype: str = "fp16",
+    *,
+    layers: int = 1,
+    bias: bool = False,
+    hidden: int = H,
+    intermediate: int = I,
+    form: ExpertsForm | None = None,
 ) -> Path:
     """Write a lynx graph (no function bodies) and its data file; return the path."""
     maker = GraphMaker(path, dtype, hidden, intermediate)
@@ -151,5 +175,5 @@ def make_graph(
     maker.node("Less", ["positions", "lengths2"], ["valid"])
     maker.node("Reshape", ["valid", maker.constant("flat", [-1])], ["token_mask"])
     for layer in range(layers):
-        x = maker.moe(layer, x, bias=bias)
+        x = maker.moe(layer, x, bias=bias, form=form)
     return maker.save(maker.node("Identity", [x], ["hidden"]), layers)

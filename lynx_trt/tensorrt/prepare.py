@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ExpertWeights = Literal["engine", "external"]
 Dims = tuple[int | str, ...]
 
+# Quantized weights lie where the others do, and what comes with them behind.
 _SELECT_INPUTS = [tensor.name for tensor in SELECT_CONTRACT.inputs]
 _EXPERTS_INPUTS = [tensor.name for tensor in EXPERTS_CONTRACT.inputs]
 _FIRST_WEIGHT = _EXPERTS_INPUTS.index("gate_up")
@@ -127,20 +128,21 @@ def hand_over(model: onnx.ModelProto, shapes: Mapping[str, Sequence[Sequence[int
 
 def plugin_attributes(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
     """The op and the attributes of each lynx node of a prepared model, by its name; not the kernels."""
+    return {
+        node.name: {"op": node.op_type, "attributes": _attributes(node)}
+        for node in _nodes(model.graph)
+        if node.domain == DOMAIN
+    }
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     import onnx
 
     def value(attribute: onnx.AttributeProto) -> Any:
         found = onnx.helper.get_attribute_value(attribute)
         return found.decode() if isinstance(found, bytes) else found
 
-    return {
-        node.name: {
-            "op": node.op_type,
-            "attributes": {a.name: value(a) for a in node.attribute if a.type != onnx.AttributeProto.TENSOR},
-        }
-        for node in _nodes(model.graph)
-        if node.domain == DOMAIN
-    }
+    return {each.name: value(each) for each in node.attribute if each.type != onnx.AttributeProto.TENSOR}
 
 
 def read(onnx_path: Path) -> onnx.ModelProto:
@@ -372,7 +374,7 @@ def _decompose_attention(model: onnx.ModelProto) -> int:
 
 
 def _externalize(graph: onnx.GraphProto, onnx_path: Path) -> tuple[ExternalInput, ...]:
-    """Turn the experts' weights and biases that lie in data files into graph inputs of the same names.
+    """Turn the experts' weights, scales and biases that lie in data files into graph inputs of the same names.
 
     Tensors inside the ONNX file itself (exporters keep small ones there) stay constants.
     """
@@ -382,7 +384,9 @@ def _externalize(graph: onnx.GraphProto, onnx_path: Path) -> tuple[ExternalInput
     moved: dict[str, ExternalInput] = {}
     nodes = [node for node in _nodes(graph) if node.domain == DOMAIN and node.op_type == EXPERTS]
     for node in nodes:
-        for role, name in list(zip(_EXPERTS_INPUTS, node.input, strict=False))[_FIRST_WEIGHT:]:
+        for role, name in list(zip(_roles(node), node.input, strict=False))[_FIRST_WEIGHT:]:
+            if role == DISPATCH:
+                continue
             if name not in constants:
                 raise TensorRTError(
                     f"{role} of {node.name} is {name!r}, which is not a constant of {onnx_path}, so it can't stay "
@@ -403,6 +407,13 @@ def _externalize(graph: onnx.GraphProto, onnx_path: Path) -> tuple[ExternalInput
         if name not in declared:
             graph.input.append(onnx.helper.make_tensor_value_info(name, constants[name].data_type, where.shape))
     return tuple(moved.values())
+
+
+def _roles(node: onnx.NodeProto) -> list[str]:
+    """What the inputs of a LynxExperts are; of a node with a number of inputs that it can't have, as far as it goes."""
+    contract = EXPERTS_CONTRACT.of_node(_attributes(node))
+    whole = len(node.input) not in contract.input_counts
+    return [tensor.name for tensor in (contract.inputs if whole else contract.inputs_of(len(node.input)))]
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:
