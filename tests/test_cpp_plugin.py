@@ -443,20 +443,24 @@ print(report["plugin_layers"], len(python_plugin._PLUGINS))
 """
 
 
-def test_engines(built, tmp_path):
+@pytest.mark.parametrize("form", [ExpertsForm(), ExpertsForm(weights="mxfp4")], ids=lambda form: form.weights)
+def test_engines(built, tmp_path, form):
     """TensorRT for RTX loads the library and builds with it: the same fields in an engine of the same size."""
     from trt_graphs import E, H, I, K, make_graph
 
     for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2)
+    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True, form=form)
     attributes = select_attributes(PRESETS["lynx"], experts_per_token=K, renormalize=True, scale=1.0)
     values = CONTRACTS["LynxSelect"].parse_fields(attributes)
     shapes = [(1, E), (1, E), (1, K), (1, K), (), (), (1,)]
     specs = [spec_of("LynxSelect", {**values, "dispatch": 1}, shapes, "float32")]
-    values = CONTRACTS["LynxExperts"].parse_fields({**experts_attributes(ExpertsForm()), "dispatch": 1})
-    shapes = [(1, H), (1, K), (1, K), (E, 2 * I, H), (E, H, I), (metadata(1),)]
+    values = CONTRACTS["LynxExperts"].parse_fields({**experts_attributes(form), "dispatch": 1})
+    weights = [(E, 2 * I, H), (E, H, I)]
+    if form.quantized:
+        weights = [(E, 2 * I, H // 2), (E, H, I // 2), (E, 2 * I, H // 32), (E, H, I // 32)]
+    shapes = [(1, H), (1, K), (1, K), *weights, (E, 2 * I), (E, H), (metadata(1),)]
     specs.append(spec_of("LynxExperts", values, shapes, "float16"))
     (tmp_path / "kernels").write_bytes(blob := fake_kernels(specs, (90,), 256).to_bytes())
     plans = {}
@@ -472,6 +476,27 @@ def test_engines(built, tmp_path):
     assert len(plans["python"]) == len(plans["cpp"])
     for plan in plans.values():
         assert 0 < plan.count(blob) <= 4  # of one node, for each of two profiles, twice at most
-    found = {name: re.findall(rb"vote\0.{8}weight.{300}", plan, re.DOTALL) for name, plan in plans.items()}
-    assert len(found["python"]) == 4  # two layers, two profiles
-    assert found["python"] == found["cpp"]
+    for start in (rb"vote\0.{8}weight", rb"weights\0.{8}" + form.weights.encode()):
+        found = {name: re.findall(start + rb".{300}", plan, re.DOTALL) for name, plan in plans.items()}
+        assert len(found["python"]) == 4  # two layers, two profiles
+        assert found["python"] == found["cpp"]
+
+
+def test_an_engine_of_wrong_sizes(built, tmp_path):
+    """TensorRT knows the sizes while it parses, and stops there; the plugin's words are in its log."""
+    from test_tensorrt_build import edit, reshape
+    from trt_graphs import make_graph
+
+    path = make_graph(tmp_path / "model.onnx", "fp16", form=ExpertsForm(weights="mxfp4"))
+    edit(path, reshape("down_scale.0", 4, 64, 1))
+    library, tests = str(built / "liblynx_plugin.so"), str(Path(__file__).parent)
+    script = BUILD_SCRIPT.format(
+        tests=tests, library=library, path=str(path), plan=str(tmp_path / "plan"), kernels=None
+    )
+    script = script.replace("os.open(os.devnull, os.O_WRONLY)", "os.dup(1)")
+    with loader.parser_environment() as environment:
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "LynxExperts.experts.0: down_scale has E = 4, and gate_up has 8" in done.stdout
+    assert "TensorRT can't read" in done.stderr
+    assert not (tmp_path / "plan").exists()
