@@ -272,6 +272,8 @@ def _our_block(node: ir.Node, select: ir.Node, down: ir.Value) -> LynxBlock:
     experts, *sizes = (int(str(size)) for size in down.shape)
     form = {name: attribute.value for name, attribute in node.attributes.items() if name not in ops.PLUGIN}
     inner, width = sizes if form["transposed"] else reversed(sizes)
+    if form.get("weights") == "mxfp4":  # two values a byte
+        inner *= 2
     index = select.inputs[2].shape if select.inputs[2] is not None else None
     count = index[-1] if index is not None and len(index) else None
     values = (value for value in node.inputs[3:] if value is not None and value.const_value is not None)

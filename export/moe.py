@@ -23,6 +23,7 @@ from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export import ops
 from lynx_trt.export.config import EXPERTS, EXPERTS_PER_TOKEN
+from lynx_trt.export.quantized.mxfp4 import BLOCKS, SCALES
 from lynx_trt.export.routing import Rule, find_routing
 from lynx_trt.selection import Selection
 
@@ -42,6 +43,7 @@ class MoeLayer:
     experts_per_token: int
     intermediate: int
     expert_parameters: int  # of one expert, biases included
+    expert_bytes: int  # of those in the graph
     logits: torch.Tensor | None = None  # the router's, of the step being traced
 
 
@@ -84,6 +86,7 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
         block = model.get_submodule(block_name)
         routing = find_routing(block, experts_name, *(recorder or (None,)))
         weight = _input_weight(name, module)
+        own = list(module.parameters())
         layer = MoeLayer(
             position=len(layers),
             name=name,
@@ -93,7 +96,8 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
             experts=int(weight.shape[0]),
             experts_per_token=routing.experts_per_token or _experts_per_token(name, model),
             intermediate=int(weight.shape[2 if module.is_transposed else 1]) // (2 if module.has_gate else 1),
-            expert_parameters=sum(p.numel() for p in module.parameters()) // int(weight.shape[0]),
+            expert_parameters=sum(p.numel() for p in own) // int(weight.shape[0]),
+            expert_bytes=sum(p.nbytes for p in own) // int(weight.shape[0]),
         )
         module._lynx = layer
         if recorder and routing.rule:
@@ -154,8 +158,13 @@ def _tensor(block: nn.Module, path: str) -> torch.Tensor:
     return tensor
 
 
+def projections(module: nn.Module) -> tuple[str, str]:
+    """Names of an experts module's two weights; the biases' end in `_bias`."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
 def _input_weight(name: str, module: nn.Module) -> torch.Tensor:
-    weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+    weight = getattr(module, projections(module)[0], None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not hasattr(module, "down_proj"):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) doesn't hold its experts' weights in the known form"
@@ -234,11 +243,11 @@ def experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torc
     if index.shape[-1] != layer.experts_per_token:
         raise ExportError(f"{layer.name} routes to {index.shape[-1]} experts a token, not {layer.experts_per_token}")
     index, weight = _select(layer, step, hidden, index.to(torch.int64), weight.float())
-    first, biases = ("gate_up_proj", ("gate_up_proj_bias", "down_proj_bias"))
-    if not module.has_gate:
-        first, biases = "up_proj", ("up_proj_bias", "down_proj_bias")
-    inputs = [hidden, index, weight, getattr(module, first), module.down_proj]
-    inputs += [getattr(module, bias) for bias in biases] if module.has_bias else []
+    names = projections(module)
+    endings = ("", "_bias") if module.has_bias else ("",)
+    if layer.form.quantized:
+        endings = (BLOCKS, SCALES, *endings[1:])
+    inputs = [hidden, index, weight, *(getattr(module, name + ending) for ending in endings for name in names)]
     return torch.onnx.ops.symbolic(
         f"{ops.DOMAIN}::{ops.EXPERTS}",
         inputs,

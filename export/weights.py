@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lynx_trt.export.checkpoint import Checkpoint
+    from lynx_trt.export.quantized.mxfp4 import PartBytes
     from lynx_trt.export.stored import StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -89,6 +90,7 @@ class CheckpointWeights:
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
+        self._kept: dict[str, PartBytes] = {}  # what stands in the place of parameters, by names of its own
         self._stray: dict[str, str] = {}  # stored tensors that the model has no place for, and what they would be in it
         self._sources, self._targets = self._plan(checkpoint)
         self._check(checkpoint)
@@ -165,8 +167,20 @@ class CheckpointWeights:
         """Names of parameters that share another one's storage (an output embedding tied to the input's)."""
         yield from getattr(self._model, "all_tied_weights_keys", None) or {}
 
+    def stored(self, name: str) -> StoredTensor | None:
+        """The one tensor that parameter `name` is as it stands; None if it is made of several, or converted."""
+        source = self._sources.get(name)
+        return source.stored[name][0] if source is not None and source.converter is None else None
+
+    def keep(self, name: str, parts: Mapping[str, PartBytes]) -> None:
+        """From now on have `parts`, by their names, in the place of parameter `name`: its bytes as they are stored."""
+        del self._wanted[name], self._sources[name], self._targets[name]
+        self._kept.update(parts)
+
     def resolve(self, name: str) -> str | None:
         """The stored parameter behind `name`, following ties; None if the checkpoint has nothing for it."""
+        if name in self._kept:
+            return name
         tied = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         if name not in self._targets and name in tied:
             return self.resolve(tied[name])
@@ -189,33 +203,39 @@ class CheckpointWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters and stored buffers in the model's dtype, those that are tied counted once."""
-        return sum(self._wanted[name].nbytes for name in self._targets if name in self._wanted)
+        """Bytes of all parameters and stored buffers in the model's dtype or as they are kept, ties counted once."""
+        full: int = sum(self._wanted[name].nbytes for name in self._targets if name in self._wanted)
+        return full + sum(part.nbytes for part in self._kept.values())
 
     def load(self, name: str) -> torch.Tensor:
-        """Parameter `name`, in the model's dtype.
+        """Parameter `name`, in the model's dtype, or what is kept by that name.
 
         Raises:
             CheckpointError: its shape, after conversion, is not the model's, or a value is no number or is beyond what
                 the dtype holds; the message names the stored tensor.
         """
         with Shards() as shards:
+            if kept := self._kept.get(name):
+                return kept.experts(shards, 0, kept.shape[0])
             return self._loaded(name, self._sources[self._targets[name]], self._wanted[name].shape, shards)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Parameter `name` in pieces along its first dimension: some experts each, where each is stored for itself.
+        """The same in pieces along its first dimension: some experts each, where each is kept or stored for itself.
 
         Raises:
             CheckpointError: see load.
         """
+        if kept := self._kept.get(name):
+            for first, last in _steps(kept.shape[0], kept.nbytes):
+                with Shards() as shards:
+                    yield kept.experts(shards, first, last)
+            return
         source, wanted = self._sources[self._targets[name]], self._wanted[name]
         experts = source.experts()
         if not experts or wanted.shape[0] != experts:
             yield self.load(name)
             return
-        step = max(_EXPERTS_BYTES * experts // max(wanted.nbytes, 1), 1)
-        for first in range(0, experts, step):
-            last = min(first + step, experts)
+        for first, last in _steps(experts, wanted.nbytes):
             with Shards() as shards:
                 yield self._loaded(name, source.part(first, last), (last - first, *wanted.shape[1:]), shards)
 
@@ -254,6 +274,13 @@ class CheckpointWeights:
             ) from None
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         return tensor
+
+
+def _steps(experts: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the experts that are read at a time, of so many that have so many bytes in all."""
+    step = max(_EXPERTS_BYTES * experts // max(nbytes, 1), 1)
+    for first in range(0, experts, step):
+        yield first, min(first + step, experts)
 
 
 def _stacks(pattern: str, converter: Any) -> bool:

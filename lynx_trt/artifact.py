@@ -48,6 +48,12 @@ class MoeLayerRecord(_Record):
     form: dict[str, str | int | float]
     rule: str | None
 
+    @property
+    def quantized(self) -> str | None:
+        """In what the weights are in the graph, as `weights` of the form has it; None if they are plain numbers."""
+        weights = str(self.form.get("weights", "float"))
+        return None if weights == "float" else weights
+
 
 class CacheRecord(_Record):
     """One of the KV caches: the graph reads past_NAME and writes present_NAME, both [B,heads,cache_rows,size]."""

@@ -44,11 +44,17 @@ _LEFT_ASIDE = (
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint was quantized, and how much of it: weights, bytes of them as stored."""
+    """How a checkpoint was quantized, and how much of it: weights, bytes of them as stored.
+
+    Of those weights an artifact keeps `kept` as they are stored; `obstacle`, a clause, is why it keeps none of those
+    that it could.
+    """
 
     method: str
     weights: int
     nbytes: int
+    kept: int = 0
+    obstacle: str | None = None
 
     def in_words(self, precision: str) -> str:
         """What becomes of the weights in an artifact of that precision."""
@@ -57,10 +63,13 @@ class Quantization:
                 f"config.json says that the checkpoint is quantized ({self.method}), but all of its weights are stored "
                 "in full; they are read as they are"
             )
-        return (
-            f"the checkpoint is quantized ({self.method}): {self.weights} of its weights are dequantized to "
-            f"{precision} while they are read"
-        )
+        how, rest = f"the checkpoint is quantized ({self.method})", self.weights - self.kept
+        dequantized = f"dequantized to {precision} while they are read"
+        if self.kept:
+            others = f", and {rest} are {dequantized}" if rest else ""
+            return f"{how}: {self.kept} of its weights stay as they are stored{others}"
+        why = f", for {self.obstacle}" if self.obstacle else ""
+        return f"{how}: {rest} of its weights are {dequantized}{why}"
 
 
 def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | None:

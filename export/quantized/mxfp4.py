@@ -2,6 +2,7 @@
 
 `NAME_blocks` [E,R,G,16] uint8 holds two values a byte, the first in the low half; `NAME_scales` [E,R,G] uint8 the
 exponents. The parameter NAME is [E,32G,R]: the model multiplies from the left, so each matrix is stored transposed.
+Their bytes are those that LynxExperts takes (lynx_trt/mxfp4.py), so that an artifact can hold them as they are.
 """
 
 from __future__ import annotations
@@ -13,16 +14,37 @@ from typing import Any
 import numpy as np
 import torch
 
+from lynx_trt import mxfp4
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, e8m0, fields_of, pieces_of
-from lynx_trt.export.quantized.packed import both_of_a_byte, pairs_of
+from lynx_trt.export.quantized.packed import both_of_a_byte
 from lynx_trt.export.stored import Shards, StoredTensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
-_BLOCK = 32
-# By the four bits of E2M1: sign, two of exponent, one of mantissa.
-_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
-_PAIRS = pairs_of(np.concatenate([_VALUES, -_VALUES]))
+_BLOCK = mxfp4.BLOCK
+# Both values of each byte, as the 8 bytes of two float32.
+_PAIRS = mxfp4.PAIRS.view(np.int64)[:, 0]
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """The bytes of one part, as int8 of the shape that LynxExperts has them in: [E,R,16G] of blocks, [E,R,G] of scales.
+
+    They go into an artifact as they are, so there is nothing to check in them but what `Mxfp4Tensor` does.
+    """
+
+    part: StoredTensor
+    shape: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self.part.nbytes
+
+    def experts(self, shards: Shards, first: int, last: int) -> torch.Tensor:
+        """Those of the experts first..last-1: nothing else is read."""
+        stored = shards.piece(self.part, (slice(first, last),))
+        return stored.view(torch.int8).reshape(last - first, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,29 @@ class Mxfp4Tensor(ComputedTensor):
         """See ComputedTensor."""
         stored = self.parts["scales"]
         yield stored.key, e8m0(shards.read(stored))
+
+    def as_stored(self) -> dict[str, PartBytes]:
+        """What LynxExperts takes of it, by the endings of the checkpoint's own names."""
+        blocks, scales = self.parts["blocks"], self.parts["scales"]
+        experts, rows, groups = scales.shape
+        return {
+            BLOCKS: PartBytes(blocks, (experts, rows, groups * _BLOCK // 2)),
+            SCALES: PartBytes(scales, (experts, rows, groups)),
+        }
+
+    def scale_beyond(self, largest: int, shards: Shards) -> tuple[str, int, list[int]] | None:
+        """The first byte of scale above `largest`: the part's name, the byte, its place; None if there is none.
+
+        Raises:
+            CheckpointError: one is no number.
+        """
+        stored = self.parts["scales"]
+        scales = shards.read(stored).numpy()
+        if not scales.size or scales.max() <= largest:
+            return None
+        self.refuse_faults(shards)
+        at = np.unravel_index(np.argmax(scales > largest), scales.shape)
+        return stored.key, int(scales[at]), [int(place) for place in at]
 
 
 def find(tensors: Mapping[str, StoredTensor], _: dict[str, Any]) -> Iterator[ComputedTensor]:
