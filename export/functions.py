@@ -5,19 +5,23 @@ fits, so both bodies are short (a node costs about a microsecond) and load only 
 those of `lynx_trt.selection.select` and `lynx_trt.experts.experts`; the indices are equal, not close.
 
 A body is text made for one set of attributes and the presence of biases; nodes that differ in either carry
-different overloads. `lynx_trt.export.ops` has the signatures.
+different overloads. `lynx_trt.export.ops` has the signatures. Quantized weights are looked up in tables, of the experts
+in use alone and at every step: ONNX Runtime on the CPU has no op for 4-bit floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx.parser
+from numpy.typing import NDArray
 
+from lynx_trt import mxfp4
 from lynx_trt.errors import ExportError
+from lynx_trt.experts import WEIGHTS
 from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, VERSION, Attributes
 from lynx_trt.selection import TINY
 
@@ -26,7 +30,12 @@ _IR_VERSION = 10
 
 _SELECT_INPUTS = ("choice", "combine", "topk_index", "topk_weight", "budget", "floor", "token_mask")
 _EXPERTS_INPUTS = ("hidden", "index", "weight", "gate_up", "down")
+# Of quantized weights.
+_SCALES = ("gate_up_scale", "down_scale")
 _BIASES = ("gate_up_bias", "down_bias")
+
+# Tables by byte: both values of it, and the scale that it is. Too long for a body's text, which has no NaN either.
+_TABLES = {"pairs": mxfp4.PAIRS, "powers": mxfp4.SCALES[:, None]}
 
 # In the bodies: FLOAT = 1, INT32 = 6, INT64 = 7, DOUBLE = 11 (TensorProto.DataType).
 
@@ -41,7 +50,8 @@ def add_functions(model: onnx.ModelProto) -> int:
         How many nodes have a function now.
 
     Raises:
-        ExportError: the model has another opset; a node is of no known op, or lacks an input or an attribute.
+        ExportError: the model has another opset; a node is of no known op, lacks an attribute, or has other inputs
+            than its attributes want.
     """
     nodes = list(_lynx_nodes(model.graph))
     variants = [_variant(node) for node in nodes]
@@ -73,8 +83,8 @@ class _Variant(NamedTuple):
 def _variant(node: onnx.NodeProto) -> _Variant:
     if node.op_type not in (SELECT, EXPERTS):
         raise ExportError(f"Node {node.name!r} is {DOMAIN}.{node.op_type}: known are {SELECT} and {EXPERTS}.")
-    attributes = sorted((attribute.name, _value(attribute)) for attribute in node.attribute)
-    return _Variant(node.op_type, _has_bias(node), tuple(attributes))
+    attributes = {attribute.name: _value(attribute) for attribute in node.attribute}
+    return _Variant(node.op_type, _has_bias(node, attributes), tuple(sorted(attributes.items())))
 
 
 def _variant_function(variant: _Variant) -> onnx.FunctionProto:
@@ -369,9 +379,13 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
     A token's experts have to be distinct.
 
     Raises:
-        ExportError: an attribute is missing or not known.
+        ExportError: an attribute is missing or not known, or quantized weights are transposed.
     """
-    _require(attributes, EXPERTS, "activation gated transposed interleaved alpha limit up_offset")
+    _require(attributes, EXPERTS, "activation gated transposed interleaved alpha limit up_offset weights")
+    inputs = _experts_inputs(attributes) + (_BIASES if bias else ())
+    quantized = attributes["weights"] != "float"
+    if quantized and attributes["transposed"]:
+        raise ExportError(f"{EXPERTS} has transposed weights in {attributes['weights']}, which no body is written for.")
     body = f"""
         {_EXPERTS_SLOTS}
         result = Loop (active, , nothing) <
@@ -393,7 +407,15 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
         >
         output = CastLike (result, hidden)
     """
-    return _function(EXPERTS, _EXPERTS_INPUTS + (_BIASES if bias else ()), ("output",), body, attributes)
+    return _function(EXPERTS, inputs, ("output",), body, attributes, _TABLES if quantized else {})
+
+
+def _experts_inputs(attributes: Attributes) -> tuple[str, ...]:
+    """The inputs of a LynxExperts without biases."""
+    weights = attributes["weights"]
+    if weights not in WEIGHTS:
+        raise ExportError(f"{EXPERTS} has weights = {weights!r}: it has to be one of {', '.join(WEIGHTS)}.")
+    return _EXPERTS_INPUTS if weights == "float" else _EXPERTS_INPUTS + _SCALES
 
 
 _EXPERTS_SLOTS = """
@@ -425,11 +447,28 @@ def _linear(result: str, values: str, weights: str, attributes: Attributes, *, b
         else ""
     )
     inputs = f"{values}, {weights}_wide" + (f", {weights}_added" if bias else "")
+    quantized = attributes["weights"] != "float"
     return f"""
         {weights}_here = Gather<axis = 0> ({weights}, expert)
-        {weights}_wide = Cast<to = 1> ({weights}_here)
+        {_dequantized(weights) if quantized else f"{weights}_wide = Cast<to = 1> ({weights}_here)"}
         {added}
         {result} = Gemm<transB = {0 if attributes["transposed"] else 1}> ({inputs})
+    """
+
+
+def _dequantized(weights: str) -> str:
+    """`wide` [R,D] of the bytes `here` [R,D/2]. A byte counts from the end of a table where it is negative."""
+    return f"""
+        {weights}_places = Cast<to = 6> ({weights}_here)
+        {weights}_pairs = Gather<axis = 0> (pairs, {weights}_places)
+        {weights}_in_blocks = Constant<value_ints = [0, -1, {mxfp4.BLOCK}]> ()
+        {weights}_blocks = Reshape ({weights}_pairs, {weights}_in_blocks)
+        {weights}_scale_here = Gather<axis = 0> ({weights}_scale, expert)
+        {weights}_scale_places = Cast<to = 6> ({weights}_scale_here)
+        {weights}_powers = Gather<axis = 0> (powers, {weights}_scale_places)
+        {weights}_scaled = Mul ({weights}_blocks, {weights}_powers)
+        {weights}_in_rows = Constant<value_ints = [0, -1]> ()
+        {weights}_wide = Reshape ({weights}_scaled, {weights}_in_rows)
     """
 
 
@@ -490,13 +529,23 @@ def _activation(attributes: Attributes, values: str, result: str) -> str:
 
 
 def _function(
-    op: str, inputs: Iterable[str], outputs: Iterable[str], body: str, attributes: Attributes
+    op: str,
+    inputs: Iterable[str],
+    outputs: Iterable[str],
+    body: str,
+    attributes: Attributes,
+    tables: Mapping[str, NDArray[Any]] | None = None,
 ) -> onnx.FunctionProto:
+    """`tables` are constants that the body reads by their names."""
     text = f"""
         <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
         {op} <{", ".join(attributes)}> ({", ".join(inputs)}) => ({", ".join(outputs)}) {{ {body} }}
     """
-    return onnx.parser.parse_function(text)
+    function = onnx.parser.parse_function(text)
+    for name, table in (tables or {}).items():
+        value = onnx.numpy_helper.from_array(table)
+        function.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=value))
+    return function
 
 
 def _lynx_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -508,15 +557,20 @@ def _lynx_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _lynx_nodes(subgraph)
 
 
-def _has_bias(node: onnx.NodeProto) -> bool:
+def _has_bias(node: onnx.NodeProto, attributes: Attributes) -> bool:
     """Whether a LynxExperts has biases; also checks how many inputs a lynx node has."""
+    if node.op_type == EXPERTS:
+        _require(attributes, EXPERTS, "weights")
+        plain = _experts_inputs(attributes)
+        allowed = [len(plain), len(plain) + len(_BIASES)]
+    else:
+        allowed = [len(_SELECT_INPUTS)]
     present = sum(1 for name in node.input if name)
-    possible = (_SELECT_INPUTS,) if node.op_type == SELECT else (_EXPERTS_INPUTS, _EXPERTS_INPUTS + _BIASES)
-    allowed = [len(names) for names in possible]
     if present not in allowed or present != len(node.input):
+        kind = f" with {attributes['weights']} weights" if node.op_type == EXPERTS else ""
         raise ExportError(
             f"Node {node.name!r} ({node.op_type}) has the inputs {list(node.input)}: it has to have "
-            f"{' or '.join(map(str, allowed))}, none of them empty."
+            f"{' or '.join(map(str, allowed))}{kind}, none of them empty."
         )
     return node.op_type == EXPERTS and present == allowed[-1]
 

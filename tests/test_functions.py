@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from test_selection import Batch, batches, budgets, floors
 
+from lynx_trt import mxfp4
 from lynx_trt.errors import ExportError
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
 from lynx_trt.export.functions import add_functions, experts_function, select_function
@@ -322,6 +323,122 @@ def test_experts_of_other_batches(pattern: str) -> None:
     np.testing.assert_allclose(got, _reference(form, inputs), rtol=1e-5, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------- experts in MXFP4
+
+MXFP4_FORMS = [
+    *(ExpertsForm(activation, weights="mxfp4") for activation in ACTIVATIONS),
+    *(ExpertsForm(activation, gated=False, limit=0.75, weights="mxfp4") for activation in ACTIVATIONS),
+    ExpertsForm(interleaved=True, alpha=1.702, limit=0.75, up_offset=1.0, weights="mxfp4"),  # gpt-oss
+    ExpertsForm("gelu", interleaved=True, limit=0.5, weights="mxfp4"),
+]
+
+
+def _mxfp4_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.InferenceSession:
+    biases = f", {dtype}[E,R] gate_up_bias, {dtype}[E,H] down_bias" if bias else ""
+    added = ", gate_up_bias, down_bias" if bias else ""
+    graph = f"""
+        experts ({dtype}[T,H] hidden, int64[T,K] index, float[T,K] weight, int8[E,R,P] gate_up, int8[E,H,Q] down,
+                 int8[E,R,G] gate_up_scale, int8[E,H,J] down_scale{biases}) => ({dtype}[T,H] output)
+        {{
+            output = lynx.LynxExperts (hidden, index, weight, gate_up, down, gate_up_scale, down_scale{added})
+        }}
+    """
+    return _session(_model(graph, experts_attributes(form)))
+
+
+def _mxfp4_inputs(
+    form: ExpertsForm,
+    bias: bool,
+    *,
+    dtype: type[np.generic] = np.float32,
+    number: int = EXPERTS,
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    hidden: int = 64,
+    inner: int = 96,
+) -> dict[str, Array]:
+    """Bytes of every value; the last expert is nobody's."""
+    rng = np.random.default_rng(number + tokens)
+    rows = 2 * inner if form.gated else inner
+    inputs: dict[str, Array] = {"hidden": rng.normal(size=(tokens, hidden)).astype(dtype)}
+    for name, (height, depth) in {"gate_up": (rows, hidden), "down": (hidden, inner)}.items():
+        inputs[name] = rng.integers(-128, 128, (number, height, depth // 2)).astype(np.int8)
+        inputs[f"{name}_scale"] = rng.integers(118, 129, (number, height, depth // 32)).astype(np.uint8).view(np.int8)
+    if bias:
+        inputs["gate_up_bias"] = rng.normal(size=(number, rows)).astype(dtype)
+        inputs["down_bias"] = rng.normal(size=(number, hidden)).astype(dtype)
+    index = np.stack([rng.permutation(number - 1)[:width] for _ in range(tokens)])
+    return {**inputs, "index": index, "weight": rng.random((tokens, width)).astype(np.float32)}
+
+
+def _check_mxfp4(form: ExpertsForm, inputs: dict[str, Array], got: Array) -> None:
+    def wide(dtype: type[np.generic]) -> dict[str, Array]:
+        return {n: a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a for n, a in inputs.items()}
+
+    expected = experts(form, **wide(np.float64))
+    # As of weights in float, but four times NumPy's error: sums are longer, and so differ more by their order.
+    floor = 4 * np.abs(experts(form, **wide(np.float32)) - expected).max()
+    floor += np.finfo(np.float32).eps * np.abs(expected).max()
+    half = got.dtype == np.float16
+    rounding = np.abs(expected) * (np.finfo(np.float16).eps / 2 if half else 0)
+    np.testing.assert_array_less(np.abs(got - expected), floor + rounding)
+    assert np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", MXFP4_FORMS, ids=str)
+def test_experts_in_mxfp4_equal_the_reference(form: ExpertsForm, bias: bool) -> None:
+    inputs = _mxfp4_inputs(form, bias)
+    inputs["index"][0, 1], inputs["index"][2], inputs["hidden"][2] = -1, -1, np.nan
+    (got,) = _mxfp4_session(form, "float", bias).run(None, inputs)
+    assert (got[2] == 0).all()
+    _check_mxfp4(form, inputs, got)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 1, "width": 1, "number": 2, "hidden": 32, "inner": 32},  # one block a row
+        {"tokens": 1, "width": 4, "number": 33},
+        {"tokens": 17, "width": 2, "number": 3, "hidden": 160, "inner": 32},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_experts_in_mxfp4_of_other_sizes(sizes: dict[str, int], dtype: str) -> None:
+    form = MXFP4_FORMS[-2]
+    inputs = _mxfp4_inputs(form, True, dtype=np.float32 if dtype == "float" else np.float16, **sizes)
+    (got,) = _mxfp4_session(form, dtype, True).run(None, inputs)
+    _check_mxfp4(form, inputs, got)
+
+
+def test_experts_in_mxfp4_have_each_value_and_each_scale() -> None:
+    """An expert that copies what it is given, of one row of hidden: the weights themselves come out."""
+    form = ExpertsForm("relu", gated=False, weights="mxfp4")
+    session = _mxfp4_session(form, "float", bias=False)
+    gate_up = np.zeros((1, 32, 16), np.int8)
+    gate_up[0, np.arange(32), np.arange(32) // 2] = np.where(np.arange(32) % 2, 0x20, 0x02)  # 1.0 on the diagonal
+    down = np.arange(512).astype(np.uint8).view(np.int8).reshape(1, 32, 16)  # all bytes, twice
+    one = np.full((1, 32, 1), 127, np.int8)
+    for scale in (np.full(32, 130), np.arange(32), np.arange(96, 128), np.arange(221, 253)):  # to 6 * 2^125
+        down_scale = scale.astype(np.uint8).view(np.int8).reshape(1, 32, 1)
+        inputs = {"gate_up": gate_up, "down": down, "gate_up_scale": one, "down_scale": down_scale}
+        inputs |= {"hidden": np.eye(32, dtype=np.float32), "index": np.zeros((32, 1), np.int64)}
+        (got,) = session.run(None, {**inputs, "weight": np.ones((32, 1), np.float32)})
+        np.testing.assert_array_equal(got.T, mxfp4.dequantize(down[0], down_scale[0]))
+
+
+def test_experts_in_mxfp4_that_nobody_uses_do_not_matter() -> None:
+    form = MXFP4_FORMS[0]
+    inputs = _mxfp4_inputs(form, bias=False)
+    session = _mxfp4_session(form, "float", bias=False)
+    (expected,) = session.run(None, inputs)
+    for name in ("gate_up_scale", "down_scale"):
+        inputs[name][EXPERTS - 1] = -1  # NaN
+    np.testing.assert_array_equal(session.run(None, inputs)[0], expected)
+    inputs["index"][:] = -1
+    np.testing.assert_array_equal(session.run(None, inputs)[0], np.zeros_like(expected))
+
+
 # ---------------------------------------------------------------------------------------------- both, and add_functions
 
 # Two layers of selection and experts, the second without renormalisation and without biases, then a third selection
@@ -447,6 +564,14 @@ def test_versions_are_declared() -> None:
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 24, "lynx": 1}
 
 
+def _set(node: onnx.NodeProto, name: str, value: str | None) -> None:
+    """Give a node's attribute another value, or remove it."""
+    place = [attribute.name for attribute in node.attribute].index(name)
+    node.attribute.pop(place)
+    if value is not None:
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -456,6 +581,9 @@ def test_versions_are_declared() -> None:
         (lambda m: m.graph.node[3].input.extend(["gub", ""]), r"'gub', ''\]: it has to have 5 or 7"),
         (lambda m: m.graph.node[0].attribute.pop(0), "LynxSelect lacks vote"),
         (lambda m: m.graph.node[1].attribute.pop(0), "LynxExperts lacks activation"),
+        (lambda m: _set(m.graph.node[1], "weights", None), "LynxExperts lacks weights"),
+        (lambda m: _set(m.graph.node[3], "weights", "mxfp4"), "'d'\\]: it has to have 7 or 9 with mxfp4 weights"),
+        (lambda m: _set(m.graph.node[3], "weights", "fp3"), "weights = 'fp3': it has to be one of float, mxfp4"),
         # ONNX Runtime takes a body for one of the model's opset, and fails on it or not.
         (lambda m: setattr(m.opset_import[0], "version", 21), "opset 21, the bodies of the lynx ops need 24"),
     ],
@@ -475,3 +603,5 @@ def test_values_that_no_body_knows_are_refused() -> None:
         select_function({**attributes, "vote": "votes"})
     with pytest.raises(ExportError, match="activation = 'mish': it has to be silu"):
         experts_function({**experts_attributes(ExpertsForm()), "activation": "mish"}, bias=False)
+    with pytest.raises(ExportError, match="transposed weights in mxfp4"):
+        experts_function({**experts_attributes(ExpertsForm(weights="mxfp4")), "transposed": 1}, bias=False)
