@@ -19,6 +19,7 @@ from lynx_trt.plugins.launcher import Device, Launch
 from lynx_trt.runtime.backend import Array, Draws
 from lynx_trt.runtime.draws import BEYOND
 from lynx_trt.runtime.ort import ELEMENT
+from lynx_trt.runtime.ort_graphs import WEIGHTS_FOLDER
 from lynx_trt.runtime.sampling import draw
 
 if TYPE_CHECKING:
@@ -219,17 +220,13 @@ class HostEngine:
     device_memory_size_v2 = 4096
 
     def __init__(self, artifact: Artifact, gpu: HostGpu, logger: Any) -> None:
-        import onnxruntime
-
+        assert artifact.manifest.engine is not None
         self.artifact, self.gpu, self.logger = artifact, gpu, logger
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        path = str(artifact.path("model.onnx"))
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.external = {str(item["name"]): item for item in artifact.manifest.engine.external}
+        self.session = _session(artifact, self.external)
         self.inputs = {each.name: each for each in self.session.get_inputs()}
         self.outputs = {each.name: each for each in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
-        assert artifact.manifest.engine is not None
         self.profiles = [profile["shapes"] for profile in artifact.manifest.engine.profiles]
         self.contexts: list[HostContext] = []
         self.kernels: list[int] = []  # of each: 1 compiles a shape's before it runs
@@ -312,7 +309,7 @@ class HostContext:
             past = name.replace("present_", "past_")
             if past != name:
                 assert addresses[name] == addresses[past], "a cache is to be updated in place"
-            shape = shapes[past]
+            shape = engine.external[name]["shape"] if name in engine.external else shapes[past]
             dtype = self._dtype(name)
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             engine.gpu.view(addresses[name], size)  # it is all there
@@ -323,5 +320,26 @@ class HostContext:
     def _dtype(self, name: str) -> Any:
         if name.startswith(("past_key", "present_")):
             return ELEMENT[self.engine.artifact.manifest.model.precision]
+        if name in self.engine.external:
+            return np.dtype(self.engine.external[name]["dtype"])
         fixed = {"logits": np.float32, "active_experts": np.int32, "budgets": np.int32, "floors": np.float32}
         return fixed.get(name, np.int64)
+
+
+def _session(artifact: Artifact, external: dict[str, dict[str, Any]]) -> Any:
+    """The artifact's graph; weights that are outside the engine are inputs of the types and shapes that it records."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(artifact.folder))
+    model = onnx.load(artifact.path("model.onnx"), load_external_data=False)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in external]
+    outside = {tensor.name for tensor in model.graph.initializer} & external.keys()
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for name in outside:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(external[name]["dtype"]))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, external[name]["shape"]))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

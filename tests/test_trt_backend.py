@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lynx_trt.runtime.open import limits_of, open_backend
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.trt import TensorRTBackend
+from lynx_trt.tensorrt.prepare import prepare
 
 PROMPTS = ["def add(a, b):\n", "i", "class Point:\n    def", "x = ["]
 LIMITS = {"decode": ((1, 4), (1, 1)), "prefill": ((1, 2), (2, 8))}
@@ -233,6 +235,17 @@ def test_expert_weights_from_their_file(text_artifact: Artifact, tmp_path: Path,
     artifact.path(file).write_bytes(data[:600])
     with pytest.raises(ArtifactError, match=r"can't be read .*copy or build the artifact again"):
         backend_of(artifact, 1)
+
+
+def test_text_with_expert_weights_outside(text_artifact: Artifact, tmp_path: Path) -> None:
+    """The engine finds in the GPU's memory what the record of the build says lies there."""
+    external = prepare(text_artifact.path("model.onnx"), expert_weights="external").external
+    assert len(external) == 2 * len(text_artifact.manifest.model.moe_layers)
+    items = [asdict(item) for item in external]
+    artifact = with_engine(text_artifact, tmp_path / "artifact", expert_weights="external", external=items)
+    backend, reference = backend_of(artifact, 2), OrtBackend(artifact, 2, threads=1)
+    assert {item["name"] for item in items} <= set(backend._rt.engine.inputs)
+    assert texts(artifact, backend, ["abc", "de"]) == texts(artifact, reference, ["abc", "de"])
 
 
 def test_profiles_that_do_not_fit(text_artifact: Artifact, engined: Artifact, tmp_path: Path) -> None:
