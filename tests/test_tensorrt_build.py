@@ -168,6 +168,28 @@ def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where):
     assert handed_over(plan) == [1] * 8
 
 
+def test_compiled_kernels_of_quantized_weights(tmp_path, monkeypatch):
+    """The real ones: each kernel that reads weights reads their scales."""
+    pytest.importorskip("triton")
+    made = []
+
+    def compile_for(*given, **options):
+        made.append(real(*given, **options))
+        return made[-1]
+
+    real = aot.compile_for
+    monkeypatch.setattr(aot, "compile_for", compile_for)
+    path = make_graph(tmp_path / "model.onnx", "bf16", bias=True, hidden=64, intermediate=96, form=MXFP4)
+    report = build(path, sms=(89,), expert_weights="external")
+    assert report.messages == ()
+    (kernels,) = made
+    (plans,) = (by_sm[89] for key, by_sm in kernels.ops.items() if key.startswith("experts;"))
+    steps = [step.arguments for plan in plans for step in plan.steps]
+    assert sum("gate_up_scale" in names for names in steps) == sum("gate_up" in names for names in steps) > 0
+    assert sum("down_scale" in names for names in steps) == sum("down" in names for names in steps) > 0
+    assert kernels.to_bytes() in path.with_suffix(".plan").read_bytes()
+
+
 def test_a_gpu_that_the_engine_would_not_run_on(tmp_path):
     """Whoever asks, not the command alone: TensorRT for RTX builds such an engine without a word."""
     path = make_graph(tmp_path / "model.onnx", "fp16")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quantized_models
 from fake_kernels import fake_kernels
 from host_gpu import SM, HostGpu, tensorrt_for
 
@@ -246,6 +247,27 @@ def test_text_with_expert_weights_outside(text_artifact: Artifact, tmp_path: Pat
     backend, reference = backend_of(artifact, 2), OrtBackend(artifact, 2, threads=1)
     assert {item["name"] for item in items} <= set(backend._rt.engine.inputs)
     assert texts(artifact, backend, ["abc", "de"]) == texts(artifact, reference, ["abc", "de"])
+
+
+def test_quantized_expert_weights_outside(
+    checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    """The same of experts in MXFP4: what the engine is given are the checkpoint's own bytes, of int8."""
+    stored = quantized_models.mxfp4(checkpoint("gpt_oss"), tmp_path / "checkpoint")
+    built = build_quietly(stored, tmp_path / "built", precision="fp16", preset="lynx")
+    items = [asdict(item) for item in prepare(built.path("model.onnx"), expert_weights="external").external]
+    layers = built.manifest.model.moe_layers
+    assert [layer.form["weights"] for layer in layers] == ["mxfp4"] * len(layers)
+    kinds = [str(item["dtype"]) for item in items]
+    assert kinds.count("int8") >= 3 * len(layers)  # small scales are in the ONNX file itself
+    outside = with_engine(built, tmp_path / "outside", expert_weights="external", external=items)
+    backend, reference = backend_of(outside, 2), backend_of(with_engine(built, tmp_path / "inside"), 2)
+    everything = Restriction((layers[0].experts,) * len(layers))
+    ids, past, lengths = np.array([[65, 66, 67, 68], [5, 6, 7, 0]]), np.zeros(2, np.int64), np.array([4, 3])
+    for step in ((ids, past, lengths), (ids[:, :1], lengths, np.ones(2, np.int64))):
+        found, right = (each.step(*step, everything).logits.copy() for each in (backend, reference))
+        assert np.isfinite(found).all()
+        np.testing.assert_array_equal(found, right)
 
 
 def test_profiles_that_do_not_fit(text_artifact: Artifact, engined: Artifact, tmp_path: Path) -> None:
