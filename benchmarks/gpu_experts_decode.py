@@ -10,6 +10,8 @@ and at 75, 50 and 25 % of it. Contenders, in turn on the same inputs:
     dense        every expert on every token
     vllm         vLLM's Triton-language kernel, where it can be had
 
+Of a layer in MXFP4 the peers have the dequantized weights: their own kernels for it are compiled, or other packages'.
+
     python benchmarks/gpu_experts_decode.py --output FILE.json [--model NAME] [--seconds N] [--dry-run]
 """
 

@@ -25,11 +25,13 @@ from lynx_trt.plugins.launch import SMS, power_of_two
 from lynx_trt.plugins.launcher import Driver
 from lynx_trt.plugins.plan import find_plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
-from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
+from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
-from lynx_trt.plugins.twins import experts_twin, select_twin
+from lynx_trt.plugins.tune import random_mxfp4
+from lynx_trt.plugins.twins import dequantize_twin, experts_twin, select_twin
 
 MODELS = tuple(SHAPES)
+ROUTERS = routers(MODELS)
 
 # Different batches in one graph, so that no call finds its experts in L2 (50 MB on an H100): at one token, the least
 # of all, they share none.
@@ -49,20 +51,38 @@ class Layer:
     select: SelectSpec
     weights: Mapping[str, Tensor]
 
-    @property
-    def values(self) -> int:
-        """Weights of an expert."""
-        spec = self.experts
-        matrices = spec.hidden * spec.inner * (3 if spec.form.gated else 2)
-        return matrices + (spec.inner * (2 if spec.form.gated else 1) + spec.hidden if spec.bias else 0)
-
     def bytes_read(self, active: float) -> float:
-        """What any implementation has to read of some active experts."""
-        return active * self.values * BYTES[self.experts.dtype]
+        """What has to be read of some active experts, in the form that the layer has them in."""
+        spec = self.experts
+        return active * (self._matrices * spec.weight_bytes + self._biases * BYTES[spec.dtype])
 
     def flops(self, pairs: int) -> float:
         """Operations for some (token, expert) pairs."""
-        return 2.0 * pairs * self.values
+        return 2.0 * pairs * (self._matrices + self._biases)
+
+    def in_full(self) -> Layer:
+        """The same with weights that are numbers of the precision, for those who have no others."""
+        if not self.experts.form.quantized:
+            return self
+        dtype = getattr(torch, self.experts.dtype)
+        weights = {name: each for name, each in self.weights.items() if name.endswith("_bias")}
+        for name in ("gate_up", "down"):
+            # An expert at a time: what is made on the way is larger than the weights.
+            whole = zip(self.weights[name], self.weights[f"{name}_scale"], strict=True)
+            weights[name] = torch.stack([dequantize_twin(values, scales, dtype) for values, scales in whole])
+        form = replace(self.experts.form, weights="float")
+        return Layer(self.name, replace(self.experts, form=form), self.select, weights)
+
+    @property
+    def _matrices(self) -> int:
+        """Values of an expert's matrices."""
+        spec = self.experts
+        return spec.hidden * spec.inner * (3 if spec.form.gated else 2)
+
+    @property
+    def _biases(self) -> int:
+        spec = self.experts
+        return spec.inner * (2 if spec.form.gated else 1) + spec.hidden if spec.bias else 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ def specs_of(name: str, dtype: str, *, dry: bool) -> tuple[ExpertsSpec, SelectSp
     experts = experts_spec(name, dtype, dispatch_given=False)
     select = replace(select_spec(name, dispatch_taken=False), guarantee=0)
     if dry:
-        experts = replace(experts, experts=8, experts_per_token=2, hidden=48, inner=40)
+        experts = replace(experts, experts=8, experts_per_token=2, hidden=96, inner=64)
         select = replace(select, experts=8, experts_per_token=2)
     return experts, select
 
@@ -111,10 +131,12 @@ def make_layer(name: str, chosen: Options) -> Layer:
     up, down = (rows, experts.hidden), (experts.hidden, experts.inner)
     if experts.form.transposed:
         up, down = up[::-1], down[::-1]
-    weights = {
-        "gate_up": normal(experts.experts, *up, scale=experts.hidden**-0.5),
-        "down": normal(experts.experts, *down, scale=experts.inner**-0.5),
-    }
+    weights: dict[str, Tensor] = {}
+    for part, shape, summed in (("gate_up", up, experts.hidden), ("down", down, experts.inner)):
+        if experts.form.quantized:
+            weights |= random_mxfp4(part, (experts.experts, *shape), generator)
+        else:
+            weights[part] = normal(experts.experts, *shape, scale=summed**-0.5)
     if experts.bias:
         weights["gate_up_bias"] = normal(experts.experts, rows, scale=0.1)
         weights["down_bias"] = normal(experts.experts, experts.hidden, scale=0.1)
@@ -355,7 +377,8 @@ def reference(layer: Layer, batch: Batch) -> Tensor:
     want = torch.zeros(batch.hidden.shape, dtype=torch.float64, device=batch.hidden.device)
     for expert in torch.unique(batch.index[batch.index >= 0]).tolist():
         rows, slots = (batch.index == expert).nonzero(as_tuple=True)
-        alone = {name: each[expert : expert + 1].double() for name, each in layer.weights.items()}
+        own = {name: each[expert : expert + 1] for name, each in layer.weights.items()}
+        alone = {name: each.double() if each.dtype.is_floating_point else each for name, each in own.items()}
         part = experts_twin(
             layer.experts.form,
             batch.hidden[rows].double(),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gpu_common import benchmark
 from gpu_layer import (
-    MODELS,
+    ROUTERS,
     Batch,
     Bench,
     Kernels,
@@ -48,7 +48,7 @@ CALLS = 20
 
 def main() -> None:
     """Batches, then models."""
-    with benchmark(__doc__, "select", 60, MODELS) as (chosen, report, clock):
+    with benchmark(__doc__, "select", 60, ROUTERS) as (chosen, report, clock):
         tokens = (3,) if chosen.dry else TOKENS
         layers = [Layer(name, *specs_of(name, chosen.dtype, dry=chosen.dry), {}) for name in chosen.models]
         ops = ops_for([(each.experts, each.select) for each in layers], tokens)

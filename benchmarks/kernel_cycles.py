@@ -40,7 +40,7 @@ from lynx_trt.plugins.aot_worker import compile_kernel
 from lynx_trt.plugins.launch import CLUSTER_SM, SMS, SelectLaunch, power_of_two
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
-from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
+from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
 
 # Of a multiprocessor, each of which issues an instruction a cycle.
 SCHEDULERS = 4
@@ -238,7 +238,7 @@ def plan_of(op: str, model: str, tokens: int, sm: int) -> Plan[Kernel]:
 def record(path: Path, sm: int) -> None:
     """The selections of all models for some batches, as JSON; of the experts the matrix units would be missing."""
     rows = []
-    for model, tokens in itertools.product(SHAPES, RECORDED):
+    for model, tokens in itertools.product(routers(tuple(SHAPES)), RECORDED):
         launches = measured(plan_of("select", model, tokens, sm), sm)
         cycles = sum(each["cycles"] for each in launches)
         rows.append({"model": model, "tokens": tokens, "cycles": cycles, "launches": launches})

@@ -53,7 +53,7 @@ def estimate(spec: ExpertsSpec, sm: int, tokens: int, *, prefill: bool) -> Exper
     """The estimate for a batch, of the kind of kernels that is asked for."""
     bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
     bucket = max(bucket, PREFILL_BUCKET) if prefill else min(bucket, PREFILL_BUCKET // 2)
-    return experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, sm, interleaved=spec.form.interleaved)
+    return experts_estimate(bucket, spec.hidden, spec.inner, spec.dtype, sm, form=spec.form)
 
 
 def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: bool) -> list[MatmulLaunch]:
@@ -61,8 +61,11 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     first: MatmulLaunch = getattr(estimate(spec, sm, tokens, prefill=prefill), part)
     rows = rows_a_value(spec, part)
     summed = spec.hidden if part == "gate_up" else spec.inner
-    made = _prefill(first, rows, part) if prefill else _decode(tokens, rows, summed, part)
-    usable = (each for each in made if fits(each, spec.dtype, sm, rows_a_value=rows))
+    if spec.form.quantized:
+        made = _quantized_prefill(rows) if prefill else _quantized_decode(tokens, rows, summed, part)
+    else:
+        made = _prefill(first, rows, part) if prefill else _decode(tokens, rows, summed, part)
+    usable = (each for each in made if fits(each, spec, sm, rows_a_value=rows))
     return list(dict.fromkeys([first, *usable]))
 
 
@@ -109,9 +112,10 @@ def rows_a_value(spec: ExpertsSpec, part: str) -> int:
     return 2 if part == "gate_up" and spec.form.gated else 1
 
 
-def fits(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> bool:
+def fits(launch: MatmulLaunch, spec: ExpertsSpec, sm: int, *, rows_a_value: int) -> bool:
     """Whether a launch can run: tiles that the matrix units take, registers for their sums, an SM's shared memory."""
     programs = launch.per_multiprocessor or 2
+    shared = shared_bytes(launch, spec.dtype, sm, rows_a_value=rows_a_value, weights=spec.form.weights)
     return (
         launch.block_n >= 16
         and launch.block_d >= 32
@@ -119,7 +123,7 @@ def fits(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> boo
         and rows_a_value * launch.block_n <= 256
         and launch.block_t * rows_a_value * launch.block_n <= _ACCUMULATORS * 32 * launch.warps
         and 32 * launch.warps * programs <= 2048
-        and shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value) * programs <= SHARED_MEMORY[sm]
+        and shared * programs <= SHARED_MEMORY[sm]
     )
 
 
@@ -160,3 +164,28 @@ def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[Matm
             forms = (False, True) if first.descriptors and depth == 64 and stages < 5 else (False,)
             for flatten, copied in itertools.product(forms, forms if part == "down" else (False,)):
                 yield replace(tile, flatten=flatten, copied=copied)
+
+
+def _quantized_decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[MatmulLaunch]:
+    """Tiles of 32 to 128 rows and of 128 to 512 of the sum, which are a quarter of the bytes of others."""
+    most = min(max(power_of_two(tokens), 16), 64)
+    pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
+    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), (128, 256, 512), (3, 4, 6)):
+        for warps, swap in ((4, False), (8, False), (4, True)):
+            # A thread holds its part of a tile as numbers, two a register.
+            if rows * depth > 128 * 32 * warps or (warps == 8 and rows < 128) or (swap and rows < 64):
+                continue
+            tile = MatmulLaunch(block_t, rows // rows_a_value, depth, warps, stages, swap)
+            yield tile
+            if part == "down" and tokens <= block_t and stages == 4 and not swap:
+                yield from (replace(tile, split=split) for split in (2, 4) if split * depth <= summed)
+
+
+def _quantized_prefill(rows_a_value: int) -> Iterator[MatmulLaunch]:
+    """Tiles of 64 or 128 pairs and rows, with the weights on either side of the product."""
+    for block_t, rows, depth, stages in itertools.product((64, 128), (64, 128), (64, 128), (3, 4)):
+        for warps, programs, swap in itertools.product((4, 8), (1, 2), (False, True)):
+            if (warps == 8) == (block_t * rows >= 128 * 128):
+                yield MatmulLaunch(
+                    block_t, rows // rows_a_value, depth, warps, stages, swap, per_multiprocessor=programs
+                )

@@ -29,6 +29,7 @@ _TYPES = {
     "*bf16": torch.bfloat16,
     "*i64": torch.int64,
     "*i32": torch.int32,
+    "*i8": torch.int8,
     "*u8": torch.uint8,
 }
 
@@ -89,10 +90,15 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     dispatch: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     *,
     launch: ExpertsLaunch | None = None,
 ) -> Tensor:
-    """LynxExperts: the arguments are the op's inputs, and `dispatch` if the spec says that it is given; [T,H]."""
+    """LynxExperts: the arguments are the op's inputs, and `dispatch` if the spec says that it is given; [T,H].
+
+    The scales are those of quantized weights.
+    """
     output = torch.empty_like(hidden)
     tensors = {
         "hidden": hidden,
@@ -103,6 +109,8 @@ def experts(
         "output": output,
         "gate_up_bias": gate_up_bias,
         "down_bias": down_bias,
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
         "dispatch": dispatch,
     }
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

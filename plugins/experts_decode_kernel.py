@@ -22,9 +22,9 @@ from lynx_trt.plugins.experts_parts import (
     expert_items,
     find_item,
     gate_up_rows,
-    tile_product,
     write_places,
 )
+from lynx_trt.plugins.experts_product import tile_product
 
 # Tiles of pairs that share a tile of weights before the next one: a decode batch has few.
 GROUP = tl.constexpr(8)
@@ -61,7 +61,8 @@ def program_work(
 @triton.jit
 def gate_up_decode_kernel(
     hidden,  # [T,H] float
-    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I
+    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I; in mxfp4 [E,R,H/2] int8
+    gate_up_scale,  # [E,R,H/32] int8; read in mxfp4 alone
     gate_up_bias,  # [E,R] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
     inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
@@ -73,6 +74,7 @@ def gate_up_decode_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -107,7 +109,9 @@ def gate_up_decode_kernel(
         product = tile_product(
             hidden + token * H,
             here,
-            gate_up + expert * (R * H),
+            gate_up,
+            gate_up_scale,
+            expert,
             rows,
             valid,
             0,
@@ -115,6 +119,7 @@ def gate_up_decode_kernel(
             R,
             H,
             TRANSPOSED,
+            WEIGHTS,
             BLOCK_T,
             2 * BLOCK_I if GATED else BLOCK_I,
             BLOCK_H,
@@ -134,7 +139,8 @@ def gate_up_decode_kernel(
 @triton.jit
 def down_decode_kernel(
     inner,  # [TK,I] float
-    down,  # [E,H,I] float, transposed [E,I,H]
+    down,  # [E,H,I] float, transposed [E,I,H]; in mxfp4 [E,H,I/2] int8
+    down_scale,  # [E,H,I/32] int8; read in mxfp4 alone
     down_bias,  # [E,H] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32
     partial,  # [TK,SPLIT,H] float32, out: a row a pair
@@ -143,6 +149,7 @@ def down_decode_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -177,7 +184,9 @@ def down_decode_kernel(
         product = tile_product(
             inner + pair.to(tl.int64) * I,
             here,
-            down + expert * (H * I),
+            down,
+            down_scale,
+            expert,
             rows,
             rows < H,
             begin,
@@ -185,6 +194,7 @@ def down_decode_kernel(
             H,
             I,
             TRANSPOSED,
+            WEIGHTS,
             BLOCK_T,
             BLOCK_H,
             BLOCK_I,

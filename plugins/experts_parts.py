@@ -1,11 +1,7 @@
-"""What the experts' kernels share: finding a program's work, the inner loop, the activation.
-
-Both matmuls have one shape: for an expert and some of its pairs, y[i, n] = sum over d of x[i, d] * w[n, d], with n
-an output row of the expert's matrix. `tile_product` is that, for some pairs and some rows.
-"""
+"""What the experts' kernels share beside the inner loop (experts_product.py): a program's work, the activation."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: E741, N803, SIM108 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
+# ruff: noqa: E741, N803 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
 
 import triton
 import triton.language as tl
@@ -70,75 +66,6 @@ def write_places(dispatch, where, first, last, E: tl.constexpr, BLOCK_T: tl.cons
     # Read once more: held since they told which tokens to read, they would take registers from the product.
     slot = tl.load(dispatch + 2 * E + 2 + pair, mask=here, other=0)
     tl.store(where + slot, pair, mask=here)
-
-
-@triton.jit
-def load_pairs(x, here, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The values from `start` on of some pairs, [BLOCK_T, BLOCK_D]; 0 of those not `here` and past D. `x` are pointers
-    to the first of each pair's values, [BLOCK_T].
-    """
-    d = start + tl.arange(0, BLOCK_D)
-    # The mask of a dimension that is always inside is left out: it would split the wide loads.
-    if D % BLOCK_D == 0:
-        mask = here[:, None]
-    else:
-        mask = here[:, None] & (d < D)[None, :]
-    return tl.load(x[:, None] + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def tile_product(
-    x,  # pointers to the first of the D values of each pair, [BLOCK_T]
-    here,  # which pairs there are, [BLOCK_T]
-    w,  # pointer to the expert's matrix [N,D], transposed [D,N]
-    rows,  # the matrix' output rows, [ROWS]
-    valid,  # which rows there are, [ROWS]
-    begin,  # the first of the summed dimension, a multiple of BLOCK_D
-    end,  # past the last of it
-    N: tl.constexpr,
-    D: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    SWAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Multiply x @ w.T for some pairs and rows, over begin..end-1 of D, float32 [BLOCK_T, ROWS].
-
-    ALL_ROWS: `valid` is all True, known when compiling. SWAP: let the rows be the matmul's M, of which Hopper's
-    matrix instructions want 64, and the pairs its N, which may be 16.
-    """
-    d = tl.arange(0, BLOCK_D)
-    product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
-    for start in range(begin, end, BLOCK_D):
-        inside = start + d < D
-        # The weights first: where the pairs lie has to be read before they can be.
-        if TRANSPOSED:
-            at = w + (start + d)[:, None] * N + rows[None, :]
-        else:
-            at = w + rows[:, None] * D + (start + d)[None, :]
-        if ALL_ROWS and D % BLOCK_D == 0:
-            w_tile = tl.load(at)
-        elif ALL_ROWS:
-            w_tile = tl.load(at, mask=inside[:, None] if TRANSPOSED else inside[None, :], other=0.0)
-        elif D % BLOCK_D == 0:
-            w_tile = tl.load(at, mask=valid[None, :] if TRANSPOSED else valid[:, None], other=0.0)
-        elif TRANSPOSED:
-            w_tile = tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0)
-        else:
-            w_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
-        x_tile = load_pairs(x, here, start, D, BLOCK_D)
-        if SWAP:
-            left = tl.trans(w_tile) if TRANSPOSED else w_tile
-            product = tl.dot(left, tl.trans(x_tile), product, input_precision=PRECISION)
-        else:
-            right = w_tile if TRANSPOSED else tl.trans(w_tile)
-            product = tl.dot(x_tile, right, product, input_precision=PRECISION)
-    if SWAP:
-        product = tl.trans(product)
-    return product
 
 
 @triton.jit

@@ -22,10 +22,9 @@ from lynx_trt.plugins.experts_parts import (
     expert_items,
     find_item,
     gate_up_rows,
-    load_pairs,
-    tile_product,
     write_places,
 )
+from lynx_trt.plugins.experts_product import load_pairs, tile_product
 
 
 @triton.jit
@@ -132,7 +131,8 @@ def descriptor_halves(
 @triton.jit
 def gate_up_prefill_kernel(
     hidden,  # [T,H] float
-    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I
+    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I; in mxfp4 [E,R,H/2] int8
+    gate_up_scale,  # [E,R,H/32] int8; read in mxfp4 alone
     gate_up_bias,  # [E,R] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
     inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
@@ -144,6 +144,7 @@ def gate_up_prefill_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -156,6 +157,7 @@ def gate_up_prefill_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SWAP: tl.constexpr,
     FLATTEN: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
@@ -200,7 +202,9 @@ def gate_up_prefill_kernel(
                 product = tile_product(
                     x,
                     here,
-                    gate_up + expert.to(tl.int64) * (R * H),
+                    gate_up,
+                    gate_up_scale,
+                    expert.to(tl.int64),
                     rows,
                     valid,
                     0,
@@ -208,11 +212,12 @@ def gate_up_prefill_kernel(
                     R,
                     H,
                     TRANSPOSED,
+                    WEIGHTS,
                     BLOCK_T,
                     ROWS,
                     BLOCK_H,
                     I % BLOCK_I == 0,
-                    False,
+                    SWAP,
                     PRECISION,
                 )
             if HAS_BIAS:
@@ -227,7 +232,8 @@ def gate_up_prefill_kernel(
 @triton.jit
 def down_prefill_kernel(
     inner,  # [TK,I] float
-    down,  # [E,H,I] float, transposed [E,I,H]
+    down,  # [E,H,I] float, transposed [E,I,H]; in mxfp4 [E,H,I/2] int8
+    down_scale,  # [E,H,I/32] int8; read in mxfp4 alone
     down_bias,  # [E,H] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32
     partial,  # [TK,H] float, out: a row a pair
@@ -236,6 +242,7 @@ def down_prefill_kernel(
     H: tl.constexpr,
     I: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -244,6 +251,7 @@ def down_prefill_kernel(
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SWAP: tl.constexpr,
     COPIED: tl.constexpr,
     FLATTEN: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
@@ -278,7 +286,9 @@ def down_prefill_kernel(
             product = tile_product(
                 x,
                 here,
-                down + expert.to(tl.int64) * (H * I),
+                down,
+                down_scale,
+                expert.to(tl.int64),
                 rows,
                 rows < H,
                 0,
@@ -286,11 +296,12 @@ def down_prefill_kernel(
                 H,
                 I,
                 TRANSPOSED,
+                WEIGHTS,
                 BLOCK_T,
                 BLOCK_H,
                 BLOCK_I,
                 H % BLOCK_H == 0,
-                False,
+                SWAP,
                 PRECISION,
             )
         if HAS_BIAS:

@@ -1,4 +1,4 @@
-"""What the Triton language's interpreter lacks for our kernels: bfloat16 operands, and clusters.
+"""What the Triton language's interpreter lacks for our kernels: bfloat16 operands, instructions written out, clusters.
 
 The interpreter runs the programs of a launch one after another. Those of a cluster become threads, of which one runs at
 a time: each up to where it meets the others, then the next.
@@ -12,10 +12,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import triton.language as tl  # the interpreter looks for it in the module of what it runs
 from triton.runtime import interpreter
 
+from lynx_trt import mxfp4
 from lynx_trt.plugins.cluster import meet
+from lynx_trt.plugins.experts_mxfp4 import dequantize
 
 
 def prepare() -> None:
@@ -106,6 +109,21 @@ def _meet() -> None:
         _Program.current.meet()
 
 
+def _dequantize(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
+    values = mxfp4.dequantize(packed.handle.data.view(np.int8), scale.handle.data.view(np.int8))
+    return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
+
+
+def _rounded(values: Any, dtype: Any) -> Any:
+    """A block of float32 as one of a 16-bit type, bfloat16 in its bits as the interpreter has it."""
+    if dtype == tl.bfloat16:  # scaled MXFP4 has two bits of mantissa: nothing to round
+        data = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        data = values.astype(np.float16)
+    return tl.tensor(interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(values.shape)))
+
+
 if isinstance(meet, interpreter.InterpretedFunction):
     # In place of the hardware's instructions.
     interpreter.InterpretedFunction.rewritten_fn[meet.fn] = _meet
+    interpreter.InterpretedFunction.rewritten_fn[dequantize.fn] = _dequantize

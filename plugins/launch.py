@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from lynx_trt.experts import ExpertsForm
 from lynx_trt.plugins.specs import BYTES
 
 # Shared memory that one program may use, in bytes, by SM (CUDA C++ Programming Guide, table of compute capabilities).
@@ -19,8 +20,8 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 
 SMS = tuple(SHARED_MEMORY)
 
-# In the tables of measured launches: SM, E, K, H, I, below it by tokens; SM, E, K, tokens.
-ExpertsKey = tuple[int, int, int, int, int]
+# In the tables of measured launches: SM, E, K, H, I and what the weights are in, below it by tokens; SM, E, K, tokens.
+ExpertsKey = tuple[int, int, int, int, int, str]
 SelectKey = tuple[int, int, int, int]
 
 # Programs of a persistent launch: an upper bound over all GPUs, which bounds the scratch memory of their descriptors.
@@ -82,6 +83,9 @@ class SelectLaunch:
     narrow: int = 4
 
 
+_FORM = ExpertsForm()
+
+
 def power_of_two(number: int) -> int:
     """The least power of two from `number`."""
     return 1 << max(number - 1, 0).bit_length()
@@ -101,18 +105,18 @@ def experts_launch(
     dtype: str,
     sm: int,
     *,
-    interleaved: bool = False,
+    form: ExpertsForm = _FORM,
 ) -> ExpertsLaunch:
     """The launch for a batch of up to `tokens` tokens (a power of two): measured, else an estimate.
 
     More tokens than any measured of a layer take the launch of the most. The types of 2 bytes share their measurements.
-    `interleaved`: as in ExpertsForm.
     """
-    measured = _experts_table().get((sm, experts, experts_per_token, hidden, inner), {}) if BYTES[dtype] == 2 else {}
+    layer = sm, experts, experts_per_token, hidden, inner, form.weights
+    measured = _experts_table().get(layer, {}) if BYTES[dtype] == 2 else {}
     if measured and (launch := measured.get(min(tokens, max(measured)))):
         return launch
     bucket = tokens_bucket(tokens, experts, experts_per_token)
-    return experts_estimate(bucket, hidden, inner, dtype, sm, interleaved=interleaved)
+    return experts_estimate(bucket, hidden, inner, dtype, sm, form=form)
 
 
 def select_launch(tokens: int, experts: int, experts_per_token: int, sm: int) -> SelectLaunch:
@@ -146,14 +150,38 @@ FLOAT32_TOKENS = 512
 
 
 def experts_estimate(
-    bucket: int, hidden: int, inner: int, dtype: str, sm: int, *, interleaved: bool = False
+    bucket: int, hidden: int, inner: int, dtype: str, sm: int, *, form: ExpertsForm = _FORM
 ) -> ExpertsLaunch:
     """A launch by reasoning, for what no GPU has measured."""
     if dtype == "float32":
         return _float32_launch(bucket)
+    if form.quantized:
+        return _quantized_estimate(bucket, dtype, sm, form.weights)
     if bucket < PREFILL_BUCKET:
         return _decode_estimate(bucket, hidden, inner, dtype, sm)
-    return _prefill_estimate(bucket, hidden, inner, dtype, sm, interleaved=interleaved)
+    return _prefill_estimate(bucket, hidden, inner, dtype, sm, interleaved=form.interleaved)
+
+
+def _quantized_estimate(bucket: int, dtype: str, sm: int, weights: str) -> ExpertsLaunch:
+    """Of MXFP4. Its rows are 16-byte multiples whatever their length, so a tile may reach past them."""
+    if bucket < PREFILL_BUCKET:
+        # A row of a tile is 128 bytes; the activations are the left operand, in which the assembler's code for SM 90
+        # has a seventh fewer instructions than with the weights there (1.7 and 2.0 of a warp for 32 weights).
+        # With 32 pairs such a tile spills; half of it does not.
+        launch = MatmulLaunch(*((16, 64, 256) if bucket <= 8 else (32, 64, 128)), warps=4, stages=4)
+        reason = f"decode: 64 rows a program, 3 tiles of 8 kB of {weights} in flight"
+    else:
+        # Hopper takes a left operand from registers, where the weights come to be; the others take both. With 128 pairs
+        # gate_up spills 72 bytes on SM 120.
+        block_t = min(bucket, 64 if sm == 120 else 128)
+        launch = MatmulLaunch(
+            block_t, 128, 64, warps=8, stages=3, swap=sm == 90, per_multiprocessor=1 if block_t == 128 else 2
+        )
+        reason = f"prefill: {block_t} x 128 tiles, {weights} becomes numbers in registers"
+    gate_up = replace(launch, block_n=launch.block_n // 2)
+    gate_up = fit(gate_up, dtype, sm, rows_a_value=2, weights=weights)
+    down = fit(launch, dtype, sm, rows_a_value=1, weights=weights)
+    return ExpertsLaunch(bucket >= PREFILL_BUCKET, gate_up, down, reason)
 
 
 def _decode_estimate(bucket: int, hidden: int, inner: int, dtype: str, sm: int) -> ExpertsLaunch:
@@ -235,21 +263,26 @@ def _depth(size: int, wanted: int) -> int:
     return next((depth for depth in (wanted, wanted // 2, wanted // 4) if depth >= 32 and size % depth == 0), wanted)
 
 
-def shared_bytes(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> int:
+def shared_bytes(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int, weights: str = "float") -> int:
     """At most what the tiles in flight take of a program's shared memory; rows_a_value is 2 for gate_up, 1 for down."""
     # The matrix instructions of SM 90 and 100 read shared memory while the next tile arrives; the others' operands
     # are in registers by then. At least 32 pairs, so that two batches which differ in that alone can share a kernel.
-    tile = launch.block_d * (max(launch.block_t, 32) + rows_a_value * launch.block_n) * BYTES[dtype]
-    return tile * (launch.stages if sm in (90, 100) else launch.stages - 1)
+    stages = launch.stages if sm in (90, 100) else launch.stages - 1
+    rows, pairs = rows_a_value * launch.block_n, launch.block_d * max(launch.block_t, 32) * BYTES[dtype]
+    if weights == "float":
+        return stages * (pairs + launch.block_d * rows * BYTES[dtype])
+    # Beside what is in flight, the tile that is made of it, where the matrix instructions read it there.
+    made = launch.block_d * rows * BYTES[dtype] if sm in (90, 100) and launch.block_t >= 64 else 0
+    return stages * (pairs + launch.block_d * rows // 2) + made
 
 
-def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int) -> MatmulLaunch:
+def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int, weights: str = "float") -> MatmulLaunch:
     """The same with fewer tiles in flight (but 3 stages), then shallower ones, until they fit an SM's shared memory.
 
     Decode kernels live by several programs a multiprocessor: they get half of it.
     """
     room = SHARED_MEMORY[sm] if launch.per_multiprocessor == 1 else SHARED_MEMORY[sm] // 2
-    while shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value) > room:
+    while shared_bytes(launch, dtype, sm, rows_a_value=rows_a_value, weights=weights) > room:
         if launch.stages > 3 or launch.block_d <= 32:
             launch = replace(launch, stages=launch.stages - 1)
         else:

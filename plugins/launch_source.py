@@ -17,8 +17,8 @@ def render_table(
     lines = [
         '"""Measured launches, written by `python -m lynx_trt.plugins.tune`: edit nothing here, run it again.',
         "",
-        "EXPERTS is keyed by (SM, E, K, H, I), then by tokens; SELECT by (SM, E, K, tokens). Last measured on:",
-        f"{gpu}.",
+        "EXPERTS is keyed by (SM, E, K, H, I, weights), then by tokens; SELECT by (SM, E, K, tokens).",
+        f"Last measured on: {gpu}.",
         '"""',
         "",
         "from __future__ import annotations",

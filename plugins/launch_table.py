@@ -1,7 +1,7 @@
 """Measured launches, written by `python -m lynx_trt.plugins.tune`: edit nothing here, run it again.
 
-EXPERTS is keyed by (SM, E, K, H, I), then by tokens; SELECT by (SM, E, K, tokens). Last measured on:
-NVIDIA H200.
+EXPERTS is keyed by (SM, E, K, H, I, weights), then by tokens; SELECT by (SM, E, K, tokens).
+Last measured on: NVIDIA H200.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from lynx_trt.plugins.launch import ExpertsKey, ExpertsLaunch, MatmulLaunch, SelectKey, SelectLaunch
 
 EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
-    (90, 8, 2, 4096, 14336): {
+    (90, 8, 2, 4096, 14336, "float"): {
         1: ExpertsLaunch(
             prefill=False,
             gate_up=MatmulLaunch(
@@ -347,7 +347,7 @@ EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
             microseconds=18786.78,
         ),
     },
-    (90, 64, 6, 2048, 1408): {
+    (90, 64, 6, 2048, 1408, "float"): {
         2: ExpertsLaunch(
             prefill=False,
             gate_up=MatmulLaunch(
@@ -653,7 +653,7 @@ EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
             microseconds=2897.92,
         ),
     },
-    (90, 128, 4, 2880, 2880): {
+    (90, 128, 4, 2880, 2880, "float"): {
         1: ExpertsLaunch(
             prefill=False,
             gate_up=MatmulLaunch(
@@ -986,7 +986,7 @@ EXPERTS: dict[ExpertsKey, dict[int, ExpertsLaunch]] = {
             microseconds=6332.9,
         ),
     },
-    (90, 128, 8, 2048, 768): {
+    (90, 128, 8, 2048, 768, "float"): {
         1: ExpertsLaunch(
             prefill=False,
             gate_up=MatmulLaunch(

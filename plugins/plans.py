@@ -260,7 +260,7 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
     """LynxExperts for up to `tokens` tokens, a power of two; the launch of the table unless one is given."""
     if launch is None:
         layer = spec.experts, spec.experts_per_token, spec.hidden, spec.inner
-        launch = experts_launch(tokens, *layer, spec.dtype, sm, interleaved=spec.form.interleaved)
+        launch = experts_launch(tokens, *layer, spec.dtype, sm, form=spec.form)
     steps, regions = ([], []) if spec.dispatch_given else _dispatch_steps(spec, sm, tokens)
     partial = "*fp32" if tokens <= FLOAT32_TOKENS else POINTERS[spec.dtype]
     steps += [
@@ -284,7 +284,7 @@ def experts_plan(spec: ExpertsSpec, sm: int, tokens: int, launch: ExpertsLaunch 
 def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int) -> Step[Kernel]:
     form, value = spec.form, POINTERS[spec.dtype]
     bias = "gate_up_bias" if spec.bias else "null"
-    buffers = {"hidden": value, "gate_up": value, "gate_up_bias": value, "dispatch": "*i32", "inner": value}
+    buffers = {"hidden": value, **_weights(spec, "gate_up"), "gate_up_bias": value, "dispatch": "*i32", "inner": value}
     buffers |= {"where": "*i32"}
     constants: dict[str, Value] = {
         **_matmul_constants(spec, launch, launch.gate_up, sm, tokens),
@@ -299,7 +299,7 @@ def _gate_up_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int
     }
     grid = _matmul_grid(spec, launch, launch.gate_up, tokens, spec.inner)
     function = "gate_up_prefill_kernel" if launch.prefill else "gate_up_decode_kernel"
-    tiles, names = launch.gate_up, {"gate_up_bias": bias}
+    tiles, names = launch.gate_up, {"gate_up_bias": bias, **_no_scale(spec, "gate_up")}
     how = tiles.warps, tiles.stages, names
     return _step(function, grid, buffers, constants, *how, programmatic=tiles.programmatic)
 
@@ -309,7 +309,7 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
     bias = "down_bias" if spec.bias else "null"
     buffers = {
         "inner": value,
-        "down": value,
+        **_weights(spec, "down"),
         "down_bias": value,
         "dispatch": "*i32",
         "partial": partial,
@@ -322,9 +322,18 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
     constants |= {"COPIED": launch.down.copied} if launch.prefill else {"SPLIT": launch.down.split}
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
-    tiles, names = launch.down, {"down_bias": bias}
+    tiles, names = launch.down, {"down_bias": bias, **_no_scale(spec, "down")}
     how = tiles.warps, tiles.stages, names
     return _step(function, grid, buffers, constants, *how, programmatic=tiles.programmatic)
+
+
+def _weights(spec: ExpertsSpec, name: str) -> dict[str, str]:
+    """A matrix and its scales as parameters; weights that are not quantized have none."""
+    return {name: "*i8" if spec.form.quantized else POINTERS[spec.dtype], f"{name}_scale": "*i8"}
+
+
+def _no_scale(spec: ExpertsSpec, name: str) -> dict[str, str]:
+    return {} if spec.form.quantized else {f"{name}_scale": "null"}
 
 
 def _combine_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, partial: str) -> Step[Kernel]:
@@ -353,16 +362,18 @@ def _matmul_constants(
         "H": spec.hidden,
         "I": spec.inner,
         "TRANSPOSED": spec.form.transposed,
+        "WEIGHTS": spec.form.weights,
         "HAS_BIAS": spec.bias,
         # Only float32 operands have a choice: exact products, or ones rounded to 10 bits.
         "PRECISION": "ieee" if spec.dtype == "float32" else "tf32",
         "BLOCK_E": row_of(spec.experts),
         "BLOCK_T": _block_t(matmul, tokens),
+        "SWAP": matmul.swap,
         **_waits(sm),
     }
     if launch.prefill:
         return {**constants, "GROUP": 8, "DESCRIPTORS": matmul.descriptors, "FLATTEN": matmul.flatten}
-    return {**constants, "ONE_TILE": tokens <= _block_t(matmul, tokens), "SWAP": matmul.swap}
+    return {**constants, "ONE_TILE": tokens <= _block_t(matmul, tokens)}
 
 
 def _matmul_grid(spec: ExpertsSpec, launch: ExpertsLaunch, matmul: MatmulLaunch, tokens: int, rows: int) -> Grid:

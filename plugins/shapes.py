@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.plugins.specs import ExpertsSpec, Op, SelectSpec
@@ -21,24 +22,26 @@ class Shape:
     bias: bool = False
 
 
-# From each model's config.json; gpt-oss' form as its modelling code has it.
+_GPT_OSS = ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0)
+
+# From each model's config.json; gpt-oss' form as its modelling code has it, and as its checkpoint does.
 SHAPES = {
     "mixtral-8x7b": Shape(8, 2, 4096, 14336),
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
-    "gpt-oss-120b": Shape(
-        128,
-        4,
-        2880,
-        2880,
-        ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0),
-        bias=True,
-    ),
+    "gpt-oss-120b": Shape(128, 4, 2880, 2880, _GPT_OSS, bias=True),
+    "gpt-oss-120b-mxfp4": Shape(128, 4, 2880, 2880, replace(_GPT_OSS, transposed=False, weights="mxfp4"), bias=True),
     "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
 }
 
 # Decode batches and prefills that the reports and benchmarks cover.
 DECODE_TOKENS = (1, 128)
 PREFILL_TOKENS = (256, 16384)
+
+
+def routers(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the models whose routers are all different: one of several that differ in their weights alone."""
+    found = {(SHAPES[name].experts, SHAPES[name].experts_per_token): name for name in reversed(names)}
+    return tuple(name for name in names if name in found.values())
 
 
 def experts_spec(name: str, dtype: str, *, dispatch_given: bool = True) -> ExpertsSpec:

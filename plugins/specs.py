@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import ExpertsForm
+from lynx_trt.mxfp4 import BLOCK
 from lynx_trt.selection import VOTES
 
 Value = int | float | str | bool
@@ -107,6 +108,13 @@ class ExpertsSpec:
             raise UsageError(f"dtype is {self.dtype!r}: it has to be one of {', '.join(POINTERS)}.")
         if min(self.hidden, self.inner) < 1:
             raise UsageError(f"hidden and inner are {self.hidden} and {self.inner}: they have to be 1 or more.")
+        if self.form.quantized and self.dtype == "float32":
+            raise UsageError(f"dtype is float32: weights in {self.form.weights} need float16 or bfloat16 beside them.")
+        if self.form.quantized and (self.hidden % BLOCK or self.inner % BLOCK):
+            raise UsageError(
+                f"hidden and inner are {self.hidden} and {self.inner}: in {self.form.weights} they have to be "
+                f"multiples of {BLOCK}."
+            )
 
     @classmethod
     def from_attributes(
@@ -124,6 +132,11 @@ class ExpertsSpec:
         """From the attributes of a node (`export.ops.experts_attributes`); those that are no fields are ignored."""
         form = ExpertsForm(**_fields(ExpertsForm, attributes))  # type: ignore[arg-type]
         return cls(experts, experts_per_token, hidden, inner, dtype, form, bias, dispatch_given)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a weight, its share of a scale included."""
+        return (0.5 + 1 / BLOCK) if self.form.quantized else BYTES[self.dtype]
 
     @property
     def key(self) -> str:

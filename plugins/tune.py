@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lynx_trt import mxfp4
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
 from lynx_trt.plugins.aot import compile_each
@@ -42,10 +44,11 @@ from lynx_trt.plugins.launch import (
 from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
-from lynx_trt.plugins.shapes import SHAPES, experts_spec, select_spec
-from lynx_trt.plugins.specs import BYTES, ExpertsSpec, SelectSpec
+from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
+from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DEVICE = "cuda"  # a name, so that the tests can run all but the timing without one
@@ -155,7 +158,12 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     up, down = (rows, spec.hidden), (spec.hidden, spec.inner)
     if spec.form.transposed:
         up, down = up[::-1], down[::-1]
-    weights = {"gate_up": normal(spec.experts, *up), "down": normal(spec.experts, *down)}
+    weights: dict[str, Tensor] = {}
+    for name, shape in (("gate_up", up), ("down", down)):
+        if spec.form.quantized:
+            weights |= random_mxfp4(name, (spec.experts, *shape), generator)
+        else:
+            weights[name] = normal(spec.experts, *shape)
     if spec.bias:
         weights |= {"gate_up_bias": normal(spec.experts, rows), "down_bias": normal(spec.experts, spec.hidden)}
     batches = []
@@ -170,6 +178,22 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
         batch["output"] = torch.empty_like(batch["hidden"])
         batches.append({**batch, **weights, "dispatch": dispatch_twin(index, spec.experts)})
     return batches
+
+
+def random_mxfp4(name: str, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """A random matrix of that shape and its scales by name, on the generator's device: values of a variance of 1 / D.
+
+    E2M1 has a variance of 7 by itself.
+    """
+    import torch
+
+    def bytes_of(width: int, low: int, high: int) -> Tensor:
+        rows = (*shape[:-1], width)
+        return torch.randint(low, high, rows, device=generator.device, generator=generator, dtype=torch.int8)
+
+    middle = 127 - round(math.log2((7 * shape[-1]) ** 0.5))
+    scales = bytes_of(shape[-1] // mxfp4.BLOCK, middle - 1, middle + 2)
+    return {name: bytes_of(shape[-1] // 2, -128, 128), f"{name}_scale": scales}
 
 
 class Bench:
@@ -259,7 +283,7 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
             times[launch] = bench.time(experts_plan(spec, gpu.sm, tokens, launch), batches, tokens)
     bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
     sizes = bucket, spec.hidden, spec.inner, spec.dtype, gpu.sm
-    usual = experts_estimate(*sizes, interleaved=spec.form.interleaved)
+    usual = experts_estimate(*sizes, form=spec.form)
     before = bench.time(experts_plan(spec, gpu.sm, tokens, usual), batches, tokens)
     best = min(times, key=lambda launch: times[launch])
     fastest = times[best]
@@ -309,7 +333,7 @@ def _share(spec: ExpertsSpec, batches: Sequence[Mapping[str, Tensor]], microseco
     if bucket >= PREFILL_BUCKET:
         return f"{2e-6 * values * index.numel() / microseconds:.0f} TFLOP/s"
     active = [_active(batch["index"]) for batch in batches]
-    share = statistics.mean(active) * values * BYTES[spec.dtype] / (microseconds * 1e-6) / gpu.bandwidth
+    share = statistics.mean(active) * values * spec.weight_bytes / (microseconds * 1e-6) / gpu.bandwidth
     return f"{', '.join(map(str, active))} active experts at {share:.0%} of the copy bandwidth"
 
 
@@ -400,7 +424,7 @@ def _compile_only(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: in
     plans: list[Plan[Kernel]] = []
     for name, size in itertools.product(names, sizes):
         plans += experts_plans(experts_spec(name, dtype), sm, size) if op != "select" else ()
-        plans += select_plans(select_spec(name), sm, size) if op != "experts" else ()
+        plans += select_plans(select_spec(name), sm, size) if op != "experts" and name in routers(names) else ()
     kernels = dict.fromkeys(step.kernel for plan in plans for step in plan.steps)
     with Progress() as bars:
         found = compile_each(kernels, sm, progress=bars.phase(f"Compiling {len(kernels)} kernels for SM {sm}"))
@@ -418,13 +442,13 @@ def _measure(names: Sequence[str], dtype: str, sizes: Sequence[int], output: Pat
         for name in names:
             update = bars.phase(f"Tuning {name} on {gpu.name}")
             spec = experts_spec(name, dtype)
-            layer = gpu.sm, spec.experts, spec.experts_per_token, spec.hidden, spec.inner
+            layer = gpu.sm, spec.experts, spec.experts_per_token, spec.hidden, spec.inner, spec.form.weights
             for number, tokens in enumerate(sizes, start=1):
                 if op != "select":
                     launch = tune_experts(gpu, bench, spec, tokens)
                     experts.setdefault(layer, {})[tokens] = launch
                     bars.say(f"{name}, {tokens} tokens: {launch.microseconds} us; {launch.reason}")
-                if op != "experts":
+                if op != "experts" and name in routers(names):
                     chosen, quick = tune_select(gpu, bench, name, tokens)
                     select[chosen] = quick
                     bars.say(f"{name}, {tokens} tokens, selection: {quick.microseconds} us; {quick.reason}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_trt import mxfp4
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.plugins.specs import SelectSpec
 from lynx_trt.selection import TINY
@@ -153,6 +154,14 @@ def _groups(dispatch: Tensor, experts: int) -> list[tuple[int, slice, Tensor]]:
     return [(numbers[number], each, pairs[each]) for number, each in enumerate(ranges)]
 
 
+def dequantize_twin(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """MXFP4 [...,D/2] and [...,D/32] int8 to [...,D]: exact in float32 and float64, else rounded once."""
+    pairs = torch.from_numpy(mxfp4.PAIRS).to(values.device)[values.view(torch.uint8).long()]
+    factors = torch.from_numpy(mxfp4.SCALES).to(values.device)[scales.view(torch.uint8).long()]
+    matrix = pairs.reshape(*scales.shape, mxfp4.BLOCK) * factors[..., None]
+    return matrix.reshape(*values.shape[:-1], 2 * values.shape[-1]).to(dtype)
+
+
 def gate_up_twin(
     form: ExpertsForm,
     hidden: Tensor,
@@ -197,8 +206,13 @@ def experts_twin(
     down: Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """LynxExperts: the arguments are the op's inputs, [T,H] of the precision of `hidden`."""
+    if gate_up_scale is not None and down_scale is not None:
+        gate_up = dequantize_twin(gate_up, gate_up_scale, hidden.dtype)
+        down = dequantize_twin(down, down_scale, hidden.dtype)
     dispatch = dispatch_twin(index, down.shape[0])
     inner = gate_up_twin(form, hidden, gate_up, dispatch, experts_per_token=index.shape[1], bias=gate_up_bias)
     partial = down_twin(form, inner, down, dispatch, bias=down_bias)

@@ -87,7 +87,7 @@ def test_launch_data(kernels: Kernels) -> None:
         "down_decode_kernel",
         "combine_kernel",
     ]
-    assert plan.steps[0].arguments == ("hidden", "gate_up", "null", "dispatch", "inner", "where")
+    assert plan.steps[0].arguments == ("hidden", "gate_up", "null", "null", "dispatch", "inner", "where")
     assert plan.steps[0].kernel.shared > 0
     (same,) = [plan for plan in plans(EXPERTS, 90, 8) if plan.max_tokens == 8]
     assert [step.grid for step in plan.steps] == [step.grid for step in same.steps]

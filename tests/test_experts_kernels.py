@@ -4,7 +4,9 @@ that of PyTorch in the same precision.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ import torch
 from kernel_process import on_device
 from torch import Tensor
 
+from lynx_trt import mxfp4
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.experts import experts as experts_ref
-from lynx_trt.plugins import execute
+from lynx_trt.plugins import execute, experts_mxfp4
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
@@ -60,19 +63,25 @@ class Layer:
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
         names = ("hidden", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "gate_up_scale", "down_scale")}
 
     def double(self) -> Layer:
         """The same in float64."""
-        floats = {name: each.double() for name, each in self.tensors.items() if each is not None and name != "index"}
+        floats = {name: each.double() for name, each in self.tensors.items() if each is not None and _is_float(each)}
         return replace(self, **floats)
 
     def twin(self) -> Tensor:
         return experts_twin(self.spec.form, **self.tensors)  # type: ignore[arg-type]
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point
 
 
 def _layer(
@@ -102,7 +111,22 @@ def _layer(
     weight = torch.rand((tokens, width), generator=generator)
     biases = (normal(experts, rows), normal(experts, hidden)) if bias else (None, None)
     spec = ExpertsSpec(experts, width, hidden, inner, str(dtype).removeprefix("torch."), form, bias)
-    return Layer(spec, normal(tokens, hidden), index, weight, gate_up, down, *biases)
+    layer = Layer(spec, normal(tokens, hidden), index, weight, gate_up, down, *biases)
+    return _in_mxfp4(layer) if form.quantized else layer
+
+
+def _in_mxfp4(layer: Layer) -> Layer:
+    """With random bytes of about the same size: E2M1 has a variance of 7, and a scale is a power of two."""
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Tensor] = {}
+    for name in ("gate_up", "down"):
+        matrix = getattr(layer, name)
+        *rows, width = matrix.shape
+        found[name] = torch.randint(-128, 128, (*rows, width // 2), generator=generator, dtype=torch.int8)
+        middle = 127 + round(float((matrix.double().std() / 7**0.5).log2()))
+        scales = torch.randint(middle - 1, middle + 2, (*rows, width // 32), generator=generator)
+        found[f"{name}_scale"] = scales.to(torch.int8)
+    return replace(layer, **found)
 
 
 def _run(layer: Layer, launch: ExpertsLaunch | None = DECODE) -> Tensor:
@@ -261,3 +285,106 @@ def test_given_metadata() -> None:
     spec = replace(layer.spec, dispatch_given=True)
     got = on_device(execute.experts, spec, **layer.tensors, dispatch=dispatch_twin(layer.index, 5), launch=DECODE)
     assert torch.equal(got, _run(layer))
+
+
+# ------------------------------------------------------------------------------------------------------- MXFP4
+
+MXFP4 = ExpertsForm(weights="mxfp4")
+GPT_OSS_MXFP4 = replace(GPT_OSS, transposed=False, weights="mxfp4")
+MXFP4_LAUNCHES = {
+    **{name: LAUNCHES[name] for name in ("decode", "swapped", "split", "prefill")},
+    "prefill_swapped": ExpertsLaunch(True, *(replace(each, swap=True) for each in (PREFILL.gate_up, PREFILL.down)), ""),
+    # Deeper than a block, and than what is left at the end of a row.
+    "deep": ExpertsLaunch(False, *(replace(_TILE, block_d=128),) * 2, ""),
+}
+
+
+@pytest.mark.parametrize("launch", MXFP4_LAUNCHES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param({"tokens": 1, "form": MXFP4}, id="one_token"),
+        pytest.param({"tokens": 20, "form": GPT_OSS_MXFP4, "bias": True}, id="gpt_oss"),
+        pytest.param({"tokens": 17, "form": replace(MXFP4, gated=False, activation="relu2")}, id="ungated"),
+        pytest.param({"tokens": 5, "form": replace(MXFP4, interleaved=True), "experts": 2}, id="interleaved"),
+    ],
+)
+def test_mxfp4(layer: dict[str, Any], dtype: torch.dtype, launch: str) -> None:
+    """H and I are blocks of 32, three and five of them: multiples of no deeper tile."""
+    _check_layer(_layer(**layer, hidden=96, inner=160, dtype=dtype), MXFP4_LAUNCHES[launch])
+
+
+def _execute(assembly: str, word: int) -> list[int]:
+    """What the instructions make of $4, an int32: $0 to $3."""
+    registers = {"$4": word, "0": 0}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in re.findall(r"^\s*([a-z][\w.]+ [^;{}]+);$", assembly, re.MULTILINE):
+        name, operands = line.split(" ", 1)
+        target, *others = [each.strip() for each in operands.split(",")]
+        values = [value(each) for each in others]
+        match name:
+            case "and.b32":
+                result = values[0] & values[1]
+            case "shl.b32":
+                result = values[0] << values[1]
+            case "mul.lo.u32":
+                result = values[0] * values[1]
+            case "lop3.b32":
+                assert values[3] == 0xEA  # (a & b) | c, as each bit of it says
+                assert all(0xEA >> n & 1 == (n >> 2 & n >> 1 & 1 | n & 1) for n in range(8))
+                result = values[0] & values[1] | values[2]
+            case "prmt.b32":
+                both = values[0] | values[1] << 32
+                result = sum((both >> 8 * (values[2] >> 4 * n & 7) & 255) << 8 * n for n in range(4))
+            case _:
+                raise AssertionError(line)
+        registers[target] = result & 0xFFFFFFFF
+    return [registers[f"${number}"] for number in range(4)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("BFLOAT16", torch.bfloat16), ("FLOAT16", torch.float16)])
+def test_mxfp4_instructions(kind: str, dtype: torch.dtype) -> None:
+    """The interpreter has another way than these instructions: each byte, among others that must not matter."""
+    source = Path(experts_mxfp4.__file__).read_text(encoding="utf-8")
+    assembly = source.split(f"_TO_{kind} = tl.constexpr(")[1].split('"""')[1]
+    bias = {torch.bfloat16: experts_mxfp4.BIAS_BFLOAT16, torch.float16: experts_mxfp4.BIAS_FLOAT16}[dtype].value
+    for byte in range(256):
+        others = [(byte * 7 + 13 * place) % 256 for place in range(4)]
+        for place in range(4):
+            four = [byte if n == place else other for n, other in enumerate(others)]
+            words = _execute(assembly, sum(each << 8 * n for n, each in enumerate(four)))
+            bits = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)], dtype=torch.int32)
+            found = bits.to(torch.int16).view(dtype).double() * 2.0**bias
+            want = mxfp4.PAIRS[np.array(four)].T.reshape(-1)
+            assert found.tolist() == want.tolist()
+            assert torch.equal(found.signbit(), torch.from_numpy(np.signbit(want)))
+
+
+def test_the_twin_of_mxfp4_is_the_reference() -> None:
+    layer = _layer(5, hidden=64, inner=96, form=GPT_OSS_MXFP4, bias=True, dtype=torch.bfloat16).double()
+    tensors = {name: None if each is None else each.numpy() for name, each in layer.tensors.items()}
+    want = experts_ref(GPT_OSS_MXFP4, **tensors)  # type: ignore[arg-type]
+    np.testing.assert_allclose(layer.twin().numpy(), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("launch", ["decode", "prefill"])
+def test_mxfp4_of_inactive_experts_is_not_read(launch: str) -> None:
+    """A scale of 255 is NaN, and the bytes behind the last expert are not this layer's."""
+    layer = _layer(6, hidden=64, inner=96, form=MXFP4, dtype=torch.bfloat16)
+    unused = [expert for expert in range(5) if expert not in layer.index]
+    assert unused
+    want, usual = layer.double().twin(), layer.twin()
+    for each in (layer.gate_up_scale, layer.down_scale):
+        assert each is not None
+        each[unused] = -1
+    _check(_run(layer, MXFP4_LAUNCHES[launch]), want, usual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mxfp4_by_the_launches_that_ship(dtype: torch.dtype) -> None:
+    for tokens in (3, 40):  # 20 an expert: tiles of 32
+        _check_layer(_layer(tokens, experts=4, hidden=64, inner=96, form=GPT_OSS_MXFP4, bias=True, dtype=dtype), None)

@@ -68,7 +68,7 @@ TENSORS = {
         "active",
         "dispatch",
     ),
-    *("hidden", "gate_up", "down", "gate_up_bias", "down_bias", "output"),
+    *("hidden", "gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias", "output"),
 }
 
 
@@ -102,13 +102,14 @@ def test_a_measured_launch_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = experts_estimate(4, 64, 64, "float16", 90)
     measured = replace(estimate, gate_up=replace(estimate.gate_up, warps=8), microseconds=12.5)
     layer = 8, 2, 64, 64
-    monkeypatch.setitem(launch_table.EXPERTS, (90, *layer), {1: estimate, 16: measured})
+    monkeypatch.setitem(launch_table.EXPERTS, (90, *layer, "float"), {1: estimate, 16: measured})
     assert experts_launch(16, *layer, "float16", 90) == measured
     assert experts_launch(16, *layer, "bfloat16", 90) == measured
     assert experts_launch(64, *layer, "float16", 90) == measured  # more than was measured
     assert experts_launch(8, *layer, "float16", 90).microseconds is None
     assert experts_launch(16, *layer, "float32", 90).microseconds is None
     assert experts_launch(16, *layer, "float16", 80).microseconds is None
+    assert experts_launch(16, *layer, "float16", 90, form=ExpertsForm(weights="mxfp4")).microseconds is None
     quick = replace(select_launch(16, 128, 8, 90), warps=2, microseconds=5.0)
     monkeypatch.setitem(launch_table.SELECT, (90, 128, 8, 16), quick)
     assert select_launch(16, 128, 8, 90) == quick
@@ -118,9 +119,11 @@ def test_tokens_per_expert_decide() -> None:
     """Decode kernels while weights are read, prefill kernels when they are multiplied; the copy engine from SM 90."""
     for model in MODELS:
         shape = SHAPES[model]
-        chosen = [experts_estimate(1 << p, shape.hidden, shape.inner, "bfloat16", 90) for p in range(12)]
+        sizes = shape.hidden, shape.inner, "bfloat16", 90
+        chosen = [experts_estimate(1 << p, *sizes, form=shape.form) for p in range(12)]
         assert [each.prefill for each in chosen] == [False] * 6 + [True] * 6
-        assert all(each.gate_up.descriptors for each in chosen if each.prefill)
+        # Which bring bytes where they are to be multiplied, and so none that are to become numbers first.
+        assert all(each.gate_up.descriptors != shape.form.quantized for each in chosen if each.prefill)
     assert not experts_estimate(64, 4096, 4096, "bfloat16", 80).gate_up.descriptors
     # Rows that are no multiple of 16 bytes are nothing for the copy engine.
     assert not experts_estimate(64, 4096, 1001, "bfloat16", 90).down.descriptors
@@ -273,7 +276,7 @@ def test_the_tuner_tries_what_can_run() -> None:
             assert len(tried) == len(set(tried)) > 10
             assert tried[0] == getattr(estimate(spec, 90, tokens, prefill=prefill), part)
             for each in tried[1:]:
-                assert fits(each, "bfloat16", 90, rows_a_value=rows_a_value(spec, part))
+                assert fits(each, spec, 90, rows_a_value=rows_a_value(spec, part))
                 assert bool(each.per_multiprocessor) == prefill
                 assert not each.copied or (each.descriptors and part == "down")
                 assert not each.flatten or each.descriptors
@@ -284,14 +287,15 @@ def test_the_tuner_tries_what_can_run() -> None:
 
 
 def test_what_does_not_fit_is_not_tried() -> None:
+    spec = experts_spec("mixtral-8x7b", "bfloat16")
     matmul = experts_estimate(64, 4096, 14336, "bfloat16", 90).gate_up
-    assert fits(matmul, "bfloat16", 90, rows_a_value=2)
-    assert not fits(replace(matmul, block_n=256), "bfloat16", 90, rows_a_value=2)
-    assert not fits(replace(matmul, stages=6), "bfloat16", 90, rows_a_value=2)
-    assert not fits(replace(matmul, block_n=8), "bfloat16", 90, rows_a_value=2)
+    assert fits(matmul, spec, 90, rows_a_value=2)
+    assert not fits(replace(matmul, block_n=256), spec, 90, rows_a_value=2)
+    assert not fits(replace(matmul, stages=6), spec, 90, rows_a_value=2)
+    assert not fits(replace(matmul, block_n=8), spec, 90, rows_a_value=2)
     large = experts_estimate(128, 4096, 14336, "bfloat16", 90).gate_up
-    assert fits(large, "bfloat16", 90, rows_a_value=2)
-    assert not fits(replace(large, warps=4), "bfloat16", 90, rows_a_value=2)  # 256 sums a thread
+    assert fits(large, spec, 90, rows_a_value=2)
+    assert not fits(replace(large, warps=4), spec, 90, rows_a_value=2)  # 256 sums a thread
 
 
 def test_the_tuner_tries_selections_that_can_run() -> None:
@@ -323,13 +327,13 @@ def test_every_decode_batch_can_be_selected_in_one_launch(tokens: int, experts: 
 
 def test_the_table_is_python(tmp_path: Path) -> None:
     experts = {
-        (90, 8, 2, 4096, 14336): {
+        (90, 8, 2, 4096, 14336, "float"): {
             tokens: replace(
                 experts_estimate(bucket, 4096, 14336, "bfloat16", 90), reason='12% of "it"', microseconds=1.25
             )
             for tokens, bucket in ((1, 1), (256, 64))
         },
-        (90, 8, 2, 64, 64): {1: experts_estimate(1, 64, 64, "bfloat16", 90)},
+        (90, 8, 2, 64, 64, "float"): {1: experts_estimate(1, 64, 64, "bfloat16", 90)},
     }
     select = {(90, 8, 2, 16): replace(select_launch(16, 8, 2, 90), microseconds=5.5)}
     path = tmp_path / "table.py"
@@ -409,8 +413,8 @@ def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tune.main(shape=["tiny"], tokens="1,2,1024", output=path)
     table = runpy.run_path(str(path))
     assert set(table["SELECT"]) == {(90, 8, 2, tokens) for tokens in (1, 2, 1024)}
-    assert set(table["EXPERTS"]) == {(90, 8, 2, 64, 128)}
-    launches = table["EXPERTS"][90, 8, 2, 64, 128]
+    assert set(table["EXPERTS"]) == {(90, 8, 2, 64, 128, "float")}
+    launches = table["EXPERTS"][90, 8, 2, 64, 128, "float"]
     assert {tokens: launch.prefill for tokens, launch in launches.items()} == {1: False, 2: False, 1024: True}
     assert all(launch.microseconds for launch in launches.values())
     if agree:
