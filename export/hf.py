@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache
 from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
 from lynx_trt.export import attention, moe, ops
 from lynx_trt.export.checkpoint import Checkpoint, empty_model
+from lynx_trt.export.kept import keep_experts
 from lynx_trt.export.longrope import use_traceable_longrope
 from lynx_trt.export.native import native_rotary, use_native_norms
 from lynx_trt.export.weights import CheckpointWeights
@@ -41,6 +42,8 @@ from lynx_trt.selection import Selection
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from lynx_trt.export.quantized.methods import Quantization
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Steps of up to this many tokens a sequence are decode steps, to which the budgets apply.
@@ -71,6 +74,7 @@ class Source:
     caches: list[list[CacheShape]]  # of each layer
     precision: str
     fake: FakeTensorMode
+    quantization: Quantization | None  # of the checkpoint, and how much of it is kept
 
 
 @dataclass
@@ -133,15 +137,16 @@ class _StepModule(nn.Module):
         return output.logits[:, 0].float(), active, [list(layer.caches) for layer in cache.layers]
 
 
-def read_source(checkpoint: Checkpoint, precision: str) -> Source:
+def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = False) -> Source:
     """Everything that can be known and refused before the long work of tracing.
 
     Args:
         checkpoint: an opened checkpoint.
         precision: fp32, fp16 or bf16: the dtype of weights, activations and cache.
+        dequantize: all weights, also experts that can stay in MXFP4 (`kept.py`).
 
     Raises:
-        CheckpointError: the weights are not those of the config.
+        CheckpointError: the weights are not those of the config, or a scale of such experts is no number.
         UnsupportedModelError: the model is none that this version can rewrite; the reason is named.
     """
     attention.register()
@@ -157,7 +162,10 @@ def read_source(checkpoint: Checkpoint, precision: str) -> Source:
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
             caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, sum(cache.size for cache in caches[layer]))]
-    return Source(model, weights, layers, caches, precision, fake)
+    quantization = checkpoint.quantization
+    if quantization and not dequantize:
+        quantization = keep_experts(model, layers, weights, quantization, precision, fake)
+    return Source(model, weights, layers, caches, precision, fake, quantization)
 
 
 def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:

@@ -32,7 +32,6 @@ Preset = Literal["off", "lynx", "lynx-latency", "lynx-accuracy", "lynx-affinity"
 SHIPPED = "lynx-tiny"
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PREFILL_LENGTH = (1, 128, 512)
-BITS = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Bytes of weights from which on those of the experts stay outside the engine: inside they cost the build three times
 # their size in memory, and most of its time.
 OUTSIDE_FROM = 2 * 10**9
@@ -59,6 +58,7 @@ class BuildOptions:
     overwrite: bool = False
     trust_remote_code: bool = False
     allow_partial: bool = False
+    dequantize: bool = False  # also what could be kept as it is stored
     # Without, the weights file is a hole: the graph of a model whose weights nobody has, to measure its speed.
     weight_data: bool = True
 
@@ -108,14 +108,15 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         seconds: dict[str, float] = {}
         clock = _Clock(seconds)
         update = progress.phase("Reading the model")
-        source = read_source(checkpoint, precision)
+        source = read_source(checkpoint, precision, dequantize=options.dequantize)
         where: ExpertWeights = "external" if source.weights.nbytes >= OUTSIDE_FROM else "engine"
         options = replace(options, precision=precision, expert_weights=options.expert_weights or where)
         build_record: dict[str, Any] = {"options": _plain(options), "seconds": seconds}
-        if checkpoint.quantization:
-            sizes = f"all weights take {size(source.weights.nbytes)} instead of {size(checkpoint.nbytes)}"
-            note(f"{checkpoint.quantization.in_words(precision)}; {sizes}")
-            build_record["quantization"] = asdict(checkpoint.quantization)
+        if source.quantization:
+            now, before = size(source.weights.nbytes), size(checkpoint.nbytes)
+            sizes = f"all weights take {now}{f' instead of {before}' if now != before else ''}"
+            note(f"{source.quantization.in_words(precision)}; {sizes}")
+            build_record["quantization"] = asdict(source.quantization)
         if unused := source.weights.unused:
             layers = f"{len(source.caches)} layer{'s' if len(source.caches) > 1 else ''}"
             note(
@@ -387,7 +388,7 @@ def _model_record(
                 experts=layer.experts,
                 experts_per_token=layer.experts_per_token,
                 intermediate=layer.intermediate,
-                expert_bytes=layer.expert_parameters * BITS[precision],
+                expert_bytes=layer.expert_bytes,
                 form=asdict(layer.form),
                 rule=str(layer.rule) if layer.rule else None,
             )
@@ -560,6 +561,14 @@ def main(
         bool,
         typer.Option("--allow-partial", help="Of an ONNX file: leave MoE blocks that are not recognised as they are."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Dequantize all weights, also experts in MXFP4 (gpt-oss), which in fp16 and bf16 stay as they are "
+            "stored, a quarter of the size; weights quantized by another method always are.",
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
 ) -> None:
     """Turn a Mixture-of-Experts checkpoint into an artifact: ONNX with batch-aware selection, and a TensorRT engine."""
@@ -583,6 +592,7 @@ def main(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         allow_partial=allow_partial,
+        dequantize=dequantize,
     )
     with Progress(quiet=json_output) as progress:
         artifact = build(options, progress)
@@ -615,10 +625,10 @@ def _tell(artifact: Artifact) -> None:
     from lynx_trt.tensorrt.gpu import PRODUCTS
 
     manifest, engine = artifact.manifest, artifact.manifest.engine
-    layers = len(manifest.model.moe_layers)
+    layers, packed = len(manifest.model.moe_layers), manifest.model.moe_layers[0].quantized
     typer.echo(
         f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)} in "
-        f"{manifest.model.precision}"
+        f"{manifest.model.precision}{', the experts in ' + packed.upper() if packed else ''}"
     )
     chosen = manifest.selection
     limits = in_words(chosen.restriction, [layer.experts for layer in manifest.model.moe_layers])

@@ -56,6 +56,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     model, engine, chosen = manifest.model, manifest.engine, manifest.selection
     moe = model.moe_layers
     first = moe[0]
+    packed = f", in {first.quantized.upper()}" if first.quantized else ""
     limits = in_words(chosen.restriction, [layer.experts for layer in moe])
     rules = sorted({layer.rule or "unknown: tokens can lose experts, not be sent to others" for layer in moe})
     table = [
@@ -63,7 +64,10 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("size", f"{model.parameters / 1e6:,.1f} M parameters, {size(model.weight_bytes)} of weights"),
         *_quantized(manifest),
         ("layers", f"{model.layers}, {len(moe)} of them MoE"),
-        ("experts", f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each"),
+        (
+            "experts",
+            f"{first.experts} a layer, {first.experts_per_token} a token, {size(first.expert_bytes)} each{packed}",
+        ),
         ("dimensions", f"H {model.hidden}, I {first.intermediate}, vocabulary {model.vocabulary}"),
         ("routing", "; ".join(rules)),
         ("sequence", _sequence(manifest)),
@@ -151,12 +155,10 @@ def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.build.get("quantization")
     if not found or not found["weights"]:
         return []
-    return [
-        (
-            "checkpoint",
-            f"quantized ({found['method']}): {found['weights']} weights of {size(found['nbytes'])} dequantized",
-        )
-    ]
+    kept, rest = found["kept"], found["weights"] - found["kept"]
+    parts = [f"{number} {what}" for number, what in ((kept, "kept as stored"), (rest, "dequantized")) if number]
+    what = f"{found['weights']} weights of {size(found['nbytes'])}, {' and '.join(parts)}"
+    return [("checkpoint", f"quantized ({found['method']}): {what}")]
 
 
 def _print_rows(folder: Path, lines: list[tuple[str, str]]) -> None:

@@ -473,12 +473,12 @@ def test_build_says_what_it_does(
     quantized: Make, build_quietly: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line, with the method, the precision and both sizes; the larger is that of the weights as written."""
-    built = build_quietly(quantized("mxfp4"), tmp_path / "artifact", precision="fp16")
+    built = build_quietly(quantized("mxfp4"), tmp_path / "artifact", precision="fp16", dequantize=True)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "quantized (" in line]
     assert "quantized (mxfp4): 4 of its weights are dequantized to fp16" in line
     assert "319.5 kB instead of 296.8 kB" in line
     assert built.manifest.model.weight_bytes == pytest.approx(319.5e3, rel=0.01)
-    assert ("checkpoint", "quantized (mxfp4): 4 weights of 52.2 kB dequantized") in inspect.rows(built.manifest)
+    assert ("checkpoint", "quantized (mxfp4): 4 weights of 52.2 kB, 4 dequantized") in inspect.rows(built.manifest)
     assert summary(built.manifest, built.folder)["quantization"]["method"] == "mxfp4"
 
 
