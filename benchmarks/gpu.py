@@ -33,7 +33,14 @@ from gpu_common import ROOT, command_words, commit, environment, write_json
 from gpu_targets import Verdict, table, verdicts
 
 BENCHMARKS = Path(__file__).resolve().parent
-MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b", "gpt-oss-120b-mxfp4", "deepseek-v2-lite")
+MODELS = (
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
+    "gpt-oss-120b",
+    "gpt-oss-120b-mxfp4",
+    "qwen3-30b-a3b-fp8",
+    "deepseek-v2-lite",
+)
 # Where parts run: `python -m` looks in the current folder first, and the repository's own lynx_trt/ is not all of it.
 WORK = ROOT / "build" / "gpu"
 # What the tuner writes and the kernels' plans read.
@@ -70,8 +77,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     def engines(name: str, weight: float) -> Part:
         return Part(name, (sys.executable, str(BENCHMARKS / f"gpu_{name}.py"), *kit), weight, timed=False)
 
-    # A dry run has three models: the forms of experts that there are.
-    models = (MODELS[0], *MODELS[2:4]) if options.dry_run else MODELS
+    # A dry run has four models: the forms of experts that there are.
+    models = (MODELS[0], *MODELS[2:5]) if options.dry_run else MODELS
     tune = (sys.executable, "-m", "lynx_trt.plugins.tune", "--output", str(TABLE))
     every = [
         script("machine", 0.3),

@@ -10,7 +10,7 @@ and at 75, 50 and 25 % of it. Contenders, in turn on the same inputs:
     dense        every expert on every token
     vllm         vLLM's Triton-language kernel, where it can be had
 
-Of a layer in MXFP4 the peers have the dequantized weights: their own kernels for it are compiled, or other packages'.
+Of a quantized layer the peers have the dequantized weights: their own kernels for it are compiled, or other packages'.
 
     python benchmarks/gpu_experts_decode.py --output FILE.json [--model NAME] [--seconds N] [--dry-run]
 """

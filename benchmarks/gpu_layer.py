@@ -27,7 +27,7 @@ from lynx_trt.plugins.plan import find_plan
 from lynx_trt.plugins.plans import experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
-from lynx_trt.plugins.tune import random_mxfp4
+from lynx_trt.plugins.tune import random_quantized
 from lynx_trt.plugins.twins import dequantize_twin, experts_twin, select_twin
 
 MODELS = tuple(SHAPES)
@@ -69,7 +69,9 @@ class Layer:
         for name in ("gate_up", "down"):
             # An expert at a time: what is made on the way is larger than the weights.
             whole = zip(self.weights[name], self.weights[f"{name}_scale"], strict=True)
-            weights[name] = torch.stack([dequantize_twin(values, scales, dtype) for values, scales in whole])
+            weights[name] = torch.stack(
+                [dequantize_twin(self.experts.form.weights, values, scales, dtype) for values, scales in whole]
+            )
         form = replace(self.experts.form, weights="float")
         return Layer(self.name, replace(self.experts, form=form), self.select, weights)
 
@@ -113,7 +115,7 @@ def specs_of(name: str, dtype: str, *, dry: bool) -> tuple[ExpertsSpec, SelectSp
     experts = experts_spec(name, dtype, dispatch_given=False)
     select = replace(select_spec(name, dispatch_taken=False), guarantee=0)
     if dry:
-        experts = replace(experts, experts=8, experts_per_token=2, hidden=96, inner=64)
+        experts = replace(experts, experts=8, experts_per_token=2, hidden=256, inner=128)
         select = replace(select, experts=8, experts_per_token=2)
     return experts, select
 
@@ -134,7 +136,7 @@ def make_layer(name: str, chosen: Options) -> Layer:
     weights: dict[str, Tensor] = {}
     for part, shape, summed in (("gate_up", up, experts.hidden), ("down", down, experts.inner)):
         if experts.form.quantized:
-            weights |= random_mxfp4(part, (experts.experts, *shape), generator)
+            weights |= random_quantized(experts.form.weights, part, (experts.experts, *shape), generator)
         else:
             weights[part] = normal(experts.experts, *shape, scale=summed**-0.5)
     if experts.bias:

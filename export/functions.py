@@ -19,9 +19,9 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.errors import ExportError
-from lynx_trt.experts import WEIGHTS
+from lynx_trt.experts import FORMATS, WEIGHTS
 from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, VERSION, Attributes
 from lynx_trt.selection import TINY
 
@@ -34,8 +34,12 @@ _EXPERTS_INPUTS = ("hidden", "index", "weight", "gate_up", "down")
 _SCALES = ("gate_up_scale", "down_scale")
 _BIASES = ("gate_up_bias", "down_bias")
 
-# Tables by byte: both values of it, and the scale that it is. Too long for a body's text, which has no NaN either.
-_TABLES = {"pairs": mxfp4.PAIRS, "powers": mxfp4.SCALES[:, None]}
+# Tables by byte: both values of it and the scale that it is, or its one value. Too long for a body's text, which has no
+# NaN either.
+_TABLES = {
+    "mxfp4": {"pairs": mxfp4.PAIRS, "powers": mxfp4.SCALES[:, None]},
+    "fp8": {"numbers": fp8.VALUES},
+}
 
 # In the bodies: FLOAT = 1, INT32 = 6, INT64 = 7, DOUBLE = 11 (TensorProto.DataType).
 
@@ -383,7 +387,8 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
     """
     _require(attributes, EXPERTS, "activation gated transposed interleaved alpha limit up_offset weights")
     inputs = _experts_inputs(attributes) + (_BIASES if bias else ())
-    quantized = attributes["weights"] != "float"
+    kind = str(attributes["weights"])
+    quantized = kind != "float"
     if quantized and attributes["transposed"]:
         raise ExportError(f"{EXPERTS} has transposed weights in {attributes['weights']}, which no body is written for.")
     body = f"""
@@ -407,7 +412,7 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
         >
         output = CastLike (result, hidden)
     """
-    return _function(EXPERTS, inputs, ("output",), body, attributes, _TABLES if quantized else {})
+    return _function(EXPERTS, inputs, ("output",), body, attributes, _TABLES.get(str(attributes["weights"])))
 
 
 def _experts_inputs(attributes: Attributes) -> tuple[str, ...]:
@@ -447,26 +452,39 @@ def _linear(result: str, values: str, weights: str, attributes: Attributes, *, b
         else ""
     )
     inputs = f"{values}, {weights}_wide" + (f", {weights}_added" if bias else "")
-    quantized = attributes["weights"] != "float"
+    kind = str(attributes["weights"])
+    quantized = kind != "float"
     return f"""
         {weights}_here = Gather<axis = 0> ({weights}, expert)
-        {_dequantized(weights) if quantized else f"{weights}_wide = Cast<to = 1> ({weights}_here)"}
+        {_dequantized(weights, kind) if quantized else f"{weights}_wide = Cast<to = 1> ({weights}_here)"}
         {added}
         {result} = Gemm<transB = {0 if attributes["transposed"] else 1}> ({inputs})
     """
 
 
-def _dequantized(weights: str) -> str:
-    """`wide` [R,D] of the bytes `here` [R,D/2]. A byte counts from the end of a table where it is negative."""
+def _dequantized(weights: str, kind: str) -> str:
+    """`wide` [R,D] of an expert's bytes `here`. A byte counts from the end of a table where it is negative."""
+    block = FORMATS[kind].block
+    if kind == "mxfp4":
+        table = "pairs"
+        powers = f"""
+            {weights}_scale_places = Cast<to = 6> ({weights}_scale_here)
+            {weights}_factors = Gather<axis = 0> (powers, {weights}_scale_places)
+        """
+    else:
+        table = "numbers"
+        powers = f"""
+            {weights}_last = Constant<value_ints = [-1]> ()
+            {weights}_factors = Unsqueeze ({weights}_scale_here, {weights}_last)
+        """
     return f"""
         {weights}_places = Cast<to = 6> ({weights}_here)
-        {weights}_pairs = Gather<axis = 0> (pairs, {weights}_places)
-        {weights}_in_blocks = Constant<value_ints = [0, -1, {mxfp4.BLOCK}]> ()
-        {weights}_blocks = Reshape ({weights}_pairs, {weights}_in_blocks)
+        {weights}_values = Gather<axis = 0> ({table}, {weights}_places)
+        {weights}_in_blocks = Constant<value_ints = [0, -1, {block}]> ()
+        {weights}_blocks = Reshape ({weights}_values, {weights}_in_blocks)
         {weights}_scale_here = Gather<axis = 0> ({weights}_scale, expert)
-        {weights}_scale_places = Cast<to = 6> ({weights}_scale_here)
-        {weights}_powers = Gather<axis = 0> (powers, {weights}_scale_places)
-        {weights}_scaled = Mul ({weights}_blocks, {weights}_powers)
+        {powers}
+        {weights}_scaled = Mul ({weights}_blocks, {weights}_factors)
         {weights}_in_rows = Constant<value_ints = [0, -1]> ()
         {weights}_wide = Reshape ({weights}_scaled, {weights}_in_rows)
     """

@@ -11,8 +11,9 @@ The exporter writes these nodes, the function bodies define what they mean for O
 TensorRT plugins read the same attributes as their fields. An index of -1 is an empty slot. With
 `transposed = 0` the weights are `gate_up[E,2I,H]`, `down[E,H,I]` (an output row at a time); with 1 they are
 `gate_up[E,H,2I]`, `down[E,I,H]`. Ungated experts (`gated = 0`) have `gate_up` of I rows instead of 2I. Quantized
-weights (`weights = "mxfp4"`, never transposed) have scales: `gate_up[E,2I,H/2]`, `gate_up_scale[E,2I,H/32]`,
-`down[E,H,I/2]`, `down_scale[E,H,I/32]`, all int8 (mxfp4.py).
+weights, never transposed, have scales: with `weights = "mxfp4"` `gate_up[E,2I,H/2]`, `down[E,H,I/2]`,
+`gate_up_scale[E,2I,H/32]`, `down_scale[E,H,I/32]`, all int8 (mxfp4.py); with "fp8" `gate_up[E,2I,H]` and `down[E,H,I]`
+int8, `gate_up_scale[E,2I,H/128]` and `down_scale[E,H,I/128]` float32 (fp8.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +19,24 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating[Any]]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-# As numbers of the graph's own precision, or quantized (mxfp4.py).
-WEIGHTS = ("float", "mxfp4")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How quantized weights are stored: values a byte, values that share a scale, bytes of a scale, what they mean."""
+
+    per_byte: int
+    block: int
+    scale_bytes: int
+    dequantize: Callable[[NDArray[Any], NDArray[Any]], NDArray[np.float32]]
+
+
+FORMATS = {
+    "mxfp4": Format(2, mxfp4.BLOCK, 1, mxfp4.dequantize),
+    "fp8": Format(1, fp8.BLOCK, 4, fp8.dequantize),
+}
+# Or as numbers of the graph's own precision.
+WEIGHTS = ("float", *FORMATS)
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -44,7 +60,7 @@ class ExpertsForm:
     alpha: float = 1.0  # of silu; 1.702 makes it the quick form of gelu
     limit: float = 0.0
     up_offset: float = 0.0
-    weights: str = "float"  # float | mxfp4
+    weights: str = "float"  # float | mxfp4 | fp8
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -89,7 +105,7 @@ def experts(
 
     Args:
         form: activation and layout. `[A|B]` below: A, or B for `transposed` forms; ungated ones have I for 2I.
-            Quantized weights have the shapes that mxfp4.py gives for [E,2I,H] and [E,H,I].
+            Quantized weights have the shapes that mxfp4.py and fp8.py give for [E,2I,H] and [E,H,I].
         hidden: float [T,H].
         index: int [T,K], -1 for an empty slot.
         weight: float [T,K].
@@ -97,8 +113,8 @@ def experts(
         down: float [E,H,I | E,I,H].
         gate_up_bias: float [E,2I].
         down_bias: float [E,H].
-        gate_up_scale: int8 [E,2I,H/32], of quantized weights alone.
-        down_scale: int8 [E,H,I/32], of quantized weights alone.
+        gate_up_scale: of quantized weights alone: [E,2I,H/32] int8 in mxfp4, [E,2I,H/128] float32 in fp8.
+        down_scale: of quantized weights alone: [E,H,I/32] or [E,H,I/128].
 
     Returns:
         [T,H] of hidden's dtype; a token with no expert gets zeros.
@@ -114,7 +130,7 @@ def experts(
 
     def linear(x: Floats, weights: Floats, scale: Floats | None, bias: Floats | None, expert: int) -> Floats:
         own = weights[expert]
-        matrix: Floats = (own if scale is None else mxfp4.dequantize(own, scale[expert])).astype(dtype)
+        matrix: Floats = (own if scale is None else FORMATS[form.weights].dequantize(own, scale[expert])).astype(dtype)
         y: Floats = x @ (matrix if form.transposed else matrix.T)
         return y if bias is None else y + bias[expert].astype(dtype)
 
@@ -191,7 +207,7 @@ def _check(
     if hidden.ndim != 2 or down.ndim != 3:
         raise UsageError(f"hidden and down have the shapes {hidden.shape} and {down.shape}: they have to be 2D and 3D.")
     tokens, width = hidden.shape
-    packed = 2 if form.quantized else 1
+    packed, block = (FORMATS[form.weights].per_byte, FORMATS[form.weights].block) if form.quantized else (1, 1)
     number, inner = down.shape[0], down.shape[1 if form.transposed else 2] * packed
     rows = 2 * inner if form.gated else inner
     shapes = {
@@ -201,8 +217,8 @@ def _check(
         "down": (down, (number, inner, width) if form.transposed else (number, width, inner // packed)),
         "gate_up_bias": (gate_up_bias, (number, rows)),
         "down_bias": (down_bias, (number, width)),
-        "gate_up_scale": (gate_up_scale, (number, rows, width // mxfp4.BLOCK)),
-        "down_scale": (down_scale, (number, width, inner // mxfp4.BLOCK)),
+        "gate_up_scale": (gate_up_scale, (number, rows, width // block)),
+        "down_scale": (down_scale, (number, width, inner // block)),
     }
     for name, (array, shape) in shapes.items():
         if name.endswith("_scale") and (array is not None) != form.quantized:
@@ -211,8 +227,8 @@ def _check(
             raise UsageError(
                 f"{name} has the shape {array.shape}: with this form and these inputs it has to be {shape}."
             )
-    if form.quantized and (width % mxfp4.BLOCK or inner % mxfp4.BLOCK):
-        raise UsageError(f"H and I are {width} and {inner}: in mxfp4 they have to be multiples of {mxfp4.BLOCK}.")
+    if width % block or inner % block:
+        raise UsageError(f"H and I are {width} and {inner}: in {form.weights} they have to be multiples of {block}.")
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
         raise UsageError(f"index is {index.dtype} of shape {index.shape}: it has to be whole numbers [T,K].")
     if index.size and not -1 <= index.min() <= index.max() < number:

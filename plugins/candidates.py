@@ -62,7 +62,7 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     rows = rows_a_value(spec, part)
     summed = spec.hidden if part == "gate_up" else spec.inner
     if spec.form.quantized:
-        made = _quantized_prefill(rows) if prefill else _quantized_decode(tokens, rows, summed, part)
+        made = _quantized_prefill(rows) if prefill else _quantized_decode(tokens, rows, summed, part, spec.form.weights)
     else:
         made = _prefill(first, rows, part) if prefill else _decode(tokens, rows, summed, part)
     usable = (each for each in made if fits(each, spec, sm, rows_a_value=rows))
@@ -166,11 +166,12 @@ def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[Matm
                 yield replace(tile, flatten=flatten, copied=copied)
 
 
-def _quantized_decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[MatmulLaunch]:
-    """Tiles of 32 to 128 rows and of 128 to 512 of the sum, which are a quarter of the bytes of others."""
+def _quantized_decode(tokens: int, rows_a_value: int, summed: int, part: str, weights: str) -> Iterator[MatmulLaunch]:
+    """Tiles of 32 to 128 rows and of 64 to 512 of the sum; of FP8 no more than share a scale."""
+    depths = (128, 256, 512) if weights == "mxfp4" else (64, 128)
     most = min(max(power_of_two(tokens), 16), 64)
     pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
-    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), (128, 256, 512), (3, 4, 6)):
+    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), depths, (3, 4, 6)):
         for warps, swap in ((4, False), (8, False), (4, True)):
             # A thread holds its part of a tile as numbers, two a register.
             if rows * depth > 128 * 32 * warps or (warps == 8 and rows < 128) or (swap and rows < 64):

@@ -7,8 +7,9 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
 K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; P and Q are H and I
-in MXFP4's bytes of two values, G and J in its blocks of 32; D is in COMPUTED). What is quantized is int8 for its bits:
-of TensorRT for RTX 1.7.1 the parser makes int32 of uint8 constants, and the builder takes no uint8 input of a plugin.
+in MXFP4's bytes of two values, G and J in blocks that share a scale; D is in COMPUTED). What is quantized is int8 for
+its bits: of TensorRT for RTX 1.7.1 the parser makes int32 of uint8 constants, and the builder takes no uint8 input of
+a plugin.
 
 TensorRT's plugins do take int64 (tried with TensorRT for RTX 1.7 under the 11.4 API: a plugin that supports nothing
 else for `index` is built into an engine), so `index` keeps the type that ONNX's TopK gives it.
@@ -21,9 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lynx_trt.experts import ACTIVATIONS, WEIGHTS, ExpertsForm
+from lynx_trt.experts import ACTIVATIONS, FORMATS, WEIGHTS, ExpertsForm
 from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
-from lynx_trt.mxfp4 import BLOCK
 from lynx_trt.selection import VOTES
 
 FieldType = Literal["int32", "float32", "char", "int8"]
@@ -271,13 +271,23 @@ QUANTIZED: dict[str, tuple[Tensor, ...]] = {
         Tensor("gate_up_scale", "int8", ("E", "R", "G")),
         Tensor("down_scale", "int8", ("E", "H", "J")),
     ),
+    "fp8": (
+        Tensor("gate_up", "int8", ("E", "R", "H")),
+        Tensor("down", "int8", ("E", "H", "I")),
+        Tensor("gate_up_scale", "float32", ("E", "R", "G")),
+        Tensor("down_scale", "float32", ("E", "H", "J")),
+    ),
 }
 # What has to hold between their dimensions.
 QUANTIZED_RULES: dict[str, tuple[Rule, ...]] = {
     "mxfp4": (
-        Rule("P", 2, (("H",),)),
-        Rule("G", BLOCK, (("H",),)),
-        Rule("J", BLOCK, ((2, "Q"),)),
+        Rule("P", FORMATS["mxfp4"].per_byte, (("H",),)),
+        Rule("G", FORMATS["mxfp4"].block, (("H",),)),
+        Rule("J", FORMATS["mxfp4"].block, ((FORMATS["mxfp4"].per_byte, "Q"),)),
+    ),
+    "fp8": (
+        Rule("G", FORMATS["fp8"].block, (("H",),)),
+        Rule("J", FORMATS["fp8"].block, (("I",),)),
     ),
 }
 
@@ -285,9 +295,11 @@ QUANTIZED_RULES: dict[str, tuple[Rule, ...]] = {
 def _weights_of(values: Mapping[str, Value]) -> tuple[tuple[Tensor, ...], tuple[Rule, ...]]:
     """The tensors of a node's weights, and what has to hold between their dimensions."""
     kind, gated = str(values.get(WEIGHTS_FIELD)), values.get("gated") != 0
-    if kind in QUANTIZED:
+    if kind == "mxfp4":
         return QUANTIZED[kind], (Rule("R", 1, ((4 if gated else 2, "Q"),)), *QUANTIZED_RULES[kind])
     rows = Rule("R", 1, ((2, "I") if gated else ("I",),))
+    if kind in QUANTIZED:
+        return QUANTIZED[kind], (rows, *QUANTIZED_RULES[kind])
     return _TRANSPOSED if values.get("transposed") else _WEIGHTS, (rows,)
 
 

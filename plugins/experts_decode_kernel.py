@@ -61,8 +61,8 @@ def program_work(
 @triton.jit
 def gate_up_decode_kernel(
     hidden,  # [T,H] float
-    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I; in mxfp4 [E,R,H/2] int8
-    gate_up_scale,  # [E,R,H/32] int8; read in mxfp4 alone
+    gate_up,  # [E,R,H] float, transposed [E,H,R]; R is 2 I, ungated I; quantized int8 [E,R,H] or [E,R,H/2]
+    gate_up_scale,  # of quantized weights: float32 [E,R,H/128], or int8 [E,R,H/32]
     gate_up_bias,  # [E,R] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32 (see dispatch_kernel.py)
     inner,  # [TK,I] float, out: a row a pair, in the order of the dispatch
@@ -139,8 +139,8 @@ def gate_up_decode_kernel(
 @triton.jit
 def down_decode_kernel(
     inner,  # [TK,I] float
-    down,  # [E,H,I] float, transposed [E,I,H]; in mxfp4 [E,H,I/2] int8
-    down_scale,  # [E,H,I/32] int8; read in mxfp4 alone
+    down,  # [E,H,I] float, transposed [E,I,H]; quantized int8 [E,H,I] or [E,H,I/2]
+    down_scale,  # of quantized weights: float32 [E,H,I/128], or int8 [E,H,I/32]
     down_bias,  # [E,H] float; not read without HAS_BIAS
     dispatch,  # [2E+2+TK] int32
     partial,  # [TK,SPLIT,H] float32, out: a row a pair

@@ -72,7 +72,7 @@ BIAS_BFLOAT16, BIAS_FLOAT16 = tl.constexpr(126), tl.constexpr(14)
 
 
 @triton.jit
-def dequantize(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def dequantize_mxfp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Bytes [ROWS, BLOCK_D / 2] and scales [ROWS, BLOCK_D / 32] to the values of the lower halves, and of the upper.
 
     Scales up to mxfp4.LARGEST_SCALE: with bfloat16's bias they have an exponent of 254 then. In float16, values too
@@ -96,7 +96,7 @@ def dequantize(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def load_scales(scales, rows, valid, start, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_mxfp4_scales(scales, rows, valid, start, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """The scales of some rows from `start` on, [ROWS, BLOCK_D / 32]."""
     block = start // 32 + tl.arange(0, BLOCK_D // 32)
     mask = valid[:, None] & (block < D // 32)[None, :]

@@ -10,7 +10,8 @@ an output row of the expert's matrix. `tile_product` is that, for some pairs and
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.experts_mxfp4 import dequantize, load_scales
+from lynx_trt.plugins.experts_fp8 import widen_fp8
+from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4, load_mxfp4_scales
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def mxfp4_product(
     byte = tl.arange(0, BLOCK_D // 2)
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
     # A turn ahead: so few bytes a row are no copy to shared memory, and nothing else would have them come early.
-    coming = load_scales(scales, rows, valid, begin, D, ROWS, BLOCK_D)
+    coming = load_mxfp4_scales(scales, rows, valid, begin, D, ROWS, BLOCK_D)
     for start in range(begin, end, BLOCK_D):
         at = w + rows[:, None] * (D // 2) + (start // 2 + byte)[None, :]
         if ALL_ROWS and D % BLOCK_D == 0:
@@ -112,8 +113,8 @@ def mxfp4_product(
             packed = tl.load(at, mask=valid[:, None] & (start // 2 + byte < D // 2)[None, :], other=0)
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
         scale = coming
-        coming = load_scales(scales, rows, valid, start + BLOCK_D, D, ROWS, BLOCK_D)
-        low, high = dequantize(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
+        coming = load_mxfp4_scales(scales, rows, valid, start + BLOCK_D, D, ROWS, BLOCK_D)
+        low, high = dequantize_mxfp4(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
         even, odd = tl.split(tl.reshape(x_tile, [BLOCK_T, BLOCK_D // 2, 2]))
         if SWAP:
             product = tl.dot(low, tl.trans(even), product)
@@ -127,11 +128,54 @@ def mxfp4_product(
 
 
 @triton.jit
+def fp8_product(
+    x,  # pointers to the first of the D values of each pair, [BLOCK_T]
+    here,  # which pairs there are, [BLOCK_T]
+    w,  # pointer to the expert's matrix [N,D] int8
+    scales,  # pointer to its scales [N, D / 128] float32
+    rows,  # the matrix' output rows, [ROWS]
+    valid,  # which rows there are, [ROWS]
+    begin,  # the first of the summed dimension, a multiple of BLOCK_D
+    end,  # past the last of it
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """See `tile_product`; BLOCK_D divides 128."""
+    tl.static_assert(128 % BLOCK_D == 0)
+    d = tl.arange(0, BLOCK_D)
+    product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
+    # A turn ahead, as MXFP4's: a value a row is no copy to shared memory.
+    coming = tl.load(scales + rows * (D // 128) + begin // 128, mask=valid & (begin < D), other=0.0)
+    for start in range(begin, end, BLOCK_D):
+        at = w + rows[:, None] * D + (start + d)[None, :]
+        if ALL_ROWS:
+            packed = tl.load(at)
+        else:
+            packed = tl.load(at, mask=valid[:, None], other=0)
+        x_tile = load_pairs(x, here, start, D, BLOCK_D)
+        scale = coming
+        later = start + BLOCK_D
+        coming = tl.load(scales + rows * (D // 128) + later // 128, mask=valid & (later < D), other=0.0)
+        values = widen_fp8(packed, x_tile.dtype)
+        if SWAP:
+            product += tl.dot(values, tl.trans(x_tile)) * scale[:, None]
+        else:
+            product += tl.dot(x_tile, tl.trans(values)) * scale[None, :]
+    if SWAP:
+        product = tl.trans(product)
+    return product
+
+
+@triton.jit
 def tile_product(
     x,  # pointers to the first of the D values of each pair, [BLOCK_T]
     here,  # which pairs there are, [BLOCK_T]
-    weights,  # the experts' matrices [E,N,D], transposed [E,D,N], in mxfp4 int8 [E,N,D/2]
-    scales,  # in mxfp4 int8 [E,N,D/32], else not read
+    weights,  # the experts' matrices [E,N,D], transposed [E,D,N]; in fp8 int8 [E,N,D], in mxfp4 int8 [E,N,D/2]
+    scales,  # in fp8 float32 [E,N,D/128], in mxfp4 int8 [E,N,D/32], else not read
     expert,  # int64
     rows,  # the matrix' output rows, [ROWS]
     valid,  # which rows there are, [ROWS]
@@ -156,6 +200,9 @@ def tile_product(
     if WEIGHTS == "mxfp4":
         w, scales = weights + expert * (N * (D // 2)), scales + expert * (N * (D // 32))
         product = mxfp4_product(x, here, w, scales, rows, valid, begin, end, D, BLOCK_T, ROWS, BLOCK_D, ALL_ROWS, SWAP)
+    elif WEIGHTS == "fp8":
+        w, scales = weights + expert * (N * D), scales + expert * (N * (D // 128))
+        product = fp8_product(x, here, w, scales, rows, valid, begin, end, D, BLOCK_T, ROWS, BLOCK_D, ALL_ROWS, SWAP)
     else:
         tl.static_assert(WEIGHTS == "float")
         w = weights + expert * (N * D)

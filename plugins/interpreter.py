@@ -16,9 +16,10 @@ import numpy as np
 import triton.language as tl  # the interpreter looks for it in the module of what it runs
 from triton.runtime import interpreter
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.plugins.cluster import meet
-from lynx_trt.plugins.experts_mxfp4 import dequantize
+from lynx_trt.plugins.experts_fp8 import widen_fp8
+from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4
 
 
 def prepare() -> None:
@@ -109,14 +110,18 @@ def _meet() -> None:
         _Program.current.meet()
 
 
-def _dequantize(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
+def _dequantize_mxfp4(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
     values = mxfp4.dequantize(packed.handle.data.view(np.int8), scale.handle.data.view(np.int8))
     return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
 
 
+def _widen_fp8(packed: Any, dtype: Any) -> Any:
+    return _rounded(fp8.VALUES[packed.handle.data.view(np.uint8)], dtype)
+
+
 def _rounded(values: Any, dtype: Any) -> Any:
     """A block of float32 as one of a 16-bit type, bfloat16 in its bits as the interpreter has it."""
-    if dtype == tl.bfloat16:  # scaled MXFP4 has two bits of mantissa: nothing to round
+    if dtype == tl.bfloat16:  # neither format has more than three bits of mantissa: nothing to round
         data = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     else:
         data = values.astype(np.float16)
@@ -126,4 +131,5 @@ def _rounded(values: Any, dtype: Any) -> Any:
 if isinstance(meet, interpreter.InterpretedFunction):
     # In place of the hardware's instructions.
     interpreter.InterpretedFunction.rewritten_fn[meet.fn] = _meet
-    interpreter.InterpretedFunction.rewritten_fn[dequantize.fn] = _dequantize
+    interpreter.InterpretedFunction.rewritten_fn[dequantize_mxfp4.fn] = _dequantize_mxfp4
+    interpreter.InterpretedFunction.rewritten_fn[widen_fp8.fn] = _widen_fp8

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.plugins.specs import BYTES
 
 # Shared memory that one program may use, in bytes, by SM (CUDA C++ Programming Guide, table of compute capabilities).
@@ -163,17 +163,19 @@ def experts_estimate(
 
 
 def _quantized_estimate(bucket: int, dtype: str, sm: int, weights: str) -> ExpertsLaunch:
-    """Of MXFP4. Its rows are 16-byte multiples whatever their length, so a tile may reach past them."""
+    """Of weights that become numbers on their way. MXFP4's rows are whole 16 bytes, so a tile may reach past them."""
     if bucket < PREFILL_BUCKET:
         # A row of a tile is 128 bytes; the activations are the left operand, in which the assembler's code for SM 90
-        # has a seventh fewer instructions than with the weights there (1.7 and 2.0 of a warp for 32 weights).
-        # With 32 pairs such a tile spills; half of it does not.
-        launch = MatmulLaunch(*((16, 64, 256) if bucket <= 8 else (32, 64, 128)), warps=4, stages=4)
+        # has a seventh fewer instructions than with the weights there (of MXFP4, 4.3 and 5 of a thread for a weight).
+        # With 32 pairs such a tile of MXFP4 spills; half of it does not.
+        deep = 256 if weights == "mxfp4" and bucket <= 8 else 128
+        launch = MatmulLaunch(16 if bucket <= 8 else 32, 64, deep, warps=4, stages=4)
         reason = f"decode: 64 rows a program, 3 tiles of 8 kB of {weights} in flight"
     else:
         # Hopper takes a left operand from registers, where the weights come to be; the others take both. With 128 pairs
-        # gate_up spills 72 bytes on SM 120.
-        block_t = min(bucket, 64 if sm == 120 else 128)
+        # MXFP4's gate_up spills 72 bytes on SM 120, and FP8's down 1004 on SM 100.
+        small = sm == 120 or (sm == 100 and weights == "fp8")
+        block_t = min(bucket, 64 if small else 128)
         launch = MatmulLaunch(
             block_t, 128, 64, warps=8, stages=3, swap=sm == 90, per_multiprocessor=1 if block_t == 128 else 2
         )
@@ -273,7 +275,7 @@ def shared_bytes(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int
         return stages * (pairs + launch.block_d * rows * BYTES[dtype])
     # Beside what is in flight, the tile that is made of it, where the matrix instructions read it there.
     made = launch.block_d * rows * BYTES[dtype] if sm in (90, 100) and launch.block_t >= 64 else 0
-    return stages * (pairs + launch.block_d * rows // 2) + made
+    return stages * (pairs + launch.block_d * rows // FORMATS[weights].per_byte) + made
 
 
 def fit(launch: MatmulLaunch, dtype: str, sm: int, *, rows_a_value: int, weights: str = "float") -> MatmulLaunch:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lynx_trt.errors import ArtifactError
+from lynx_trt.experts import FORMATS
 from lynx_trt.export.ops import SELECT
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.contract import DISPATCH, WEIGHTS_FIELD, Contract
@@ -59,8 +60,8 @@ def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]
             values, experts=shapes[0][1], experts_per_token=shapes[2][1], dispatch_taken=handed
         )
     down = shapes[4]
-    quantized = values[WEIGHTS_FIELD] != "float"
-    inner = down[1] if values["transposed"] else down[2] * (2 if quantized else 1)
+    quantized = FORMATS.get(str(values[WEIGHTS_FIELD]))
+    inner = down[1] if values["transposed"] else down[2] * (quantized.per_byte if quantized else 1)
     return ExpertsSpec.from_attributes(
         values,
         experts=down[0],

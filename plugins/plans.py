@@ -329,7 +329,8 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
 
 def _weights(spec: ExpertsSpec, name: str) -> dict[str, str]:
     """A matrix and its scales as parameters; weights that are not quantized have none."""
-    return {name: "*i8" if spec.form.quantized else POINTERS[spec.dtype], f"{name}_scale": "*i8"}
+    scale = "*fp32" if spec.form.weights == "fp8" else "*i8"
+    return {name: "*i8" if spec.form.quantized else POINTERS[spec.dtype], f"{name}_scale": scale}
 
 
 def _no_scale(spec: ExpertsSpec, name: str) -> dict[str, str]:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from lynx_trt.errors import UsageError
-from lynx_trt.experts import ExpertsForm
-from lynx_trt.mxfp4 import BLOCK
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.selection import VOTES
 
 Value = int | float | str | bool
@@ -110,10 +109,11 @@ class ExpertsSpec:
             raise UsageError(f"hidden and inner are {self.hidden} and {self.inner}: they have to be 1 or more.")
         if self.form.quantized and self.dtype == "float32":
             raise UsageError(f"dtype is float32: weights in {self.form.weights} need float16 or bfloat16 beside them.")
-        if self.form.quantized and (self.hidden % BLOCK or self.inner % BLOCK):
+        block = FORMATS[self.form.weights].block if self.form.quantized else 1
+        if self.hidden % block or self.inner % block:
             raise UsageError(
                 f"hidden and inner are {self.hidden} and {self.inner}: in {self.form.weights} they have to be "
-                f"multiples of {BLOCK}."
+                f"multiples of {block}."
             )
 
     @classmethod
@@ -136,7 +136,10 @@ class ExpertsSpec:
     @property
     def weight_bytes(self) -> float:
         """Bytes of a weight, its share of a scale included."""
-        return (0.5 + 1 / BLOCK) if self.form.quantized else BYTES[self.dtype]
+        if not self.form.quantized:
+            return BYTES[self.dtype]
+        stored = FORMATS[self.form.weights]
+        return 1 / stored.per_byte + stored.scale_bytes / stored.block
 
     @property
     def key(self) -> str:

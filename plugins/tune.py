@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
 from lynx_trt.plugins.aot import compile_each
@@ -161,7 +161,7 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     weights: dict[str, Tensor] = {}
     for name, shape in (("gate_up", up), ("down", down)):
         if spec.form.quantized:
-            weights |= random_mxfp4(name, (spec.experts, *shape), generator)
+            weights |= random_quantized(spec.form.weights, name, (spec.experts, *shape), generator)
         else:
             weights[name] = normal(spec.experts, *shape)
     if spec.bias:
@@ -180,20 +180,27 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def random_mxfp4(name: str, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """A random matrix of that shape and its scales by name, on the generator's device: values of a variance of 1 / D.
-
-    E2M1 has a variance of 7 by itself.
-    """
+def random_quantized(weights: str, name: str, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """A random matrix of that shape and its scales by name, on the generator's device: of a variance of 1 / D."""
     import torch
 
-    def bytes_of(width: int, low: int, high: int) -> Tensor:
-        rows = (*shape[:-1], width)
-        return torch.randint(low, high, rows, device=generator.device, generator=generator, dtype=torch.int8)
+    *rows, width = shape
+    device = generator.device
 
-    middle = 127 - round(math.log2((7 * shape[-1]) ** 0.5))
-    scales = bytes_of(shape[-1] // mxfp4.BLOCK, middle - 1, middle + 2)
-    return {name: bytes_of(shape[-1] // 2, -128, 128), f"{name}_scale": scales}
+    def integers(width: int, low: int, high: int) -> Tensor:
+        size = (*rows, width)
+        return torch.randint(low, high, size, dtype=torch.int8, device=device, generator=generator)
+
+    if weights == "mxfp4":  # E2M1 has a variance of 7 by itself, and a scale is a power of two
+        middle = 127 - round(math.log2((7 * width) ** 0.5))
+        values, scales = integers(width // 2, -128, 128), integers(width // mxfp4.BLOCK, middle - 1, middle + 2)
+    else:
+        # The upper half of a sign's bytes, of which the last is NaN.
+        values = integers(width, 64, 127) | (integers(width, 0, 2) << 7)
+        deviation = float((fp8.VALUES[64:127] ** 2).mean() ** 0.5)
+        scales = torch.rand((*rows, width // fp8.BLOCK), device=device, generator=generator)
+        scales = scales.add_(0.5).mul_(width**-0.5 / deviation)
+    return {name: values, f"{name}_scale": scales}
 
 
 class Bench:

@@ -10,16 +10,20 @@ T tokens, E experts, K experts a token uses, H hidden size, I inner size; R is 2
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_trt import mxfp4
-from lynx_trt.experts import ExpertsForm
+from lynx_trt import fp8, mxfp4
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.plugins.specs import SelectSpec
 from lynx_trt.selection import TINY
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Selected(NamedTuple):
@@ -154,12 +158,18 @@ def _groups(dispatch: Tensor, experts: int) -> list[tuple[int, slice, Tensor]]:
     return [(numbers[number], each, pairs[each]) for number, each in enumerate(ranges)]
 
 
-def dequantize_twin(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """MXFP4 [...,D/2] and [...,D/32] int8 to [...,D]: exact in float32 and float64, else rounded once."""
-    pairs = torch.from_numpy(mxfp4.PAIRS).to(values.device)[values.view(torch.uint8).long()]
-    factors = torch.from_numpy(mxfp4.SCALES).to(values.device)[scales.view(torch.uint8).long()]
-    matrix = pairs.reshape(*scales.shape, mxfp4.BLOCK) * factors[..., None]
-    return matrix.reshape(*values.shape[:-1], 2 * values.shape[-1]).to(dtype)
+def dequantize_twin(weights: str, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values and scales of quantized weights to [...,D], made in float32 and rounded once."""
+    if weights == "mxfp4":
+        numbers, factors = _look_up(mxfp4.PAIRS, values), _look_up(mxfp4.SCALES, scales)
+    else:
+        numbers, factors = _look_up(fp8.VALUES, values), scales
+    matrix = numbers.reshape(*scales.shape, FORMATS[weights].block) * factors[..., None]
+    return matrix.reshape(*values.shape[:-1], -1).to(dtype)
+
+
+def _look_up(table: NDArray[np.float32], data: Tensor) -> Tensor:
+    return torch.from_numpy(table).to(data.device)[data.view(torch.uint8).long()]
 
 
 def gate_up_twin(
@@ -211,8 +221,8 @@ def experts_twin(
 ) -> Tensor:
     """LynxExperts: the arguments are the op's inputs, [T,H] of the precision of `hidden`."""
     if gate_up_scale is not None and down_scale is not None:
-        gate_up = dequantize_twin(gate_up, gate_up_scale, hidden.dtype)
-        down = dequantize_twin(down, down_scale, hidden.dtype)
+        gate_up = dequantize_twin(form.weights, gate_up, gate_up_scale, hidden.dtype)
+        down = dequantize_twin(form.weights, down, down_scale, hidden.dtype)
     dispatch = dispatch_twin(index, down.shape[0])
     inner = gate_up_twin(form, hidden, gate_up, dispatch, experts_per_token=index.shape[1], bias=gate_up_bias)
     partial = down_twin(form, inner, down, dispatch, bias=down_bias)

@@ -15,6 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from lynx_trt import fp8
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
 from lynx_trt.mxfp4 import dequantize
@@ -295,3 +296,34 @@ def test_mistakes_of_mxfp4_are_named() -> None:
             np.zeros((4, 96, 2)),
             np.zeros((4, 64, 1)),
         )
+
+
+# --------------------------------------------------------------------------------------------------------- FP8
+
+
+def test_fp8_is_what_the_format_says() -> None:
+    """As ml_dtypes has it, NaN at the same two bytes."""
+    bits = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(fp8.VALUES, bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    values, scales = np.tile(bits, (2, 2)), np.array([[1, 2, 0.5, 3], [1, 1, 1, 1]], np.float32)
+    matrix = fp8.dequantize(values.view(np.int8), scales)
+    np.testing.assert_array_equal(matrix[1], np.tile(fp8.VALUES, 2))
+    np.testing.assert_array_equal(matrix[0], np.tile(fp8.VALUES, 2) * np.repeat(scales[0], 128))
+
+
+def test_experts_in_fp8_are_those_of_their_dequantized_weights() -> None:
+    rng = np.random.default_rng(3)
+    gate_up, down = (
+        rng.integers(0, 126, shape).astype(np.int8) for shape in ((EXPERTS, 256, 256), (EXPERTS, 256, 128))
+    )
+    scales = {
+        "gate_up_scale": rng.random((EXPERTS, 256, 2), np.float32),
+        "down_scale": rng.random((EXPERTS, 256, 1), np.float32),
+    }
+    hidden, index = rng.normal(size=(TOKENS, 256)), rng.integers(0, EXPERTS, (TOKENS, WIDTH))
+    form, weight = ExpertsForm(weights="fp8"), rng.random((TOKENS, WIDTH))
+    found = experts(form, hidden, index, weight, gate_up, down, **scales)
+    full = [fp8.dequantize(each, scale) for each, scale in zip((gate_up, down), scales.values(), strict=True)]
+    np.testing.assert_array_equal(found, experts(ExpertsForm(), hidden, index, weight, *full))
+    with pytest.raises(UsageError, match=r"gate_up_scale has the shape \(5, 256, 1\)"):
+        experts(form, hidden, index, weight, gate_up, down, None, None, *[scales["down_scale"]] * 2)

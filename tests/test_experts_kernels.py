@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kernel_process import on_device
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.experts import experts as experts_ref
-from lynx_trt.plugins import execute, experts_mxfp4
+from lynx_trt.plugins import execute, experts_fp8, experts_mxfp4
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
+from lynx_trt.plugins.tune import random_quantized
 from lynx_trt.plugins.twins import combine_twin, dispatch_twin, down_twin, experts_twin, gate_up_twin
 
 SWIGLU = ExpertsForm()
@@ -112,20 +114,15 @@ def _layer(
     biases = (normal(experts, rows), normal(experts, hidden)) if bias else (None, None)
     spec = ExpertsSpec(experts, width, hidden, inner, str(dtype).removeprefix("torch."), form, bias)
     layer = Layer(spec, normal(tokens, hidden), index, weight, gate_up, down, *biases)
-    return _in_mxfp4(layer) if form.quantized else layer
+    return _quantized(layer) if form.quantized else layer
 
 
-def _in_mxfp4(layer: Layer) -> Layer:
-    """With random bytes of about the same size: E2M1 has a variance of 7, and a scale is a power of two."""
+def _quantized(layer: Layer) -> Layer:
+    """With random weights of about the same size as those it has."""
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Tensor] = {}
     for name in ("gate_up", "down"):
-        matrix = getattr(layer, name)
-        *rows, width = matrix.shape
-        found[name] = torch.randint(-128, 128, (*rows, width // 2), generator=generator, dtype=torch.int8)
-        middle = 127 + round(float((matrix.double().std() / 7**0.5).log2()))
-        scales = torch.randint(middle - 1, middle + 2, (*rows, width // 32), generator=generator)
-        found[f"{name}_scale"] = scales.to(torch.int8)
+        found |= random_quantized(layer.spec.form.weights, name, tuple(getattr(layer, name).shape), generator)
     return replace(layer, **found)
 
 
@@ -287,37 +284,82 @@ def test_given_metadata() -> None:
     assert torch.equal(got, _run(layer))
 
 
-# ------------------------------------------------------------------------------------------------------- MXFP4
+# ------------------------------------------------------------------------------------------------ quantized weights
 
-MXFP4 = ExpertsForm(weights="mxfp4")
-GPT_OSS_MXFP4 = replace(GPT_OSS, transposed=False, weights="mxfp4")
-MXFP4_LAUNCHES = {
+MXFP4, FP8 = ExpertsForm(weights="mxfp4"), ExpertsForm(weights="fp8")
+GPT_OSS_ROWS = replace(GPT_OSS, transposed=False)
+# H and I, which are multiples of no deeper tile: three and five blocks of 32; two and one of 128.
+SIZES = {"mxfp4": (96, 160), "fp8": (256, 128)}
+_DEEP = replace(_TILE, block_d=128)
+QUANTIZED_LAUNCHES = {
     **{name: LAUNCHES[name] for name in ("decode", "swapped", "split", "prefill")},
     "prefill_swapped": ExpertsLaunch(True, *(replace(each, swap=True) for each in (PREFILL.gate_up, PREFILL.down)), ""),
-    # Deeper than a block, and than what is left at the end of a row.
-    "deep": ExpertsLaunch(False, *(replace(_TILE, block_d=128),) * 2, ""),
+    # Of MXFP4 deeper than a block, and than what is left at the end of a row.
+    "deep": ExpertsLaunch(False, _DEEP, _DEEP, ""),
 }
 
 
-@pytest.mark.parametrize("launch", MXFP4_LAUNCHES)
+def _quantized_layer(tokens: int, weights: str, form: ExpertsForm = SWIGLU, **how: Any) -> Layer:
+    hidden, inner = SIZES[weights]
+    return _layer(tokens, hidden=hidden, inner=inner, form=replace(form, weights=weights), **how)
+
+
+@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize("launch", QUANTIZED_LAUNCHES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantized_weights(dtype: torch.dtype, launch: str, weights: str) -> None:
+    layer = _quantized_layer(20, weights, GPT_OSS_ROWS, bias=True, dtype=dtype)
+    _check_layer(layer, QUANTIZED_LAUNCHES[launch])
+
+
+@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize("launch", ["decode", "prefill"])
 @pytest.mark.parametrize(
     "layer",
     [
-        pytest.param({"tokens": 1, "form": MXFP4}, id="one_token"),
-        pytest.param({"tokens": 20, "form": GPT_OSS_MXFP4, "bias": True}, id="gpt_oss"),
-        pytest.param({"tokens": 17, "form": replace(MXFP4, gated=False, activation="relu2")}, id="ungated"),
-        pytest.param({"tokens": 5, "form": replace(MXFP4, interleaved=True), "experts": 2}, id="interleaved"),
+        pytest.param({"tokens": 1}, id="one_token"),
+        pytest.param({"tokens": 17, "form": ExpertsForm("relu2", gated=False)}, id="ungated"),
+        pytest.param({"tokens": 5, "form": ExpertsForm(interleaved=True), "experts": 2}, id="interleaved"),
     ],
 )
-def test_mxfp4(layer: dict[str, Any], dtype: torch.dtype, launch: str) -> None:
-    """H and I are blocks of 32, three and five of them: multiples of no deeper tile."""
-    _check_layer(_layer(**layer, hidden=96, inner=160, dtype=dtype), MXFP4_LAUNCHES[launch])
+def test_forms_of_quantized_weights(layer: dict[str, Any], launch: str, weights: str) -> None:
+    _check_layer(_quantized_layer(weights=weights, dtype=torch.bfloat16, **layer), QUANTIZED_LAUNCHES[launch])
 
 
-def _execute(assembly: str, word: int) -> list[int]:
-    """What the instructions make of $4, an int32: $0 to $3."""
-    registers = {"$4": word, "0": 0}
+@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantized_weights_by_the_launches_that_ship(dtype: torch.dtype, weights: str) -> None:
+    for tokens in (3, 40):  # 20 an expert: tiles of 32
+        _check_layer(_quantized_layer(tokens, weights, GPT_OSS_ROWS, experts=4, bias=True, dtype=dtype), None)
+
+
+@pytest.mark.parametrize("weights", SIZES)
+def test_the_twin_of_quantized_weights_is_the_reference(weights: str) -> None:
+    layer = _quantized_layer(5, weights, GPT_OSS_ROWS, bias=True, dtype=torch.bfloat16)
+    double = layer.double()
+    # Scales are what they are: float32.
+    double = replace(double, gate_up_scale=layer.gate_up_scale, down_scale=layer.down_scale)
+    tensors = {name: None if each is None else each.numpy() for name, each in double.tensors.items()}
+    want = experts_ref(layer.spec.form, **tensors)  # type: ignore[arg-type]
+    np.testing.assert_allclose(double.twin().numpy(), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize("launch", ["decode", "prefill"])
+def test_quantized_weights_of_inactive_experts_are_not_read(launch: str, weights: str) -> None:
+    layer = _quantized_layer(6, weights, dtype=torch.bfloat16)
+    unused = [expert for expert in range(5) if expert not in layer.index]
+    assert unused
+    want, usual = layer.double().twin(), layer.twin()
+    for each in (layer.gate_up_scale, layer.down_scale):
+        assert each is not None
+        each[unused] = -1 if each.dtype == torch.int8 else torch.nan  # of MXFP4 a byte of 255 is NaN
+    _check(_run(layer, QUANTIZED_LAUNCHES[launch]), want, usual)
+
+
+def _execute(assembly: str, given: str, word: int) -> list[int]:
+    """What the instructions make of an int32 that is given: $0 and those that follow it."""
+    registers = {given: word, "0": 0}
 
     def value(name: str) -> int:
         return registers[name] if name in registers else int(name, 0)
@@ -331,6 +373,8 @@ def _execute(assembly: str, word: int) -> list[int]:
                 result = values[0] & values[1]
             case "shl.b32":
                 result = values[0] << values[1]
+            case "shr.u32":
+                result = values[0] >> values[1]
             case "mul.lo.u32":
                 result = values[0] * values[1]
             case "lop3.b32":
@@ -343,48 +387,29 @@ def _execute(assembly: str, word: int) -> list[int]:
             case _:
                 raise AssertionError(line)
         registers[target] = result & 0xFFFFFFFF
-    return [registers[f"${number}"] for number in range(4)]
-
-
-@pytest.mark.parametrize(("kind", "dtype"), [("BFLOAT16", torch.bfloat16), ("FLOAT16", torch.float16)])
-def test_mxfp4_instructions(kind: str, dtype: torch.dtype) -> None:
-    """The interpreter has another way than these instructions: each byte, among others that must not matter."""
-    source = Path(experts_mxfp4.__file__).read_text(encoding="utf-8")
-    assembly = source.split(f"_TO_{kind} = tl.constexpr(")[1].split('"""')[1]
-    bias = {torch.bfloat16: experts_mxfp4.BIAS_BFLOAT16, torch.float16: experts_mxfp4.BIAS_FLOAT16}[dtype].value
-    for byte in range(256):
-        others = [(byte * 7 + 13 * place) % 256 for place in range(4)]
-        for place in range(4):
-            four = [byte if n == place else other for n, other in enumerate(others)]
-            words = _execute(assembly, sum(each << 8 * n for n, each in enumerate(four)))
-            bits = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)], dtype=torch.int32)
-            found = bits.to(torch.int16).view(dtype).double() * 2.0**bias
-            want = mxfp4.PAIRS[np.array(four)].T.reshape(-1)
-            assert found.tolist() == want.tolist()
-            assert torch.equal(found.signbit(), torch.from_numpy(np.signbit(want)))
-
-
-def test_the_twin_of_mxfp4_is_the_reference() -> None:
-    layer = _layer(5, hidden=64, inner=96, form=GPT_OSS_MXFP4, bias=True, dtype=torch.bfloat16).double()
-    tensors = {name: None if each is None else each.numpy() for name, each in layer.tensors.items()}
-    want = experts_ref(GPT_OSS_MXFP4, **tensors)  # type: ignore[arg-type]
-    np.testing.assert_allclose(layer.twin().numpy(), want, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("launch", ["decode", "prefill"])
-def test_mxfp4_of_inactive_experts_is_not_read(launch: str) -> None:
-    """A scale of 255 is NaN, and the bytes behind the last expert are not this layer's."""
-    layer = _layer(6, hidden=64, inner=96, form=MXFP4, dtype=torch.bfloat16)
-    unused = [expert for expert in range(5) if expert not in layer.index]
-    assert unused
-    want, usual = layer.double().twin(), layer.twin()
-    for each in (layer.gate_up_scale, layer.down_scale):
-        assert each is not None
-        each[unused] = -1
-    _check(_run(layer, MXFP4_LAUNCHES[launch]), want, usual)
+    return [registers[f"${number}"] for number in range(int(given[1:]))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_mxfp4_by_the_launches_that_ship(dtype: torch.dtype) -> None:
-    for tokens in (3, 40):  # 20 an expert: tiles of 32
-        _check_layer(_layer(tokens, experts=4, hidden=64, inner=96, form=GPT_OSS_MXFP4, bias=True, dtype=dtype), None)
+@pytest.mark.parametrize(
+    ("module", "given", "table"), [(experts_mxfp4, "$4", mxfp4.PAIRS), (experts_fp8, "$2", fp8.VALUES[:, None])]
+)
+def test_instructions(module: ModuleType, given: str, table: NDArray[np.float32], dtype: torch.dtype) -> None:
+    """The interpreter has another way than these instructions: each byte, among others that must not matter."""
+    kind = str(dtype).removeprefix("torch.").upper()
+    bias = getattr(module, f"BIAS_{kind}").value
+    # What is NaN in FP8 is a number in these: build refuses it.
+    known = [byte for byte in range(256) if np.isfinite(table[byte]).all()]
+    assert len(known) == (256 if given == "$4" else 254)
+    for byte in known:
+        others = [known[(byte * 7 + 13 * place) % len(known)] for place in range(4)]
+        for place in range(4):
+            four = [byte if n == place else other for n, other in enumerate(others)]
+            words = _execute(
+                getattr(module, f"_TO_{kind}").value, given, sum(each << 8 * n for n, each in enumerate(four))
+            )
+            bits = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)], dtype=torch.int32)
+            found = bits.to(torch.int16).view(dtype).double() * 2.0**bias
+            want = table[np.array(four)].T.reshape(-1)
+            assert found.tolist() == want.tolist()
+            assert torch.equal(found.signbit(), torch.from_numpy(np.signbit(want)))

@@ -44,7 +44,13 @@ Tensor typed(char const* name, DataType type, char const* shape) {
 constexpr char kWeights[] = "weights";
 constexpr char kTransposed[] = "transposed";
 constexpr char kFloat[] = "float";
+constexpr char kMxfp4[] = "mxfp4";
+constexpr char kFp8[] = "fp8";
 constexpr std::size_t kFirstWeight = 3;
+
+bool isMxfp4(Contract const& contract, std::vector<Value> const& values) {
+    return !contract.handsOver && values[contract.field(kWeights)].text == kMxfp4;
+}
 
 bool isQuantized(Contract const& contract, std::vector<Value> const& values) {
     return !contract.handsOver && values[contract.field(kWeights)].text != kFloat;
@@ -94,7 +100,7 @@ Contract const& expertsContract() {
             real("alpha", false, 1),
             real("limit", false, 0),
             real("up_offset", false, 0),
-            text(kWeights, false, kFloat, {kFloat, "mxfp4"}),
+            text(kWeights, false, kFloat, {kFloat, kMxfp4, kFp8}),
             flag("dispatch", false, 0),
         },
         {
@@ -125,13 +131,19 @@ Contract Contract::ofNode(std::vector<Value> const& values) const {
         bool const gated = values[field("gated")].number != 0;
         auto const first = made.inputs.begin() + kFirstWeight;
         if (isQuantized(*this, values)) {
-            made.rules.push_back({'R', 1, gated ? "4 Q" : "2 Q"});
-            made.rules.insert(made.rules.end(), {{'P', 2, "H"}, {'G', 32, "H"}, {'J', 32, "2 Q"}});
-            // Their types say no more than how many bits there are.
-            first[0] = typed("gate_up", DataType::kINT8, "ERP");
-            first[1] = typed("down", DataType::kINT8, "EHQ");
-            made.inputs.insert(first + 2,
-                {typed("gate_up_scale", DataType::kINT8, "ERG"), typed("down_scale", DataType::kINT8, "EHJ")});
+            bool const halves = isMxfp4(*this, values);
+            if (halves) {
+                made.rules.push_back({'R', 1, gated ? "4 Q" : "2 Q"});
+                made.rules.insert(made.rules.end(), {{'P', 2, "H"}, {'G', 32, "H"}, {'J', 32, "2 Q"}});
+            } else {
+                made.rules.push_back({'R', 1, gated ? "2 I" : "I"});
+                made.rules.insert(made.rules.end(), {{'G', 128, "H"}, {'J', 128, "I"}});
+            }
+            // An int8 says no more than how many bits there are.
+            first[0] = typed("gate_up", DataType::kINT8, halves ? "ERP" : "ERH");
+            first[1] = typed("down", DataType::kINT8, halves ? "EHQ" : "EHI");
+            DataType const scale = halves ? DataType::kINT8 : DataType::kFLOAT;
+            made.inputs.insert(first + 2, {typed("gate_up_scale", scale, "ERG"), typed("down_scale", scale, "EHJ")});
             made.firstOptional += 2;
         } else {
             made.rules.push_back({'R', 1, gated ? "2 I" : "I"});
@@ -280,7 +292,7 @@ std::string keyOf(
         size("experts_per_token", shapes[2].d[1]);
     } else {
         bool const transposed = values[contract.field(kTransposed)].number != 0;
-        int64_t const packed = isQuantized(contract, values) ? 2 : 1;
+        int64_t const packed = isMxfp4(contract, values) ? 2 : 1;
         result = "experts";
         size("experts", shapes[4].d[0]);
         size("experts_per_token", shapes[1].d[1]);
