@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lynx_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from lynx_trt.artifact import ModelRecord
 
 # What a container may have, as it sees it itself: control groups of version 2 and 1.
 _GROUPS = Path("/sys/fs/cgroup")
 LIMITS = (_GROUPS / "memory.max", _GROUPS / "memory" / "memory.limit_in_bytes")
+
+# Bytes that ONNX Runtime takes for each byte of quantized weights while it loads them, beyond their float32
+# (runtime/dequantize.py): of 32 values, which are 17 bytes, 32 of places, 64 of small values and 8 of scales.
+_LOADING = 104 / 17
 
 
 def cores() -> int:
@@ -49,12 +57,13 @@ def slots_problem(slots: int, bytes_each: int) -> str | None:
     )
 
 
-def weights_problem(parameters: int) -> str | None:
-    """Why ONNX Runtime can't hold so many weights in float32 on the CPU, a clause; None if it may."""
-    need = 4 * parameters
+def weights_problem(model: ModelRecord) -> str | None:
+    """Why ONNX Runtime can't hold a model's weights in float32 on the CPU, a clause; None if it may."""
+    packed = sum(layer.experts * layer.expert_bytes for layer in model.moe_layers if layer.quantized)
+    need = 4 * model.parameters + int(_LOADING * packed)
     if need <= memory_bytes():
         return None
     return (
-        f"its weights take {need / 1e9:,.1f} GB in float32, in which ONNX Runtime computes on the CPU, and this "
-        f"machine has {memory_bytes() / 1e9:,.1f} GB of memory"
+        f"its weights take {need / 1e9:,.1f} GB {'while they become' if packed else 'in'} float32, in which ONNX "
+        f"Runtime computes on the CPU, and this machine has {memory_bytes() / 1e9:,.1f} GB of memory"
     )

@@ -78,7 +78,7 @@ def _check_onnxruntime(artifact: Artifact, problems: list[str], notes: list[str]
     elif tuple(int(part) for part in found.split(".")[:2]) < (1, 32):
         problems.append(f"ONNX Runtime {found} is too old for opset 24; install 1.32 or later")
     precision = artifact.manifest.model.precision
-    if artifact.manifest.foreign is None and (problem := weights_problem(artifact.manifest.model.parameters)):
+    if artifact.manifest.foreign is None and (problem := weights_problem(artifact.manifest.model)):
         notes.append(f"ONNX Runtime can't run it here: {problem}")
     elif precision != "fp32":
         notes.append(f"built in {precision}: ONNX Runtime computes it in float32 on the CPU, with float32's memory")
@@ -92,7 +92,7 @@ def _check_engine(artifact: Artifact, problems: list[str], notes: list[str]) -> 
         notes.append(f"no engine: {artifact.manifest.engine_absent}")
     elif not compute_capabilities():
         # A graph with inputs of its own is run by whoever exported it, not by our runtime.
-        can = artifact.manifest.foreign is None and not weights_problem(artifact.manifest.model.parameters)
+        can = artifact.manifest.foreign is None and not weights_problem(artifact.manifest.model)
         notes.append(f"no GPU here, so the engine can't run{'; ONNX Runtime on the CPU can' if can else ''}")
     else:
         problems += engine_problems(artifact)

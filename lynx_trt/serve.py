@@ -128,7 +128,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
     refused = _why_no_engine(opened, settings.backend, engine_problems(opened) if here else [])
     if refused and settings.backend == "tensorrt":
         problems.append(f"the engine of {folder} can't be served: {refused}")
-    elif refused and here and (problem := weights_problem(opened.manifest.model.parameters)):
+    elif refused and here and (problem := weights_problem(opened.manifest.model)):
         problems.append(f"{folder} can't be served here: {problem}, and its engine can't be: {refused}")
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""

@@ -93,7 +93,7 @@ class Fused:
         if reason := misfit(self.layer):
             raise NoFitError(f"com.microsoft.MoE does not fit: {reason}")
         e, h, i = self.layer.e, self.layer.h, self.layer.i
-        first, second = self._rows_first(self.layer.gate_up), self._rows_first(self.layer.down)
+        first, second = (self._rows_first(self.layer.matrices(which)) for which in (0, 1))
         apart = self.layer.form["gated"] and not self.layer.form["interleaved"]
         if apart:
             first = self._interleave(first, [e, 2, i, h])

@@ -123,6 +123,14 @@ class GraphEdit:
         part = f"{name}/{index}"
         return self.once((name, index), lambda: self._add_initializer(_slice(self._constants[name], index, part)))
 
+    def viewed(self, name: str, data_type: int, dims: Sequence[int]) -> str:
+        """The bytes of an initializer as another type; external data stays in its file."""
+        view = f"{name}/{TensorProto.DataType.Name(data_type).lower()}"
+        return self.once(
+            (name, data_type, *dims),
+            lambda: self._add_initializer(_view(self._constants[name], data_type, dims, view)),
+        )
+
     def finish(self) -> None:
         """Apply the changes."""
         nodes: list[onnx.NodeProto] = []
@@ -166,6 +174,16 @@ def _slice(tensor: onnx.TensorProto, index: int, name: str) -> onnx.TensorProto:
     for key, value in values.items():
         part.external_data.add(key=key, value=str(value))
     return part
+
+
+def _view(tensor: onnx.TensorProto, data_type: int, dims: Sequence[int], name: str) -> onnx.TensorProto:
+    view = TensorProto(name=name, data_type=data_type, dims=dims)
+    if tensor.data_location == TensorProto.EXTERNAL:
+        view.data_location = TensorProto.EXTERNAL
+        view.external_data.extend(tensor.external_data)
+    else:
+        view.raw_data = numpy_helper.to_array(tensor).tobytes()
+    return view
 
 
 def drop_dead(model: onnx.ModelProto) -> None:

@@ -31,19 +31,19 @@ class Grouped:
         tokens = add("Div", [order, number(self.layer.k)])
         rows = add("Gather", [self.layer.hidden, tokens], axis=0)
         parts = self.edit.add_many("Split", [rows, sizes], self.layer.e + 1, axis=0)[: self.layer.e]
-        inner = self._activate(add("Concat", self._linear(parts, self.layer.gate_up, 0), axis=0))
+        inner = self._activate(add("Concat", self._linear(parts, 0), axis=0))
         filled_sizes = add("Slice", [sizes, number([0]), number([self.layer.e])])
         inner_parts = self.edit.add_many("Split", [inner, filled_sizes], self.layer.e, axis=0)
         # The last row is what empty slots read.
         nothing = self.edit.constant(np.zeros((1, self.layer.h), np.float32))
-        outputs = add("Concat", [*self._linear(inner_parts, self.layer.down, 1), nothing], axis=0)
+        outputs = add("Concat", [*self._linear(inner_parts, 1), nothing], axis=0)
         return self._combine(outputs, order, count, add("Shape", [inner], start=0, end=1))
 
-    def _linear(self, parts: Sequence[str], weights: str, which: int) -> list[str]:
-        """Each part times its expert's matrix."""
+    def _linear(self, parts: Sequence[str], which: int) -> list[str]:
+        """Each part times its expert's matrix, of `gate_up` (0) or `down` (1)."""
         names = []
         for expert, part in enumerate(parts):
-            inputs = [part, self.edit.part(weights, expert)]
+            inputs = [part, self.layer.matrix(which, expert)]
             if self.layer.biases:
                 inputs.append(self.edit.part(self.layer.biases[which], expert))
             names.append(self.edit.add("Gemm", inputs, transB=0 if self.layer.form["transposed"] else 1))

@@ -22,7 +22,8 @@ median of interleaved runs of one layer, `com.microsoft.MoE` in brackets):
   inside the graph was tried: 50 us a layer; more sessions cost nothing but copies of small weights.
 
 Half precision is computed in float32: the CPU has no fp16 matrix product, so ONNX Runtime would convert every
-weight at every step.
+weight at every step. So are quantized weights (dequantize.py). Both become float32 once a session, so where an artifact
+has several, which is where experts are small, each has its own; weights that are float32 already are the file's pages.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from lynx_trt.runtime.dequantize import dequantized
 from lynx_trt.runtime.graph import GraphEdit
 
 # Below this many bytes of float32 an expert counts as small: what its layer costs is nodes, not memory. lynx-tiny has
@@ -25,7 +26,8 @@ class Layer:
     Attributes:
         form: attributes of LynxExperts.
         rule: attributes of LynxSelect.
-        hidden, index, weight, gate_up, down, biases: inputs of LynxExperts.
+        quantized: whether the weights have scales beside them.
+        hidden, index, weight, gate_up, down, scales, biases: inputs of LynxExperts; scales of quantized weights alone.
         k: K.
         e, h, i: E, H and I; 0 where the weights are no constants.
     """
@@ -35,16 +37,29 @@ class Layer:
         self.form = _attributes(experts)
         self.rule = _attributes(select)
         self.hidden, self.index, self.weight, self.gate_up, self.down = experts.input[:5]
-        self.biases = list(experts.input[5:])
+        self.quantized = self.form["weights"] != b"float"
+        others = list(experts.input[5:])
+        self.scales, self.biases = (others[:2], others[2:]) if self.quantized else ([], others)
         self.e = self.h = self.i = 0
         if edit.is_constant(self.down):
             shape = edit.shape(self.down)
             self.e, self.h, self.i = (shape[0], shape[2], shape[1]) if self.form["transposed"] else shape
+            self.i *= 2 if self.quantized else 1
 
     def varying(self) -> str | None:
         """The name of a weight that is no constant of the graph, if there is one."""
-        weights = (self.gate_up, self.down, *self.biases)
+        weights = (self.gate_up, self.down, *self.scales, *self.biases)
         return next((name for name in weights if not self.edit.is_constant(name)), None)
+
+    def matrices(self, which: int) -> str:
+        """All experts' constant `gate_up` (0) or `down` (1), as `form` has it but for bytes: dequantized."""
+        values = (self.gate_up, self.down)[which]
+        return dequantized(self.edit, values, self.scales[which]) if self.quantized else values
+
+    def matrix(self, which: int, expert: int) -> str:
+        """One expert's."""
+        values = self.edit.part((self.gate_up, self.down)[which], expert)
+        return dequantized(self.edit, values, self.edit.part(self.scales[which], expert)) if self.quantized else values
 
     @property
     def small(self) -> bool:

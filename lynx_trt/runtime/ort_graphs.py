@@ -24,6 +24,9 @@ ONNX_FILE = "model.onnx"
 # Where a graph that is loaded from memory has its external data.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+# So that weights become float32 at load, not at every step: without these ONNX Runtime leaves a constant that would
+# take more than 1 GiB, and every DequantizeLinear, to be computed when it is read.
+AT_LOAD = {"optimization.constant_folding_max_output_size_in_bytes": "0", "session.disable_quant_qdq": "1"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def open_graphs(
     """
     from lynx_trt.runtime.lowering import lower
 
-    if device == "cpu" and (problem := weights_problem(artifact.manifest.model.parameters)):
+    if device == "cpu" and (problem := weights_problem(artifact.manifest.model)):
         raise ArtifactError(
             f"{artifact.folder} can't run here: {problem}; run it on a GPU that its engine is for, or on a larger "
             "machine"
@@ -129,6 +132,8 @@ def _session(artifact: Artifact, source: str | bytes, threads: int | None, profi
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if isinstance(source, bytes):
         options.add_session_config_entry(WEIGHTS_FOLDER, str(artifact.folder.resolve()))
+        for name, value in AT_LOAD.items():
+            options.add_session_config_entry(name, value)
     if device != "cpu":
         if problem := device_problem(device):
             raise ArtifactError(f"{artifact.folder} can't run on {device}: {problem}")
