@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from lynx_trt.experts import FORMATS
 from lynx_trt.runtime.dequantize import dequantized
 from lynx_trt.runtime.graph import GraphEdit
 
@@ -26,7 +27,7 @@ class Layer:
     Attributes:
         form: attributes of LynxExperts.
         rule: attributes of LynxSelect.
-        quantized: whether the weights have scales beside them.
+        kind: in what the weights are (`ExpertsForm.weights`); quantized: whether they have scales beside them.
         hidden, index, weight, gate_up, down, scales, biases: inputs of LynxExperts; scales of quantized weights alone.
         k: K.
         e, h, i: E, H and I; 0 where the weights are no constants.
@@ -37,14 +38,15 @@ class Layer:
         self.form = _attributes(experts)
         self.rule = _attributes(select)
         self.hidden, self.index, self.weight, self.gate_up, self.down = experts.input[:5]
-        self.quantized = self.form["weights"] != b"float"
+        self.kind = self.form["weights"].decode()
+        self.quantized = self.kind != "float"
         others = list(experts.input[5:])
         self.scales, self.biases = (others[:2], others[2:]) if self.quantized else ([], others)
         self.e = self.h = self.i = 0
         if edit.is_constant(self.down):
             shape = edit.shape(self.down)
             self.e, self.h, self.i = (shape[0], shape[2], shape[1]) if self.form["transposed"] else shape
-            self.i *= 2 if self.quantized else 1
+            self.i *= FORMATS[self.kind].per_byte if self.quantized else 1
 
     def varying(self) -> str | None:
         """The name of a weight that is no constant of the graph, if there is one."""
@@ -54,12 +56,14 @@ class Layer:
     def matrices(self, which: int) -> str:
         """All experts' constant `gate_up` (0) or `down` (1), as `form` has it but for bytes: dequantized."""
         values = (self.gate_up, self.down)[which]
-        return dequantized(self.edit, values, self.scales[which]) if self.quantized else values
+        return dequantized(self.edit, self.kind, values, self.scales[which]) if self.quantized else values
 
     def matrix(self, which: int, expert: int) -> str:
         """One expert's."""
         values = self.edit.part((self.gate_up, self.down)[which], expert)
-        return dequantized(self.edit, values, self.edit.part(self.scales[which], expert)) if self.quantized else values
+        if not self.quantized:
+            return values
+        return dequantized(self.edit, self.kind, values, self.edit.part(self.scales[which], expert))
 
     @property
     def small(self) -> bool:

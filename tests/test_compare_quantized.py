@@ -1,4 +1,4 @@
-"""Layers in MXFP4 in ONNX Runtime: every form gives what the same layers give whose weights are float."""
+"""Layers of quantized weights in ONNX Runtime: every form gives what the same layers give whose weights are float."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_models
 from onnx import TensorProto, helper, numpy_helper
 from test_compare_lowering import Array, steps
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.comparison.runners import open_runner, specs
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.functions import add_functions
 from lynx_trt.export.ops import experts_attributes
 from lynx_trt.machine import memory_bytes, weights_problem
-from lynx_trt.mxfp4 import dequantize
 from lynx_trt.runtime.lowering import Form, lower
 from lynx_trt.runtime.ort import OrtBackend
 
@@ -30,23 +30,28 @@ Twins = Callable[..., tuple[Artifact, Artifact]]
 
 
 @pytest.fixture(scope="session")
-def twins(workspace: Path, artifact: Callable[..., Artifact]) -> Twins:
-    """Of a random model, two artifacts whose experts have the same random weights: in MXFP4, and in its precision."""
-    made: dict[tuple[str, str], tuple[Artifact, Artifact]] = {}
+def twins(workspace: Path, build_quietly: Callable[..., Artifact]) -> Twins:
+    """Of a random model, two artifacts whose experts have the same random weights: quantized, and in its precision."""
+    made: dict[tuple[str, str, str], tuple[Artifact, Artifact]] = {}
 
-    def make(name: str, precision: str = "fp32") -> tuple[Artifact, Artifact]:
-        key = name, precision
+    def make(name: str, precision: str = "fp32", kind: str = "mxfp4") -> tuple[Artifact, Artifact]:
+        key = name, precision, kind
         if key not in made:
-            built = artifact(name, preset="lynx", precision=precision)
-            folder = workspace / "mxfp4" / f"{name}-{precision}"
-            made[key] = _rewritten(built, folder / "packed", True), _rewritten(built, folder / "float", False)
+            folder = workspace / "quantized" / "-".join(key)
+            wide = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}  # blocks of 128
+            model = tiny_models.random_model(name, **(wide if kind == "fp8" else {}))
+            built = build_quietly(
+                tiny_models.save(model, folder / "model"), folder / "built", preset="lynx", precision=precision
+            )
+            made[key] = _rewritten(built, folder / kind, kind), _rewritten(built, folder / "float")
         return made[key]
 
     return make
 
 
-def _rewritten(built: Artifact, folder: Path, packed: bool) -> Artifact:
-    """A copy with weights of the test's own, in a file of their own."""
+def _rewritten(built: Artifact, folder: Path, kind: str | None = None) -> Artifact:
+    """A copy with weights of the test's own, in a file of their own: the same quantized, by default in full."""
+    of = kind or folder.parent.name.rpartition("-")[2]
     shutil.copytree(built.folder, folder)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -74,16 +79,15 @@ def _rewritten(built: Artifact, folder: Path, packed: bool) -> Artifact:
         names: list[str] = []
         scales: list[str] = []
         for what, shape in (("gate_up", (experts, rows, width)), ("down", (experts, width, record.intermediate))):
-            values = random.integers(-128, 128, (*shape[:2], shape[2] // 2)).astype(np.int8)
-            scale = random.integers(121, 124, (*shape[:2], shape[2] // 32)).astype(np.int8)
-            full = dequantize(values, scale)
-            names.append(stored(f"{what}_{number}", values if packed else full.astype(dtype)))
-            if packed:
+            values, scale = _random(of, shape, random)
+            full = FORMATS[of].dequantize(values, scale)
+            names.append(stored(f"{what}_{number}", values if kind else full.astype(dtype)))
+            if kind:
                 scales.append(stored(f"{what}_scale_{number}", scale))
         biases = list(node.input[5:])
         del node.input[3:]
         node.input.extend([*names, *scales, *biases])
-        form = replace(form, transposed=False, weights="mxfp4" if packed else "float")
+        form = replace(form, transposed=False, weights=kind or "float")
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(key, value) for key, value in experts_attributes(form).items())
         layers.append(record.model_copy(update={"form": {**record.form, "transposed": 0, "weights": form.weights}}))
@@ -94,6 +98,16 @@ def _rewritten(built: Artifact, folder: Path, packed: bool) -> Artifact:
     return Artifact(folder, built.manifest.model_copy(update={"model": record}))
 
 
+def _random(kind: str, shape: tuple[int, int, int], random: np.random.Generator) -> tuple[Array, Array]:
+    *rows, width = shape
+    if kind == "mxfp4":
+        values = random.integers(-128, 128, (*rows, width // 2)).astype(np.int8)
+        return values, random.integers(121, 124, (*rows, width // 32)).astype(np.int8)
+    values = random.integers(-128, 127, (*rows, width)).astype(np.int8)
+    values[values == -1] = 0  # a NaN, as 127 is
+    return values, random.uniform(1e-4, 1e-3, (*rows, width // 128)).astype(np.float32)
+
+
 def _equal(found: list[tuple[Array, Array]], expected: list[tuple[Array, Array]], what: object) -> None:
     for (got, got_active), (logits, active) in zip(found, expected, strict=True):
         assert got_active.tolist() == active.tolist(), what
@@ -101,9 +115,10 @@ def _equal(found: list[tuple[Array, Array]], expected: list[tuple[Array, Array]]
 
 
 # masked, single and unrestricted | with biases, interleaved | a router that is no softmax, so auto is fused
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_every_form_gives_what_float_weights_give(name: str, twins: Twins) -> None:
-    packed, plain = twins(name)
+def test_every_form_gives_what_float_weights_give(name: str, kind: str, twins: Twins) -> None:
+    packed, plain = twins(name, kind=kind)
     reference = steps(plain, None)
     forms: tuple[Form | None, ...] = (None, "body", "grouped", "fused", "auto")
     for form in forms:
@@ -132,9 +147,10 @@ def test_the_rest_in_half_precision(form: Form, twins: Twins) -> None:
     _equal(steps(packed, form), steps(plain, form), form)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("form", ["grouped", "auto", "baseline"])
-def test_weights_become_float_at_load_alone(form: Form, twins: Twins, tmp_path: Path) -> None:
-    backend = OrtBackend(twins("qwen3_moe")[0], 1, threads=1, form=form, profile=tmp_path / "step")
+def test_weights_become_float_at_load_alone(form: Form, kind: str, twins: Twins, tmp_path: Path) -> None:
+    backend = OrtBackend(twins("qwen3_moe", kind=kind)[0], 1, threads=1, form=form, profile=tmp_path / "step")
     lengths = np.ones(1, np.int64)
     backend.step(np.array([[7]]), np.zeros(1, np.int64), lengths, Restriction((8, 8)))
     backend.step(np.array([[7]]), lengths, lengths, Restriction((1, 1)))
