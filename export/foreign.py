@@ -252,6 +252,8 @@ def find_ours(foreign: Foreign) -> None:
     Raises:
         ExportError: one of the two ops without the other, or without stored weights.
     """
+    import onnx_ir as ir
+
     for node in foreign.model.graph.all_nodes():
         if node.domain != ops.DOMAIN or node.op_type != ops.EXPERTS:
             continue
@@ -262,6 +264,8 @@ def find_ours(foreign: Foreign) -> None:
             raise ExportError(
                 f"node {node.name!r} is a {ops.EXPERTS} without its {ops.SELECT} or weights; export it again"
             )
+        if "weights" not in node.attributes:  # a file from before there were quantized ones
+            node.attributes.add(ir.AttrString("weights", "float"))
         block = _our_block(node, select, down)
         foreign.ours.append(block)
         foreign.selects.append((select, block.experts_per_token))

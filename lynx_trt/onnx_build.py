@@ -162,8 +162,6 @@ def _model_record(options: BuildOptions, foreign: Foreign, max_length: int, nbyt
     from lynx_trt.export.step_inputs import DECODE_MAX_LENGTH
 
     graph = foreign.model.graph
-    floats = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
-    parameters = sum(tensor.size for tensor in floats if tensor.dtype.is_floating_point())
     layers = _layer_records(foreign)
     dtype = foreign.blocks[0].dtype.name if foreign.blocks else _dtype_of_ours(graph)
     producer = foreign.model.producer_name or "an unnamed exporter"
@@ -175,7 +173,7 @@ def _model_record(options: BuildOptions, foreign: Foreign, max_length: int, nbyt
         layers=len(layers),
         hidden=_widths(foreign)[0],
         vocabulary=_vocabulary(graph),
-        parameters=parameters,
+        parameters=_parameters(foreign),
         weight_bytes=nbytes,
         max_length=max_length,
         cache_rows=0,
@@ -184,6 +182,24 @@ def _model_record(options: BuildOptions, foreign: Foreign, max_length: int, nbyt
         end_tokens=[],
         decode_max_length=DECODE_MAX_LENGTH,
     )
+
+
+def _parameters(foreign: Foreign) -> int:
+    """How many numbers its weights are: initializers of floating point, and what quantized experts mean."""
+    scales = {value for node in _quantized(foreign.model.graph) for value in node.inputs[5:7]}
+    values = (value for value in foreign.model.graph.initializers.values() if value not in scales)
+    floats = (value.const_value for value in values if value.const_value is not None)
+    plain = sum(tensor.size for tensor in floats if tensor.dtype.is_floating_point())
+    packed = [block for block in foreign.ours if block.form["weights"] != "float"]
+    return plain + sum(b.experts * b.hidden_size * b.intermediate * (3 if b.form["gated"] else 2) for b in packed)
+
+
+def _quantized(graph: ir.Graph) -> list[ir.Node]:
+    """The LynxExperts of quantized weights."""
+    from lynx_trt.export import ops
+
+    nodes = (node for node in graph.all_nodes() if (node.domain, node.op_type) == (ops.DOMAIN, ops.EXPERTS))
+    return [node for node in nodes if node.attributes.get_string("weights", "float") != "float"]
 
 
 def _layer_records(foreign: Foreign) -> list[MoeLayerRecord]:
@@ -217,10 +233,13 @@ def _layer_records(foreign: Foreign) -> list[MoeLayerRecord]:
 
 
 def _dtype_of_ours(graph: ir.Graph) -> str:
+    """That of the experts' weights; of what they are given, where the weights are quantized."""
     from lynx_trt.export import ops
 
-    weights = (n.inputs[4] for n in graph.all_nodes() if n.domain == ops.DOMAIN and n.op_type == ops.EXPERTS)
-    found = next((value.dtype.name for value in weights if value is not None and value.dtype is not None), "FLOAT")
+    quantized = _quantized(graph)
+    nodes = (n for n in graph.all_nodes() if n.domain == ops.DOMAIN and n.op_type == ops.EXPERTS)
+    values = (n.inputs[0 if n in quantized else 4] for n in nodes)
+    found = next((value.dtype.name for value in values if value is not None and value.dtype is not None), "FLOAT")
     return found if found in _PRECISION else "FLOAT"
 
 

@@ -208,3 +208,40 @@ def test_memory_to_load_them_is_counted(twins: Twins, monkeypatch: pytest.Monkey
     assert weights_problem(plain.model_copy(update={"parameters": 10**9})) is None
     # 2 layers of 8 experts
     assert "its weights take 5.0 GB while they become float32" in str(weights_problem(larger))
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_their_graph_as_an_onnx_file(
+    kind: str, twins: Twins, tmp_path: Path, build_quietly: Callable[..., Artifact]
+) -> None:
+    """What `build` says of it is what it says of the graph with float weights, but for bytes."""
+    packed, plain = (
+        build_quietly(each.folder / "model.onnx", tmp_path / each.folder.name).manifest.model
+        for each in twins("gpt_oss", "fp16", kind)
+    )
+    for field in ("precision", "layers", "hidden", "vocabulary", "parameters"):
+        assert getattr(packed, field) == getattr(plain, field), field
+    for one, other in zip(packed.moe_layers, plain.moe_layers, strict=True):
+        assert one.quantized == kind
+        assert (one.experts, one.intermediate, one.rule) == (other.experts, other.intermediate, other.rule)
+        values = 3 * packed.hidden * one.intermediate
+        biases = 2 * (2 * one.intermediate + packed.hidden)
+        assert one.expert_bytes == {"mxfp4": values * 17 // 32, "fp8": values + values // 32}[kind] + biases
+
+
+def test_an_onnx_file_from_before_there_were_quantized_weights(
+    twins: Twins, tmp_path: Path, build_quietly: Callable[..., Artifact]
+) -> None:
+    """Its nodes don't say that their weights are float."""
+    _, plain = twins("qwen3_moe")
+    folder = shutil.copytree(plain.folder, tmp_path / "old")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "LynxExperts":
+            del node.attribute[[attribute.name for attribute in node.attribute].index("weights")]
+    onnx.save(model, folder / "model.onnx")
+    built = build_quietly(folder / "model.onnx", tmp_path / "built")
+    assert [layer.form["weights"] for layer in built.manifest.model.moe_layers] == ["float", "float"]
+    model = onnx.load(built.folder / "model.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "LynxExperts"]
+    assert all(any(attribute.name == "weights" for attribute in node.attribute) for node in nodes)
