@@ -13,6 +13,8 @@ from typing import Any
 
 Row = Mapping[str, Any]
 PEERS = ("grouped_mm", "dense", "vllm")
+# What the name of a quantized model ends in, behind that of the same one in full.
+QUANTIZED = ("-mxfp4", "-fp8")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Verdict:
 
 def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
     """All targets; `parts` are the recorded results by part, those of one benchmark's models together."""
-    decode, prefill, select = (rows_of(parts, name) for name in ("decode", "prefill", "select"))
+    every_decode, every_prefill, select = (rows_of(parts, name) for name in ("decode", "prefill", "select"))
+    # Peers have none of these weights: beating them with a quarter of the bytes is no target.
+    decode, prefill = ([row for row in rows if in_full(row)] for rows in (every_decode, every_prefill))
     mixtral, qwen = shares(decode, "mixtral-8x7b", (1, 32)), shares(decode, "qwen3-30b-a3b", (16, 16))
     return [
         *engine(parts.get("engine", {})),
@@ -47,8 +51,10 @@ def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
         slower("decode: never slower than the best peer", decode),
         slower("prefill: never slower than the best peer", prefill),
         least("layer at 50% of the active experts against the fastest unrestricted one", 1.6, gains(decode), "x"),
-        right("error against float64 at most twice that of same-dtype PyTorch", [*decode, *prefill]),
+        right("error against float64 at most twice that of same-dtype PyTorch", [*every_decode, *every_prefill]),
         right("the selection's choice is its twin's", select),
+        quantized("decode: LynxExperts with quantized weights against itself with all of them", every_decode),
+        quantized("prefill: the same", every_prefill),
         whole_model(rows_of(parts, "model")),
         *end_to_end(parts.get("end_to_end", {})),
     ]
@@ -217,6 +223,27 @@ def right(target: str, rows: Iterable[Row]) -> Verdict:
             f"; not {place(wrong[0])} ({wrong[0]['contender']}: {wrong[0].get('failed', wrong[0].get('error', ''))})"
         )
     return Verdict(target, "everywhere", words, not wrong)
+
+
+def in_full(row: Row) -> bool:
+    """Whether a row's layer has weights that are no quantized ones."""
+    return not str(row.get("model", "")).endswith(QUANTIZED)
+
+
+def quantized(target: str, rows: Sequence[Row]) -> Verdict:
+    """No target: the time with weights in full over that with quantized ones, at the same point of the same model."""
+    found = points(rows)
+    ratios: dict[str, list[float]] = {}
+    for (model, tokens, fraction), by_name in found.items():
+        ending = next((each for each in QUANTIZED if model.endswith(each)), "")
+        whole = found.get((model.removesuffix(ending), tokens, fraction), {}) if ending else {}
+        if "lynx" in by_name and "lynx" in whole:
+            ratios.setdefault(model, []).append(whole["lynx"]["us"] / by_name["lynx"]["us"])
+    words = [
+        f"{model}: median {statistics.median(each):.2f}x, {min(each):.2f}x to {max(each):.2f}x of {len(each)} points"
+        for model, each in ratios.items()
+    ]
+    return Verdict(target, "recorded", "; ".join(words) or "not measured", None)
 
 
 def whole_model(rows: Sequence[Row]) -> Verdict:

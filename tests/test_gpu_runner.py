@@ -254,6 +254,18 @@ def test_half_of_the_experts_against_the_fastest_of_anyone() -> None:
     assert verdict([*rows[:2], *rows[3:]], "decode", "layer at 50%").passed is True
 
 
+def test_quantized_weights_are_beside_the_same_in_full_and_no_target() -> None:
+    """Peers that have all of the weights are none to beat, and no share of the matmul rate is asked."""
+    full, packed = {"model": "gpt-oss-120b"}, {"model": "gpt-oss-120b-mxfp4"}
+    rows = [row("lynx", 100.0, tokens=n, **full) for n in (1, 16)] + [row("lynx", 40.0, tokens=1, **packed)]
+    rows += [row("lynx", 50.0, **packed), row("lynx", 7.0, tokens=64, **packed), row("vllm", 10.0, **packed)]
+    found = verdict(rows, "decode", "decode: LynxExperts with quantized")
+    assert found.passed is None
+    assert found.measured == "gpt-oss-120b-mxfp4: median 2.25x, 2.00x to 2.50x of 2 points"
+    assert verdict(rows, "decode", "decode: never").measured == "not measured"
+    assert verdict([row("lynx", 1.0, right=False, **packed)], "decode", "error against").passed is False
+
+
 def test_the_fixed_cost_is_where_the_line_begins() -> None:
     """15 us and 2 us an expert."""
     rows = [row("lynx_layer", 15 + 2 * n, active=n, fraction=n / 8) for n in (8, 6, 4, 2)]
