@@ -388,9 +388,8 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
     _require(attributes, EXPERTS, "activation gated transposed interleaved alpha limit up_offset weights")
     inputs = _experts_inputs(attributes) + (_BIASES if bias else ())
     kind = str(attributes["weights"])
-    quantized = kind != "float"
-    if quantized and attributes["transposed"]:
-        raise ExportError(f"{EXPERTS} has transposed weights in {attributes['weights']}, which no body is written for.")
+    if kind != "float" and attributes["transposed"]:
+        raise ExportError(f"{EXPERTS} has transposed weights in {kind}, which no body is written for.")
     body = f"""
         {_EXPERTS_SLOTS}
         result = Loop (active, , nothing) <
@@ -412,7 +411,7 @@ def experts_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProt
         >
         output = CastLike (result, hidden)
     """
-    return _function(EXPERTS, inputs, ("output",), body, attributes, _TABLES.get(str(attributes["weights"])))
+    return _function(EXPERTS, inputs, ("output",), body, attributes, _TABLES.get(kind))
 
 
 def _experts_inputs(attributes: Attributes) -> tuple[str, ...]:
@@ -453,10 +452,10 @@ def _linear(result: str, values: str, weights: str, attributes: Attributes, *, b
     )
     inputs = f"{values}, {weights}_wide" + (f", {weights}_added" if bias else "")
     kind = str(attributes["weights"])
-    quantized = kind != "float"
+    wide = f"{weights}_wide = Cast<to = 1> ({weights}_here)" if kind == "float" else _dequantized(weights, kind)
     return f"""
         {weights}_here = Gather<axis = 0> ({weights}, expert)
-        {_dequantized(weights, kind) if quantized else f"{weights}_wide = Cast<to = 1> ({weights}_here)"}
+        {wide}
         {added}
         {result} = Gemm<transB = {0 if attributes["transposed"] else 1}> ({inputs})
     """

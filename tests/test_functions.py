@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from test_selection import Batch, batches, budgets, floors
 
-from lynx_trt import mxfp4
+from lynx_trt import fp8, mxfp4
 from lynx_trt.errors import ExportError
-from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
+from lynx_trt.experts import ACTIVATIONS, FORMATS, ExpertsForm, experts
 from lynx_trt.export.functions import add_functions, experts_function, select_function
 from lynx_trt.export.ops import Attributes, experts_attributes, select_attributes
 from lynx_trt.selection import PRESETS, Selection
@@ -323,22 +323,27 @@ def test_experts_of_other_batches(pattern: str) -> None:
     np.testing.assert_allclose(got, _reference(form, inputs), rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- experts in MXFP4
+# ------------------------------------------------------------------------------------------------- quantized experts
 
-MXFP4_FORMS = [
-    *(ExpertsForm(activation, weights="mxfp4") for activation in ACTIVATIONS),
-    *(ExpertsForm(activation, gated=False, limit=0.75, weights="mxfp4") for activation in ACTIVATIONS),
-    ExpertsForm(interleaved=True, alpha=1.702, limit=0.75, up_offset=1.0, weights="mxfp4"),  # gpt-oss
-    ExpertsForm("gelu", interleaved=True, limit=0.5, weights="mxfp4"),
-]
+QUANTIZED_FORMS = {
+    weights: [
+        *(ExpertsForm(activation, weights=weights) for activation in ACTIVATIONS),
+        *(ExpertsForm(activation, gated=False, limit=0.75, weights=weights) for activation in ACTIVATIONS),
+        ExpertsForm(interleaved=True, alpha=1.702, limit=0.75, up_offset=1.0, weights=weights),  # gpt-oss
+        ExpertsForm("gelu", interleaved=True, limit=0.5, weights=weights),
+    ]
+    for weights in FORMATS
+}
 
 
-def _mxfp4_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.InferenceSession:
+def _quantized_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.InferenceSession:
     biases = f", {dtype}[E,R] gate_up_bias, {dtype}[E,H] down_bias" if bias else ""
     added = ", gate_up_bias, down_bias" if bias else ""
+    gate_up, down, scale = ("P", "Q", "int8") if form.weights == "mxfp4" else ("H", "I", "float")
     graph = f"""
-        experts ({dtype}[T,H] hidden, int64[T,K] index, float[T,K] weight, int8[E,R,P] gate_up, int8[E,H,Q] down,
-                 int8[E,R,G] gate_up_scale, int8[E,H,J] down_scale{biases}) => ({dtype}[T,H] output)
+        experts ({dtype}[T,H] hidden, int64[T,K] index, float[T,K] weight, int8[E,R,{gate_up}] gate_up,
+                 int8[E,H,{down}] down, {scale}[E,R,G] gate_up_scale, {scale}[E,H,J] down_scale{biases})
+            => ({dtype}[T,H] output)
         {{
             output = lynx.LynxExperts (hidden, index, weight, gate_up, down, gate_up_scale, down_scale{added})
         }}
@@ -346,7 +351,7 @@ def _mxfp4_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.Inf
     return _session(_model(graph, experts_attributes(form)))
 
 
-def _mxfp4_inputs(
+def _quantized_inputs(
     form: ExpertsForm,
     bias: bool,
     *,
@@ -354,16 +359,22 @@ def _mxfp4_inputs(
     number: int = EXPERTS,
     tokens: int = TOKENS,
     width: int = WIDTH,
-    hidden: int = 64,
-    inner: int = 96,
+    blocks: tuple[int, int] = (2, 3),
 ) -> dict[str, Array]:
-    """Bytes of every value; the last expert is nobody's."""
+    """Bytes of every value but NaN; H and I are so many blocks, and the last expert is nobody's."""
     rng = np.random.default_rng(number + tokens)
+    stored = FORMATS[form.weights]
+    hidden, inner = (count * stored.block for count in blocks)
     rows = 2 * inner if form.gated else inner
     inputs: dict[str, Array] = {"hidden": rng.normal(size=(tokens, hidden)).astype(dtype)}
     for name, (height, depth) in {"gate_up": (rows, hidden), "down": (hidden, inner)}.items():
-        inputs[name] = rng.integers(-128, 128, (number, height, depth // 2)).astype(np.int8)
-        inputs[f"{name}_scale"] = rng.integers(118, 129, (number, height, depth // 32)).astype(np.uint8).view(np.int8)
+        shape, scales = (number, height, depth // stored.per_byte), (number, height, depth // stored.block)
+        if form.weights == "mxfp4":
+            inputs[name] = rng.integers(-128, 128, shape).astype(np.int8)
+            inputs[f"{name}_scale"] = rng.integers(118, 129, scales).astype(np.uint8).view(np.int8)
+        else:  # 127 is NaN, and with a sign too
+            inputs[name] = (rng.integers(0, 127, shape) + rng.choice([0, 128], shape)).astype(np.uint8).view(np.int8)
+            inputs[f"{name}_scale"] = rng.uniform(-0.01, 0.01, scales).astype(np.float32)
     if bias:
         inputs["gate_up_bias"] = rng.normal(size=(number, rows)).astype(dtype)
         inputs["down_bias"] = rng.normal(size=(number, hidden)).astype(dtype)
@@ -371,9 +382,11 @@ def _mxfp4_inputs(
     return {**inputs, "index": index, "weight": rng.random((tokens, width)).astype(np.float32)}
 
 
-def _check_mxfp4(form: ExpertsForm, inputs: dict[str, Array], got: Array) -> None:
+def _check_quantized(form: ExpertsForm, inputs: dict[str, Array], got: Array) -> None:
     def wide(dtype: type[np.generic]) -> dict[str, Array]:
-        return {n: a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a for n, a in inputs.items()}
+        # The scales of FP8 are float32 in either precision.
+        wider = {n: a for n, a in inputs.items() if np.issubdtype(a.dtype, np.floating) and not n.endswith("_scale")}
+        return inputs | {name: array.astype(dtype) for name, array in wider.items()}
 
     expected = experts(form, **wide(np.float64))
     # As of weights in float, but four times NumPy's error: sums are longer, and so differ more by their order.
@@ -386,35 +399,36 @@ def _check_mxfp4(form: ExpertsForm, inputs: dict[str, Array], got: Array) -> Non
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", MXFP4_FORMS, ids=str)
-def test_experts_in_mxfp4_equal_the_reference(form: ExpertsForm, bias: bool) -> None:
-    inputs = _mxfp4_inputs(form, bias)
+@pytest.mark.parametrize("form", [form for forms in QUANTIZED_FORMS.values() for form in forms], ids=str)
+def test_quantized_experts_equal_the_reference(form: ExpertsForm, bias: bool) -> None:
+    inputs = _quantized_inputs(form, bias)
     inputs["index"][0, 1], inputs["index"][2], inputs["hidden"][2] = -1, -1, np.nan
-    (got,) = _mxfp4_session(form, "float", bias).run(None, inputs)
+    (got,) = _quantized_session(form, "float", bias).run(None, inputs)
     assert (got[2] == 0).all()
-    _check_mxfp4(form, inputs, got)
+    _check_quantized(form, inputs, got)
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"tokens": 1, "width": 1, "number": 2, "hidden": 32, "inner": 32},  # one block a row
+        {"tokens": 1, "width": 1, "number": 2, "blocks": (1, 1)},
         {"tokens": 1, "width": 4, "number": 33},
-        {"tokens": 17, "width": 2, "number": 3, "hidden": 160, "inner": 32},
+        {"tokens": 17, "width": 2, "number": 3, "blocks": (5, 1)},
     ],
 )
 @pytest.mark.parametrize("dtype", ["float", "float16"])
-def test_experts_in_mxfp4_of_other_sizes(sizes: dict[str, int], dtype: str) -> None:
-    form = MXFP4_FORMS[-2]
-    inputs = _mxfp4_inputs(form, True, dtype=np.float32 if dtype == "float" else np.float16, **sizes)
-    (got,) = _mxfp4_session(form, dtype, True).run(None, inputs)
-    _check_mxfp4(form, inputs, got)
+@pytest.mark.parametrize("weights", FORMATS)
+def test_quantized_experts_of_other_sizes(sizes: dict[str, Any], dtype: str, weights: str) -> None:
+    form = QUANTIZED_FORMS[weights][-2]
+    inputs = _quantized_inputs(form, True, dtype=np.float32 if dtype == "float" else np.float16, **sizes)
+    (got,) = _quantized_session(form, dtype, True).run(None, inputs)
+    _check_quantized(form, inputs, got)
 
 
 def test_experts_in_mxfp4_have_each_value_and_each_scale() -> None:
     """An expert that copies what it is given, of one row of hidden: the weights themselves come out."""
     form = ExpertsForm("relu", gated=False, weights="mxfp4")
-    session = _mxfp4_session(form, "float", bias=False)
+    session = _quantized_session(form, "float", bias=False)
     gate_up = np.zeros((1, 32, 16), np.int8)
     gate_up[0, np.arange(32), np.arange(32) // 2] = np.where(np.arange(32) % 2, 0x20, 0x02)  # 1.0 on the diagonal
     down = np.arange(512).astype(np.uint8).view(np.int8).reshape(1, 32, 16)  # all bytes, twice
@@ -427,13 +441,34 @@ def test_experts_in_mxfp4_have_each_value_and_each_scale() -> None:
         np.testing.assert_array_equal(got.T, mxfp4.dequantize(down[0], down_scale[0]))
 
 
-def test_experts_in_mxfp4_that_nobody_uses_do_not_matter() -> None:
-    form = MXFP4_FORMS[0]
-    inputs = _mxfp4_inputs(form, bias=False)
-    session = _mxfp4_session(form, "float", bias=False)
+def test_experts_in_fp8_have_each_value() -> None:
+    """The same; a row that holds NaN is NaN for every token, and no other row is."""
+    form = ExpertsForm("relu", gated=False, weights="fp8")
+    session = _quantized_session(form, "float", bias=False)
+    gate_up = np.where(np.eye(128), 0x38, 0).astype(np.int8)[None]  # 1.0 on the diagonal
+    down = np.arange(128 * 128).astype(np.uint8).reshape(128, 128)  # all bytes, 64 times
+    down[down & 127 == 127] = 0
+    down[[3, 124], [0, 127]] = 127, 255
+    numbers = np.delete(np.arange(128), [3, 124])
+    one = np.ones((1, 128, 1), np.float32)
+    for scale in (np.full(128, -0.75), np.linspace(0, 3, 128), np.geomspace(1e-42, 7e35, 128)):
+        down_scale = scale.astype(np.float32).reshape(1, 128, 1)
+        inputs = {"gate_up": gate_up, "down": down.view(np.int8)[None], "gate_up_scale": one, "down_scale": down_scale}
+        inputs |= {"hidden": np.eye(128, dtype=np.float32), "index": np.zeros((128, 1), np.int64)}
+        (got,) = session.run(None, {**inputs, "weight": np.ones((128, 1), np.float32)})
+        expected = fp8.dequantize(down.view(np.int8), down_scale[0])
+        np.testing.assert_array_equal(got.T[numbers], expected[numbers])
+        assert np.isnan(got.T[[3, 124]]).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_quantized_experts_that_nobody_uses_do_not_matter(weights: str) -> None:
+    form = QUANTIZED_FORMS[weights][0]
+    inputs = _quantized_inputs(form, bias=False)
+    session = _quantized_session(form, "float", bias=False)
     (expected,) = session.run(None, inputs)
     for name in ("gate_up_scale", "down_scale"):
-        inputs[name][EXPERTS - 1] = -1  # NaN
+        inputs[name][EXPERTS - 1] = -1 if weights == "mxfp4" else np.nan  # NaN in both
     np.testing.assert_array_equal(session.run(None, inputs)[0], expected)
     inputs["index"][:] = -1
     np.testing.assert_array_equal(session.run(None, inputs)[0], np.zeros_like(expected))
@@ -583,7 +618,8 @@ def _set(node: onnx.NodeProto, name: str, value: str | None) -> None:
         (lambda m: m.graph.node[1].attribute.pop(0), "LynxExperts lacks activation"),
         (lambda m: _set(m.graph.node[1], "weights", None), "LynxExperts lacks weights"),
         (lambda m: _set(m.graph.node[3], "weights", "mxfp4"), "'d'\\]: it has to have 7 or 9 with mxfp4 weights"),
-        (lambda m: _set(m.graph.node[3], "weights", "fp3"), "weights = 'fp3': it has to be one of float, mxfp4"),
+        (lambda m: _set(m.graph.node[3], "weights", "fp8"), "'d'\\]: it has to have 7 or 9 with fp8 weights"),
+        (lambda m: _set(m.graph.node[3], "weights", "fp3"), "weights = 'fp3': it has to be one of float, mxfp4, fp8"),
         # ONNX Runtime takes a body for one of the model's opset, and fails on it or not.
         (lambda m: setattr(m.opset_import[0], "version", 21), "opset 21, the bodies of the lynx ops need 24"),
     ],
@@ -603,5 +639,6 @@ def test_values_that_no_body_knows_are_refused() -> None:
         select_function({**attributes, "vote": "votes"})
     with pytest.raises(ExportError, match="activation = 'mish': it has to be silu"):
         experts_function({**experts_attributes(ExpertsForm()), "activation": "mish"}, bias=False)
-    with pytest.raises(ExportError, match="transposed weights in mxfp4"):
-        experts_function({**experts_attributes(ExpertsForm(weights="mxfp4")), "transposed": 1}, bias=False)
+    for weights in FORMATS:
+        with pytest.raises(ExportError, match=f"transposed weights in {weights}"):
+            experts_function({**experts_attributes(ExpertsForm(weights=weights)), "transposed": 1}, bias=False)
