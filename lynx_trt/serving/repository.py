@@ -41,7 +41,9 @@ MODULES = (
     "budgets.py",
     "errors.py",
     "experts.py",
+    "fp8.py",
     "machine.py",
+    "mxfp4.py",
     "preflight.py",
     "selection.py",
 )
