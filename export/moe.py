@@ -23,7 +23,6 @@ from lynx_trt.errors import ExportError, UnsupportedModelError
 from lynx_trt.experts import ExpertsForm
 from lynx_trt.export import ops
 from lynx_trt.export.config import EXPERTS, EXPERTS_PER_TOKEN
-from lynx_trt.export.quantized.mxfp4 import BLOCKS, SCALES
 from lynx_trt.export.routing import Rule, find_routing
 from lynx_trt.selection import Selection
 
@@ -44,6 +43,7 @@ class MoeLayer:
     intermediate: int
     expert_parameters: int  # of one expert, biases included
     expert_bytes: int  # of those in the graph
+    endings: tuple[str, ...] = ("",)  # of the names of what holds the weights: values, and scales of quantized ones
     logits: torch.Tensor | None = None  # the router's, of the step being traced
 
 
@@ -244,9 +244,7 @@ def experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torc
         raise ExportError(f"{layer.name} routes to {index.shape[-1]} experts a token, not {layer.experts_per_token}")
     index, weight = _select(layer, step, hidden, index.to(torch.int64), weight.float())
     names = projections(module)
-    endings = ("", "_bias") if module.has_bias else ("",)
-    if layer.form.quantized:
-        endings = (BLOCKS, SCALES, *endings[1:])
+    endings = (*layer.endings, "_bias") if module.has_bias else layer.endings
     inputs = [hidden, index, weight, *(getattr(module, name + ending) for ending in endings for name in names)]
     return torch.onnx.ops.symbolic(
         f"{ops.DOMAIN}::{ops.EXPERTS}",

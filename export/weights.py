@@ -8,7 +8,6 @@ and not that of the model.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -16,12 +15,13 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export.quantized.methods import DEQUANTIZE
+from lynx_trt.export.sources import Source, disagrees
 from lynx_trt.export.stored import Shards
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lynx_trt.export.checkpoint import Checkpoint
-    from lynx_trt.export.quantized.mxfp4 import PartBytes
+    from lynx_trt.export.parts import Part
     from lynx_trt.export.stored import StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -53,32 +53,6 @@ SAFETENSORS_DTYPE = {
 }
 
 
-@dataclass
-class _Source:
-    """What one parameter is made from: stored tensors by source pattern, and transformers' converter (None: as is)."""
-
-    converter: Any
-    stored: dict[str, list[StoredTensor]] = field(default_factory=dict)
-
-    def tensors(self) -> list[StoredTensor]:
-        return [tensor for tensors in self.stored.values() for tensor in tensors]
-
-    def experts(self) -> int:
-        """Of how many experts it is made that are stored one by one and stay apart in the parameter; 0: it is not."""
-        from transformers.core_model_loading import Concatenate
-
-        numbers = {len(tensors) for tensors in self.stored.values()}
-        if self.converter is None or len(numbers) > 1:
-            return 0
-        stacks = all(_stacks(pattern, self.converter) for pattern in self.stored)
-        apart = all(isinstance(each, Concatenate) and each.dim > 0 for each in self.converter.operations[1:])
-        return numbers.pop() if stacks and apart else 0
-
-    def part(self, first: int, last: int) -> _Source:
-        """Of the experts first..last-1 alone."""
-        return _Source(self.converter, {pattern: tensors[first:last] for pattern, tensors in self.stored.items()})
-
-
 class CheckpointWeights:
     """Parameters of `model` by name, each read and converted only when it is asked for."""
 
@@ -90,12 +64,12 @@ class CheckpointWeights:
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
-        self._kept: dict[str, PartBytes] = {}  # what stands in the place of parameters, by names of its own
+        self._kept: dict[str, Part] = {}  # what stands in the place of parameters, by names of its own
         self._stray: dict[str, str] = {}  # stored tensors that the model has no place for, and what they would be in it
         self._sources, self._targets = self._plan(checkpoint)
         self._check(checkpoint)
 
-    def _plan(self, checkpoint: Checkpoint) -> tuple[dict[str, _Source], dict[str, str]]:
+    def _plan(self, checkpoint: Checkpoint) -> tuple[dict[str, Source], dict[str, str]]:
         """Sources by the name of their first target, and each parameter's first target."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -105,7 +79,7 @@ class CheckpointWeights:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix = self._model.base_model_prefix
-        sources: dict[str, _Source] = {}
+        sources: dict[str, Source] = {}
         targets: dict[str, str] = {}
         for key in sorted(checkpoint.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, self._wanted)
@@ -115,7 +89,7 @@ class CheckpointWeights:
                 self._stray[key] = name
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            source = sources.setdefault(name, _Source(converter))
+            source = sources.setdefault(name, Source(converter))
             source.stored.setdefault(pattern or name, []).append(checkpoint.tensors[key])
             for other in self._all_targets(name, converter):
                 targets[other] = name
@@ -143,11 +117,11 @@ class CheckpointWeights:
             if source.converter is None:
                 stored = source.stored[name][0].shape
                 if stored != wanted:
-                    raise CheckpointError(self._disagrees(name, stored, wanted))
+                    raise CheckpointError(disagrees(name, stored, wanted))
             else:
                 self._check_merged(name, source, wanted)
 
-    def _check_merged(self, name: str, source: _Source, wanted: tuple[int, ...]) -> None:
+    def _check_merged(self, name: str, source: Source, wanted: tuple[int, ...]) -> None:
         """One stored tensor an expert: their number and shapes must add up, which needs no data to see."""
         for pattern, tensors in source.stored.items():
             if "*" in pattern:  # what is stacked
@@ -157,22 +131,17 @@ class CheckpointWeights:
         expected = sum(self._wanted[t].numel() for t, first in self._targets.items() if first == name)
         if elements != expected:
             shapes = f"{len(stored)} tensors of {stored[0].shape}"
-            raise CheckpointError(self._disagrees(name, shapes, wanted))
-
-    @staticmethod
-    def _disagrees(name: str, stored: object, wanted: object) -> str:
-        return f"{name} is stored as {stored}, but config.json says {wanted}; they don't belong together"
+            raise CheckpointError(disagrees(name, shapes, wanted))
 
     def _tied(self) -> Iterator[str]:
         """Names of parameters that share another one's storage (an output embedding tied to the input's)."""
         yield from getattr(self._model, "all_tied_weights_keys", None) or {}
 
-    def stored(self, name: str) -> StoredTensor | None:
-        """The one tensor that parameter `name` is as it stands; None if it is made of several, or converted."""
-        source = self._sources.get(name)
-        return source.stored[name][0] if source is not None and source.converter is None else None
+    def source(self, name: str) -> Source:
+        """What parameter `name` is made of."""
+        return self._sources[self._targets[name]]
 
-    def keep(self, name: str, parts: Mapping[str, PartBytes]) -> None:
+    def keep(self, name: str, parts: Mapping[str, Part]) -> None:
         """From now on have `parts`, by their names, in the place of parameter `name`: its bytes as they are stored."""
         del self._wanted[name], self._sources[name], self._targets[name]
         self._kept.update(parts)
@@ -217,7 +186,7 @@ class CheckpointWeights:
         with Shards() as shards:
             if kept := self._kept.get(name):
                 return kept.experts(shards, 0, kept.shape[0])
-            return self._loaded(name, self._sources[self._targets[name]], self._wanted[name].shape, shards)
+            return self._loaded(name, self.source(name), self._wanted[name].shape, shards)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The same in pieces along its first dimension: some experts each, where each is kept or stored for itself.
@@ -230,7 +199,7 @@ class CheckpointWeights:
                 with Shards() as shards:
                     yield kept.experts(shards, first, last)
             return
-        source, wanted = self._sources[self._targets[name]], self._wanted[name]
+        source, wanted = self.source(name), self._wanted[name]
         experts = source.experts()
         if not experts or wanted.shape[0] != experts:
             yield self.load(name)
@@ -239,16 +208,16 @@ class CheckpointWeights:
             with Shards() as shards:
                 yield self._loaded(name, source.part(first, last), (last - first, *wanted.shape[1:]), shards)
 
-    def _loaded(self, name: str, source: _Source, shape: tuple[int, ...], shards: Shards) -> torch.Tensor:
+    def _loaded(self, name: str, source: Source, shape: tuple[int, ...], shards: Shards) -> torch.Tensor:
         """What `source` gives of parameter `name`, which has to be of that shape."""
         import torch
 
         from lynx_trt.export.finite import all_finite, refuse_not_finite
 
         wanted = self._wanted[name]
-        tensor = self._read(name, source, shards)
+        tensor = source.merged(name, self._targets[name], lambda stored: stored.read(shards, wanted.dtype), self._model)
         if tensor.shape != shape:
-            raise CheckpointError(self._disagrees(name, tuple(tensor.shape), tuple(shape)))
+            raise CheckpointError(disagrees(name, tuple(tensor.shape), tuple(shape)))
         result: torch.Tensor = tensor.to(wanted.dtype)
         if not all_finite(result):
             masks = tensor.dim() == 1 or not isinstance(wanted, torch.nn.Parameter)  # biases, sinks; buffers
@@ -258,23 +227,6 @@ class CheckpointWeights:
             refuse_not_finite(name, tensor, wanted.dtype, masks=masks)
         return result
 
-    def _read(self, name: str, source: _Source, shards: Shards) -> torch.Tensor:
-        if source.converter is None:
-            return source.stored[name][0].read(shards, self._wanted[name].dtype)
-        converter, dtype = copy.deepcopy(source.converter), self._wanted[name].dtype
-        for pattern, stored in source.stored.items():
-            converter.collected_tensors[pattern] = _collected(pattern, stored, converter, shards, dtype)
-        try:
-            value = converter.convert(self._targets[name], model=self._model, config=self._model.config)[name]
-        except RuntimeError:  # torch's, of shapes that can't be put together
-            shapes = "; ".join(f"{stored[0].key} {list(stored[0].shape)}" for stored in source.stored.values())
-            wanted = list(self._wanted[name].shape)
-            raise CheckpointError(
-                f"{name} {wanted} can't be made of what is stored ({shapes}); convert or copy the checkpoint again"
-            ) from None
-        tensor: torch.Tensor = value[0] if isinstance(value, list) else value
-        return tensor
-
 
 def _steps(experts: int, nbytes: int) -> Iterator[tuple[int, int]]:
     """First and last + 1 of the experts that are read at a time, of so many that have so many bytes in all."""
@@ -283,32 +235,7 @@ def _steps(experts: int, nbytes: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, experts)
 
 
-def _stacks(pattern: str, converter: Any) -> bool:
-    """Whether the converter begins with stacking the stored tensors of a pattern along a new first dimension."""
-    from transformers.core_model_loading import MergeModulelist
-
-    first = converter.operations[0]
-    return "*" in pattern and isinstance(first, MergeModulelist) and first.dim == 0
-
-
-def _collected(
-    pattern: str, stored: list[StoredTensor], converter: Any, shards: Shards, dtype: torch.dtype
-) -> list[torch.Tensor] | torch.Tensor:
-    """What the converter is given of one pattern: where it stacks them first, the stored tensors stacked.
-
-    It takes that for the stack it would have made. Of quantized experts a list is memory of its own, a whole layer's.
-    """
-    import torch
-
-    if not _stacks(pattern, converter):
-        return [item.read(shards, dtype) for item in stored]
-    stacked = torch.empty((len(stored), *stored[0].shape), dtype=dtype)
-    for place, item in zip(stacked, stored, strict=True):
-        place.copy_(item.read(shards, dtype))
-    return stacked
-
-
-def _refuse_quantized(source: _Source) -> None:
+def _refuse_quantized(source: Source) -> None:
     for stored in source.tensors():
         if stored.dtype not in FLOATS:
             raise CheckpointError(

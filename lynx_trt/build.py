@@ -565,8 +565,9 @@ def main(
         bool,
         typer.Option(
             "--dequantize",
-            help="Dequantize all weights, also experts in MXFP4 (gpt-oss), which in fp16 and bf16 stay as they are "
-            "stored, a quarter of the size; weights quantized by another method always are.",
+            help="Dequantize all weights, also experts in MXFP4 (gpt-oss) and FP8 (DeepSeek-V3, Qwen3), which in fp16 "
+            "and bf16 stay as they are stored, a quarter and half of the size; weights quantized by another method "
+            "always are.",
         ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,

@@ -16,6 +16,7 @@ import torch
 
 from lynx_trt import mxfp4
 from lynx_trt.errors import CheckpointError
+from lynx_trt.export.parts import Part
 from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, e8m0, fields_of, pieces_of
 from lynx_trt.export.quantized.packed import both_of_a_byte
 from lynx_trt.export.stored import Shards, StoredTensor
@@ -27,23 +28,28 @@ _PAIRS = mxfp4.PAIRS.view(np.int64)[:, 0]
 
 
 @dataclass(frozen=True)
-class PartBytes:
+class PartBytes(Part):
     """The bytes of one part, as int8 of the shape that LynxExperts has them in: [E,R,16G] of blocks, [E,R,G] of scales.
 
     They go into an artifact as they are, so there is nothing to check in them but what `Mxfp4Tensor` does.
     """
 
-    part: StoredTensor
-    shape: tuple[int, int, int]
+    stored: StoredTensor
+    stored_shape: tuple[int, int, int]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return self.part.nbytes
+    def shape(self) -> tuple[int, int, int]:
+        """See Part."""
+        return self.stored_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See Part."""
+        return torch.int8
 
     def experts(self, shards: Shards, first: int, last: int) -> torch.Tensor:
-        """Those of the experts first..last-1: nothing else is read."""
-        stored = shards.piece(self.part, (slice(first, last),))
+        """See Part."""
+        stored = shards.piece(self.stored, (slice(first, last),))
         return stored.view(torch.int8).reshape(last - first, *self.shape[1:])
 
 

@@ -58,6 +58,21 @@ class ScaledTensor(ComputedTensor):
         values = shards.read(stored)
         yield stored.key, e8m0(values) if stored.dtype in ("F8_E8M0", "U8") else values.to(torch.float32)
 
+    def scales_of_rows(self, shards: Shards, each: int) -> torch.Tensor:
+        """[...,R,C/each] in float32: one for each row and each `each` of its columns, of coarser blocks by repetition.
+
+        C and the columns of a block, unless it is as wide as the weight, are multiples of `each`.
+        """
+        rows, columns = self.block
+        ((_, stored),) = self.scales(shards)
+        grid = self._grid(stored)
+        if rows > 1:
+            grid = grid.repeat_interleave(rows, dim=-2)[..., : self.shape[-2], :]
+        wanted = self.shape[-1] // each
+        if grid.shape[-1] == 1:
+            return grid.expand(*grid.shape[:-1], wanted)
+        return grid.repeat_interleave(columns // each, dim=-1)[..., :wanted]
+
     def _grid(self, stored: torch.Tensor) -> torch.Tensor:
         """One for each block, whichever shape they are stored in."""
         grid = grid_of(self.shape, self.block)
