@@ -115,7 +115,9 @@ def specs_of(name: str, dtype: str, *, dry: bool) -> tuple[ExpertsSpec, SelectSp
     experts = experts_spec(name, dtype, dispatch_given=False)
     select = replace(select_spec(name, dispatch_taken=False), guarantee=0)
     if dry:
-        experts = replace(experts, experts=8, experts_per_token=2, hidden=256, inner=128)
+        # Odd ones, but for blocks that share a scale.
+        hidden, inner = (256, 128) if experts.form.quantized else (48, 40)
+        experts = replace(experts, experts=8, experts_per_token=2, hidden=hidden, inner=inner)
         select = replace(select, experts=8, experts_per_token=2)
     return experts, select
 
