@@ -99,15 +99,25 @@ def test_the_size_of_the_metadata():
     EXPERTS_CONTRACT.check_sizes(shapes)
 
 
-# T, K, E, H and I are 5, 2, 8, 64 and 96 in all nodes below.
+# T, K and E are 5, 2 and 8 in all nodes below, H and I are 64 and 96, and 256 and 384 in FP8.
 FLOAT = {"gate_up": (8, 192, 64), "down": (8, 64, 96)}
 MXFP4 = {"gate_up": (8, 192, 32), "down": (8, 64, 48), "gate_up_scale": (8, 192, 2), "down_scale": (8, 64, 3)}
 BIASES = {"gate_up_bias": (8, 192), "down_bias": (8, 64)}
-QUANTIZED = {"weights": "mxfp4"}
+FP8 = {
+    "hidden": (5, 256),
+    "gate_up": (8, 768, 256),
+    "down": (8, 256, 384),
+    "gate_up_scale": (8, 768, 2),
+    "down_scale": (8, 256, 3),
+}
+FP8_BIASES = {"gate_up_bias": (8, 768), "down_bias": (8, 256)}
+IN_MXFP4, IN_FP8 = {"weights": "mxfp4"}, {"weights": "fp8"}
+# The types of both kinds' weights.
+QUANTIZED_TYPES = {"mxfp4": ["int8"] * 4, "fp8": ["int8", "int8", "float32", "float32"]}
 
 
 def shapes_of(weights, **changes):
-    """A node's inputs' shapes, with those that differ."""
+    """A node's inputs' shapes, with those that differ; of `hidden` too where H is another."""
     sizes = {"hidden": (5, 64), "index": (5, 2), "weight": (5, 2), **weights}
     assert not changes.keys() - sizes
     return list((sizes | changes).values())
@@ -119,16 +129,19 @@ def test_sizes_that_fit():
         ({}, FLOAT),
         ({"gated": 0}, {**FLOAT, "gate_up": (8, 96, 64)}),
         ({"transposed": 1}, {"gate_up": (8, 64, 192), "down": (8, 96, 64)}),
-        (QUANTIZED, MXFP4),
-        (QUANTIZED | {"gated": 0}, {**MXFP4, "gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 2)}),
+        (IN_MXFP4, MXFP4),
+        (IN_MXFP4 | {"gated": 0}, {**MXFP4, "gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 2)}),
+        (IN_FP8, FP8),
+        (IN_FP8 | {"gated": 0}, {**FP8, "gate_up": (8, 384, 256), "gate_up_scale": (8, 384, 2)}),
     ]
     for values, weights in forms:
+        width = shapes_of(weights)[0][1]
         node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **values})
         node.check_sizes(shapes_of(weights))
-        node.check_sizes(shapes_of(weights, hidden=(-1, 64), index=(-1, 2), weight=(-1, -1)))
+        node.check_sizes(shapes_of(weights, hidden=(-1, width), index=(-1, 2), weight=(-1, -1)))
         node.check_sizes(shapes_of(weights, hidden=(-1, -1)))
         if "gated" not in values:
-            node.check_sizes(shapes_of(weights | BIASES))
+            node.check_sizes(shapes_of(weights | (FP8_BIASES if weights is FP8 else BIASES)))
     SELECT_CONTRACT.check_sizes([(-1, 8), (5, 8), (5, 2), (-1, 2), (), (), (5,)])
 
 
@@ -143,20 +156,47 @@ WRONG_SIZES = [
     ({"gated": 0}, FLOAT, {}, "gate_up has R = 192, and R has to be I, which is 96"),
     ({"transposed": 1}, FLOAT, {}, "gate_up has H = 192, and hidden has 64"),
     ({}, FLOAT | BIASES, {"gate_up_bias": (8, 96)}, "gate_up_bias has R = 96, and gate_up has 192"),
-    (QUANTIZED, MXFP4, {"gate_up": (8, 192, 64)}, "gate_up has P = 64, and 2 P has to be H, which is 64"),
-    (QUANTIZED, MXFP4, {"gate_up_scale": (8, 192, 4)}, "gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
-    (QUANTIZED, MXFP4, {"gate_up_scale": (8, 96, 2)}, "gate_up_scale has R = 96, and gate_up has 192"),
-    (QUANTIZED, MXFP4, {"down": (8, 64, 96)}, "gate_up has R = 192, and R has to be 4 Q, which is 384"),
-    (QUANTIZED | {"gated": 0}, MXFP4, {}, "gate_up has R = 192, and R has to be 2 Q, which is 96"),
-    (QUANTIZED, MXFP4, {"down_scale": (8, 64, 6)}, "down_scale has J = 6, and 32 J has to be 2 Q, which is 96"),
-    (QUANTIZED, MXFP4, {"down_scale": (8, 32, 3)}, "down_scale has H = 32, and hidden has 64"),
-    (QUANTIZED, MXFP4 | BIASES, {"down_bias": (8, 32)}, "down_bias has H = 32, and hidden has 64"),
+    (IN_MXFP4, MXFP4, {"gate_up": (8, 192, 64)}, "gate_up has P = 64, and 2 P has to be H, which is 64"),
+    (IN_MXFP4, MXFP4, {"gate_up_scale": (8, 192, 4)}, "gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
+    (IN_MXFP4, MXFP4, {"gate_up_scale": (8, 96, 2)}, "gate_up_scale has R = 96, and gate_up has 192"),
+    (IN_MXFP4, MXFP4, {"down": (8, 64, 96)}, "gate_up has R = 192, and R has to be 4 Q, which is 384"),
+    (IN_MXFP4 | {"gated": 0}, MXFP4, {}, "gate_up has R = 192, and R has to be 2 Q, which is 96"),
+    (IN_MXFP4, MXFP4, {"down_scale": (8, 64, 6)}, "down_scale has J = 6, and 32 J has to be 2 Q, which is 96"),
+    (IN_MXFP4, MXFP4, {"down_scale": (8, 32, 3)}, "down_scale has H = 32, and hidden has 64"),
+    (IN_MXFP4, MXFP4 | BIASES, {"down_bias": (8, 32)}, "down_bias has H = 32, and hidden has 64"),
     # H is 48, which is no multiple of 32: no number of blocks is right.
     (
-        QUANTIZED,
+        IN_MXFP4,
         {"gate_up": (8, 192, 24), "down": (8, 48, 48), "gate_up_scale": (8, 192, 1), "down_scale": (8, 48, 3)},
         {"hidden": (5, 48)},
         "gate_up_scale has G = 1, and 32 G has to be H, which is 48",
+    ),
+    (IN_FP8, FP8, {"hidden": (5, 512)}, "gate_up has H = 256, and hidden has 512"),
+    (IN_FP8, FP8, {"gate_up": (8, 768, 128)}, "gate_up has H = 128, and hidden has 256"),
+    (IN_FP8, FP8, {"gate_up_scale": (8, 768, 8)}, "gate_up_scale has G = 8, and 128 G has to be H, which is 256"),
+    (IN_FP8, FP8, {"gate_up_scale": (8, 6, 2)}, "gate_up_scale has R = 6, and gate_up has 768"),
+    (IN_FP8, FP8, {"gate_up_scale": (1, 768, 2)}, "gate_up_scale has E = 1, and gate_up has 8"),
+    (IN_FP8, FP8, {"down": (8, 256, 192)}, "gate_up has R = 768, and R has to be 2 I, which is 384"),
+    (IN_FP8 | {"gated": 0}, FP8, {}, "gate_up has R = 768, and R has to be I, which is 384"),
+    (IN_FP8, FP8, {"down_scale": (8, 256, 12)}, "down_scale has J = 12, and 128 J has to be I, which is 384"),
+    (IN_FP8, FP8, {"down_scale": (8, 2, 3)}, "down_scale has H = 2, and hidden has 256"),
+    (IN_FP8, FP8 | FP8_BIASES, {"gate_up_bias": (8, 384)}, "gate_up_bias has R = 384, and gate_up has 768"),
+    # What the other kind has.
+    (IN_FP8, FP8 | MXFP4, {"hidden": (5, 64)}, "gate_up has H = 32, and hidden has 64"),
+    (IN_MXFP4, FP8, {}, "gate_up has R = 768, and R has to be 4 Q, which is 1536"),
+    # H and then I is 192, which is no multiple of 128, with the last block left out or cut off.
+    (
+        IN_FP8,
+        FP8,
+        {"hidden": (5, 192), "gate_up": (8, 768, 192), "gate_up_scale": (8, 768, 1)}
+        | {"down": (8, 192, 384), "down_scale": (8, 192, 3)},
+        "gate_up_scale has G = 1, and 128 G has to be H, which is 192",
+    ),
+    (
+        IN_FP8,
+        FP8,
+        {"gate_up": (8, 384, 256), "gate_up_scale": (8, 384, 2), "down": (8, 256, 192), "down_scale": (8, 256, 2)},
+        "down_scale has J = 2, and 128 J has to be I, which is 192",
     ),
 ]
 
@@ -174,17 +214,19 @@ def test_sizes_of_a_selection_that_do_not_fit():
         SELECT_CONTRACT.check_sizes([(5, 8), (5, 4), (5, 2), (5, 2), (), (), (5,)])
 
 
-def test_quantized_weights():
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+def test_quantized_weights(kind):
     """Of other types, their scales before the biases; the field and the tensors have to agree."""
+    values = {"weights": kind}
     names = ["hidden", "index", "weight", "gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"]
-    node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **QUANTIZED})
-    handed = EXPERTS_CONTRACT.of_node(HANDED | QUANTIZED)
+    node = EXPERTS_CONTRACT.of_node({"dispatch": 0, **values})
+    handed = EXPERTS_CONTRACT.of_node(HANDED | values)
     assert (node.input_counts, handed.input_counts) == ((7, 9), (8, 10))
     assert [tensor.name for tensor in node.inputs_of(9)] == names
     assert [tensor.name for tensor in node.inputs_of(7)] == names[:7]
     assert [tensor.name for tensor in handed.inputs_of(8)] == [*names[:7], "dispatch"]
     assert [tensor.name for tensor in handed.inputs_of(10)] == [*names, "dispatch"]
-    types = ["bfloat16", "int64", "float32", *["int8"] * 4]
+    types = ["bfloat16", "int64", "float32", *QUANTIZED_TYPES[kind]]
     node.check_types(types)
     node.check_types([*types, "bfloat16", "bfloat16"])
     assert node.output_types(types) == ["bfloat16"]
@@ -192,14 +234,20 @@ def test_quantized_weights():
         node.check_types([*types[:3], "int32", *types[4:]])
     with pytest.raises(ValueError, match="down_bias is float32; allowed: bfloat16"):
         node.check_types([*types, "bfloat16", "float32"])
+    (other,) = QUANTIZED_TYPES.keys() - {kind}
+    right, wrong = QUANTIZED_TYPES[kind][-1], QUANTIZED_TYPES[other][-1]
+    with pytest.raises(ValueError, match=f"gate_up_scale is {wrong}; allowed: {right}"):
+        node.check_types([*types[:3], *QUANTIZED_TYPES[other]])
+    with pytest.raises(ValueError, match=f"down_scale is bfloat16; allowed: {right}"):  # the graph's own precision
+        node.check_types([*types[:-1], "bfloat16"])
     with pytest.raises(ValueError, match="gate_up is int8; allowed: float16"):  # a node without the field
-        EXPERTS_CONTRACT.check_types(["float16", "int64", "float32", *["int8"] * 4])
+        EXPERTS_CONTRACT.check_types(["float16", *types[1:]])
     with pytest.raises(ValueError, match="LynxExperts has 5 inputs; it takes 7 or 9"):
         node.check_types(["float16", "int64", "float32", "float16", "float16"])
-    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4"):
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4, fp8"):
         EXPERTS_CONTRACT.parse_fields({"weights": "int4"})
-    with pytest.raises(ValueError, match="LynxExperts: transposed is 1, and weights in mxfp4"):
-        EXPERTS_CONTRACT.parse_fields(QUANTIZED | {"transposed": 1})
+    with pytest.raises(ValueError, match=f"LynxExperts: transposed is 1, and weights in {kind}"):
+        EXPERTS_CONTRACT.parse_fields(values | {"transposed": 1})
 
 
 def test_a_node_has_the_metadata_or_not():
@@ -224,12 +272,12 @@ def test_a_node_has_the_metadata_or_not():
 @pytest.mark.parametrize("kind", FLOAT_TYPES)
 @pytest.mark.parametrize(
     ("weights", "n_inputs"),
-    [("float", 5), ("float", 6), ("float", 7), ("float", 8), *(("mxfp4", n) for n in range(7, 11))],
+    [*(("float", n) for n in range(5, 9)), *((weights, n) for weights in QUANTIZED_TYPES for n in range(7, 11))],
 )
 def test_experts_formats(kind, weights, n_inputs):
     handed = n_inputs % 2 == 0
     contract = EXPERTS_CONTRACT.of_node({"dispatch": int(handed), "weights": weights})
-    types = [kind, "int64", "float32", *([kind] * 2 if weights == "float" else ["int8"] * 4), kind, kind]
+    types = [kind, "int64", "float32", *QUANTIZED_TYPES.get(weights, [kind] * 2), kind, kind]
     types = [*types[: n_inputs - handed], *["int32"] * handed, kind]
     assert all(contract.supports(p, types, n_inputs) for p in range(len(types)))
     assert contract.output_types(types[:n_inputs]) == [kind]
@@ -366,11 +414,14 @@ def test_output_types(trt):
     )
     bf16 = trt.DataType.BF16
     assert plugin.get_output_data_types([bf16, i64, f32, bf16, bf16]) == [bf16]
-    fields = fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES | QUANTIZED)
-    plugin = creator_of(trt, "LynxExperts").create_plugin("node", fields, trt.TensorRTPhase.BUILD)
-    assert plugin.get_output_data_types([bf16, i64, f32, *[trt.DataType.INT8] * 4]) == [bf16]
-    with pytest.raises(ValueError, match=r"gate_up is DataType\.UINT8; allowed: int8"):
-        plugin.get_output_data_types([bf16, i64, f32, *[trt.DataType.UINT8] * 4])
+    i8, u8 = trt.DataType.INT8, trt.DataType.UINT8
+    for weights, scale in (("mxfp4", i8), ("fp8", f32)):
+        fields = fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES | {"weights": weights})
+        plugin = creator_of(trt, "LynxExperts").create_plugin("node", fields, trt.TensorRTPhase.BUILD)
+        assert plugin.get_output_data_types([bf16, i64, f32, i8, i8, scale, scale]) == [bf16]
+        for wrong in (u8, trt.DataType.FP8):
+            with pytest.raises(ValueError, match=rf"gate_up is DataType\.{wrong.name}; allowed: int8"):
+                plugin.get_output_data_types([bf16, i64, f32, wrong, wrong, scale, scale])
 
 
 def test_handed_metadata_is_an_output_and_an_input(trt):
