@@ -137,6 +137,25 @@ def test_an_engine_from_outside(stored: Callable[..., Path], build_quietly: Buil
     assert types[f"{prefix}.gate_up_proj_scale"] == "float32"
 
 
+def test_compressed_tensors(stored: Callable[..., Path], build_quietly: Build, tmp_path: Path) -> None:
+    """Its names and its config, the same numbers: a scale a row."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    groups = {"0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    folder = quantized_models.copy_of(stored("row"), tmp_path / "compressed", config)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            tensors[key.removesuffix("_inv")] = tensors.pop(key).reshape(-1, 1)
+
+    kept = built(edit(folder, rename), build_quietly, tmp_path)
+    assert {layer.quantized for layer in kept.manifest.model.moe_layers} == {"fp8"}
+    graphs = graph_of(kept), graph_of(built(stored("row"), build_quietly, tmp_path))
+    found, wanted = (arrays_of(graph, nodes_of(graph)[1].input[3:]) for graph in graphs)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("block", "options", "words"),
     [
