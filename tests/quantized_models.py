@@ -95,6 +95,44 @@ def fp8(folder: Path, target: Path, block: tuple[int, int] | None, scale: str = 
     return quantize_linears(copied, quantize)
 
 
+def compressed_fp8(folder: Path, target: Path, strategy: str) -> Path:
+    """compressed-tensors: float-quantized with a scale a channel or tensor, in bf16, or blocks of 128 by 128."""
+    block = (128, 128) if strategy == "block" else None
+    copied = fp8(folder, target, block, {"channel": "row", "tensor": "tensor", "block": "block"}[strategy])
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "block_structure": block}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8, "dynamic": True}}
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"0": group},
+        "ignore": ["lm_head", "re:.*gate$"],
+    }
+    path.write_text(json.dumps(config))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            tensors[key.removesuffix("_inv")] = tensors.pop(key).bfloat16()
+
+    return edit(copied, change)
+
+
+def merged_fp8(folder: Path, target: Path) -> Path:
+    """A checkpoint whose experts of a layer are one tensor: those alone, in blocks of 128 by 128."""
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    copied = copy_of(folder, target, config)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            blocks = tensors[key].float().unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+            scales = blocks.abs().amax((2, 4)) / FP8_MAX
+            full = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+            tensors[key], tensors[f"{key}_scale_inv"] = (tensors[key] / full).to(torch.float8_e4m3fn), scales
+
+    return edit(copied, change)
+
+
 def expanded(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """The scale of each element."""
     rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
