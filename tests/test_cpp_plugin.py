@@ -19,7 +19,7 @@ import pytest
 from fake_kernels import FakeDriver, clustered_kernels, fake_kernels
 from test_plugin_contract import WRONG_SIZES, shapes_of
 
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, WEIGHTS, ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
 from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract, Sources
 from lynx_trt.plugins.launcher import Launcher, spec_of, workspace_bytes
@@ -116,13 +116,19 @@ def select_case(preset: str = "lynx", **changes) -> Case:
     return Case("LynxSelect", {**attributes, **changes}, list(zip(kinds, shapes, strict=True)))
 
 
+def quantized_inputs(weights: str, shapes: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+    """The types and shapes in which matrices of such shapes are stored: the values of each, then the scales of each."""
+    stored, scale = FORMATS[weights], "int8" if weights == "mxfp4" else "float32"
+    values = [("int8", (*rows, depth // stored.per_byte)) for *rows, depth in shapes]
+    return values + [(scale, (*rows, depth // stored.block)) for *rows, depth in shapes]
+
+
 def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias: bool = False, **changes) -> Case:
     form = form or ExpertsForm()
-    e, k, h, i = 8, 2, 128, 96
+    e, k, h, i = 8, 2, 128, 256 if form.weights == "fp8" else 96
     r = 2 * i if form.gated else i
     if form.quantized:
-        weights = [("int8", (e, r, h // 2)), ("int8", (e, h, i // 2))]
-        weights += [("int8", (e, r, h // 32)), ("int8", (e, h, i // 32))]
+        weights = quantized_inputs(form.weights, [(e, r, h), (e, h, i)])
     else:
         weights = [(kind, (e, h, r)), (kind, (e, i, h))] if form.transposed else [(kind, (e, r, h)), (kind, (e, h, i))]
     inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *weights]
@@ -139,15 +145,21 @@ CASES = {
         ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0), "bfloat16", bias=True
     ),
     "experts-ungated": experts_case(ExpertsForm("relu2", gated=False), "float32"),
-    "experts-mxfp4": experts_case(ExpertsForm(weights="mxfp4")),
-    "experts-mxfp4-ungated": experts_case(ExpertsForm("gelu", gated=False, weights="mxfp4"), "bfloat16"),
-    "experts-mxfp4-gpt-oss-handed": experts_case(
-        ExpertsForm(interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, weights="mxfp4"),
-        "bfloat16",
-        bias=True,
-        dispatch=1,
-    ),
-    "experts-mxfp4-handed": experts_case(ExpertsForm(weights="mxfp4"), dispatch=1),
+    **{
+        name.format(weights): case
+        for weights in FORMATS
+        for name, case in {
+            "experts-{}": experts_case(ExpertsForm(weights=weights)),
+            "experts-{}-ungated": experts_case(ExpertsForm("gelu", gated=False, weights=weights), "bfloat16"),
+            "experts-{}-gpt-oss-handed": experts_case(
+                ExpertsForm(interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, weights=weights),
+                "bfloat16",
+                bias=True,
+                dispatch=1,
+            ),
+            "experts-{}-handed": experts_case(ExpertsForm(weights=weights), dispatch=1),
+        }.items()
+    },
     "select-handing": select_case(dispatch=1),
     "experts-handed": experts_case(dispatch=1),
     "experts-bias-handed": experts_case(kind="bfloat16", bias=True, dispatch=1),
@@ -296,10 +308,13 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
         (experts_case(gated=2), "", "gated is '2', which is not allowed"),
         (select_case(dispatch=2), "", "dispatch is '2', which is not allowed"),
         (experts_case(weights="int4"), "", "weights is 'int4', which is not allowed"),
-        (
-            experts_case(ExpertsForm(transposed=True), weights="mxfp4"),
-            "",
-            "transposed is 1, and weights in mxfp4 have to lie along what is summed over",
+        *(
+            (
+                experts_case(ExpertsForm(transposed=True), weights=weights),
+                "",
+                f"transposed is 1, and weights in {weights} have to lie along what is summed over",
+            )
+            for weights in FORMATS
         ),
         (select_case(), "", "it holds no GPU kernels, so this engine can't run"),
         (select_case(), "noblob lost", "the GPU kernels lost are in none of the engines loaded here"),
@@ -338,9 +353,10 @@ def test_sizes_that_do_not_fit(built, values, weights, changes, message):
     assert lines_of(lines, "refused", "output") == ["refused"]
 
 
-def test_sizes_of_a_step_that_do_not_fit(built, tmp_path):
+@pytest.mark.parametrize("weights", FORMATS)
+def test_sizes_of_a_step_that_do_not_fit(built, tmp_path, weights):
     """What is not known while the network is made is looked at in each step."""
-    case = experts_case(ExpertsForm(weights="mxfp4"))
+    case = experts_case(ExpertsForm(weights=weights))
     (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 8).to_bytes())
     case.inputs[1:3] = [("int64", (4, 2)), ("float32", (4, 2))]
     lines = probe(built, case.commands("outputs", "run 4", "run 5", kernels=f"kernels id {tmp_path / 'kernels'}"))
@@ -348,13 +364,20 @@ def test_sizes_of_a_step_that_do_not_fit(built, tmp_path):
     assert "LynxExperts node: index has T = 4, and hidden has 5" in lines
 
 
-def test_types_of_quantized_weights(built):
-    """uint8 is none of the probe's; TensorRT makes int32 of it."""
-    case = experts_case(ExpertsForm(weights="mxfp4"))
-    case.inputs[3] = ("int32", case.inputs[3][1])
-    lines = probe(built, case.commands("outputs"))
-    assert "LynxExperts node: gate_up is int32; allowed: int8" in lines
-    case = experts_case(ExpertsForm(weights="mxfp4"))
+@pytest.mark.parametrize("weights", FORMATS)
+def test_types_of_quantized_weights(built, weights):
+    """In the contract's words. uint8 is none of the probe's; TensorRT makes int32 of it."""
+    case = experts_case(ExpertsForm(weights=weights))
+    kinds = [kind for kind, _ in case.inputs]
+    other = {"int8": "float32", "float32": "int8"}[kinds[5]]
+    for position, kind in ((3, "int32"), (4, "float16"), (5, other), (6, "float16")):
+        types = [*kinds[:position], kind, *kinds[position + 1 :]]
+        case.inputs = [(each, shape) for each, (_, shape) in zip(types, case.inputs, strict=True)]
+        lines = probe(built, case.commands("outputs"))
+        with pytest.raises(ValueError, match=f"{kind}; allowed: {kinds[position]}") as refused:
+            case.contract.check_types(types)
+        assert str(refused.value).replace("LynxExperts:", "LynxExperts node:") in lines
+    case = experts_case(ExpertsForm(weights=weights))
     case.inputs = case.inputs[:5]
     assert "LynxExperts node: it has 5 inputs; it takes 7 or 9" in probe(built, case.commands("outputs"))
 
@@ -393,7 +416,10 @@ for tokens in (9, 17, 513):
 """
 
 
-@pytest.mark.parametrize(("name", "cluster"), [("experts-bias-handed", False), ("select-handing", True)])
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [("experts-bias-handed", False), ("experts-fp8-gpt-oss-handed", False), ("select-handing", True)],
+)
 def test_cuda_python_does_the_same(built, tmp_path, name, cluster):
     """The Python plugin's driver, cuda-python, on the library that prints: the same loads and launches."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
@@ -443,24 +469,25 @@ print(report["plugin_layers"], len(python_plugin._PLUGINS))
 """
 
 
-@pytest.mark.parametrize("form", [ExpertsForm(), ExpertsForm(weights="mxfp4")], ids=lambda form: form.weights)
+@pytest.mark.parametrize("form", [ExpertsForm(weights=weights) for weights in WEIGHTS], ids=lambda form: form.weights)
 def test_engines(built, tmp_path, form):
     """TensorRT for RTX loads the library and builds with it: the same fields in an engine of the same size."""
-    from trt_graphs import E, H, I, K, make_graph
+    from trt_graphs import E, K, make_graph
 
     for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True, form=form)
+    h, i = (128, 256) if form.weights == "fp8" else (32, 64)
+    path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True, hidden=h, intermediate=i, form=form)
     attributes = select_attributes(PRESETS["lynx"], experts_per_token=K, renormalize=True, scale=1.0)
     values = CONTRACTS["LynxSelect"].parse_fields(attributes)
     shapes = [(1, E), (1, E), (1, K), (1, K), (), (), (1,)]
     specs = [spec_of("LynxSelect", {**values, "dispatch": 1}, shapes, "float32")]
     values = CONTRACTS["LynxExperts"].parse_fields({**experts_attributes(form), "dispatch": 1})
-    weights = [(E, 2 * I, H), (E, H, I)]
+    weights = [(E, 2 * i, h), (E, h, i)]
     if form.quantized:
-        weights = [(E, 2 * I, H // 2), (E, H, I // 2), (E, 2 * I, H // 32), (E, H, I // 32)]
-    shapes = [(1, H), (1, K), (1, K), *weights, (E, 2 * I), (E, H), (metadata(1),)]
+        weights = [shape for _, shape in quantized_inputs(form.weights, weights)]
+    shapes = [(1, h), (1, K), (1, K), *weights, (E, 2 * i), (E, h), (metadata(1),)]
     specs.append(spec_of("LynxExperts", values, shapes, "float16"))
     (tmp_path / "kernels").write_bytes(blob := fake_kernels(specs, (90,), 256).to_bytes())
     plans = {}
@@ -482,13 +509,16 @@ def test_engines(built, tmp_path, form):
         assert found["python"] == found["cpp"]
 
 
-def test_an_engine_of_wrong_sizes(built, tmp_path):
+@pytest.mark.parametrize(("weights", "sizes"), [("mxfp4", (32, 64)), ("fp8", (128, 256))])
+def test_an_engine_of_wrong_sizes(built, tmp_path, weights, sizes):
     """TensorRT knows the sizes while it parses, and stops there; the plugin's words are in its log."""
     from test_tensorrt_build import edit, reshape
     from trt_graphs import make_graph
 
-    path = make_graph(tmp_path / "model.onnx", "fp16", form=ExpertsForm(weights="mxfp4"))
-    edit(path, reshape("down_scale.0", 4, 64, 1))
+    hidden, intermediate = sizes
+    form = ExpertsForm(weights=weights)
+    path = make_graph(tmp_path / "model.onnx", "fp16", hidden=hidden, intermediate=intermediate, form=form)
+    edit(path, reshape("down_scale.0", 4, 2 * hidden, 2))
     library, tests = str(built / "liblynx_plugin.so"), str(Path(__file__).parent)
     script = BUILD_SCRIPT.format(
         tests=tests, library=library, path=str(path), plan=str(tmp_path / "plan"), kernels=None

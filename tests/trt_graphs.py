@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, experts_attributes, select_attributes
 from lynx_trt.selection import PRESETS
 
@@ -52,14 +52,22 @@ class GraphMaker:
         values = (self.random.standard_normal(size=shape, dtype=np.float32) * 0.02).astype(self.numpy)
         return self._add(TensorProto(name=name, dims=shape, data_type=self.elem), values, inline=inline)
 
-    def quantized(self, name: str, end: str, shape: tuple[int, ...]) -> list[str]:
-        """[...,D] in MXFP4: values and scales (from 2^-9 to 2), as two tensors."""
+    def quantized(self, name: str, end: str, shape: tuple[int, ...], weights: str) -> list[str]:
+        """[...,D] in MXFP4 or FP8: values and scales, as two tensors; no value is NaN."""
         *rows, width = shape
-        values = self.random.integers(-128, 128, (*rows, width // 2))
-        scales = self.random.integers(118, 129, (*rows, width // 32))
-        arrays = {f"{name}{end}": values.astype(np.int8), f"{name}_scale{end}": scales.astype(np.uint8).view(np.int8)}
+        stored = FORMATS[weights]
+        values, scales = (*rows, width // stored.per_byte), (*rows, width // stored.block)
+        kinds = {"int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
+        arrays = {}
+        if weights == "mxfp4":  # scales from 2^-9 to 2
+            arrays[f"{name}{end}"] = self.random.integers(-128, 128, values).astype(np.int8)
+            arrays[f"{name}_scale{end}"] = self.random.integers(118, 129, scales).astype(np.uint8).view(np.int8)
+        else:
+            numbers = self.random.uniform(-448, 448, values).astype(ml_dtypes.float8_e4m3fn)
+            arrays[f"{name}{end}"] = numbers.view(np.int8)
+            arrays[f"{name}_scale{end}"] = self.random.uniform(0, 0.001, scales).astype(np.float32)
         return [
-            self._add(TensorProto(name=each, dims=array.shape, data_type=TensorProto.INT8), array)
+            self._add(TensorProto(name=each, dims=array.shape, data_type=kinds[array.dtype.name]), array)
             for each, array in arrays.items()
         ]
 
@@ -114,7 +122,8 @@ class GraphMaker:
         inputs = [x, f"index{n}", f"weight{n}"]
         shapes = {"gate_up": (E, 2 * intermediate, hidden), "down": (E, hidden, intermediate)}
         if form.quantized:
-            values, scales = zip(*(self.quantized(name, n, shape) for name, shape in shapes.items()), strict=True)
+            pairs = (self.quantized(name, n, shape, form.weights) for name, shape in shapes.items())
+            values, scales = zip(*pairs, strict=True)
             inputs += [*values, *scales]
         else:
             inputs += [self.weight(f"{name}{n}", shape) for name, shape in shapes.items()]
