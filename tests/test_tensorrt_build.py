@@ -42,6 +42,13 @@ except importlib.metadata.PackageNotFoundError as missing:
     pytest.skip(f"{missing.name} is not installed: {loader.INSTALL_CPU}", allow_module_level=True)
 
 
+# Experts in each of the formats, with sizes that tell H from I.
+QUANTIZED = {
+    ExpertsForm(weights="mxfp4"): {"hidden": 64, "intermediate": 96},
+    ExpertsForm(weights="fp8"): {"hidden": 128, "intermediate": 256},
+}
+
+
 def build_children() -> list[psutil.Process]:
     """The build's processes: tests of other files may have left pools of their own."""
     return [child for child in psutil.Process().children() if "lynx_trt.tensorrt.worker" in child.cmdline()]
@@ -148,7 +155,8 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["engine", "external"])
-def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
+def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where, form):
     """What is compiled is for the sizes of the numbers, not for those of the bytes."""
     asked = []
 
@@ -157,18 +165,19 @@ def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where):
         return fake_kernels(asked, sms, 256)
 
     monkeypatch.setattr(aot, "compile_for", compile_for)
-    sizes = {"hidden": 64, "intermediate": 96}
-    path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True, form=MXFP4, **sizes)
+    sizes = QUANTIZED[form]
+    path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True, form=form, **sizes)
     report = build(path, sms=(89,), expert_weights=where)
     assert report.messages == ()
     experts = next(spec for spec in asked if isinstance(spec, ExpertsSpec))
-    assert experts == ExpertsSpec(8, 2, 64, 96, "bfloat16", MXFP4, bias=True, dispatch_given=True)
+    assert experts == ExpertsSpec(8, 2, *sizes.values(), "bfloat16", form, bias=True, dispatch_given=True)
     plan = path.with_suffix(".plan").read_bytes()
     assert 0 < plan.count(fake_kernels(asked, (89,), 256).to_bytes()) <= 4
     assert handed_over(plan) == [1] * 8
 
 
-def test_compiled_kernels_of_quantized_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
+def test_compiled_kernels_of_quantized_weights(tmp_path, monkeypatch, form):
     """The real ones: each kernel that reads weights reads their scales."""
     pytest.importorskip("triton")
     made = []
@@ -179,14 +188,16 @@ def test_compiled_kernels_of_quantized_weights(tmp_path, monkeypatch):
 
     real = aot.compile_for
     monkeypatch.setattr(aot, "compile_for", compile_for)
-    path = make_graph(tmp_path / "model.onnx", "bf16", bias=True, hidden=64, intermediate=96, form=MXFP4)
-    report = build(path, sms=(89,), expert_weights="external")
+    path = make_graph(tmp_path / "model.onnx", "bf16", bias=True, form=form, **QUANTIZED[form])
+    report = build(path, sms=(89, 120), expert_weights="external")
     assert report.messages == ()
     (kernels,) = made
-    (plans,) = (by_sm[89] for key, by_sm in kernels.ops.items() if key.startswith("experts;"))
-    steps = [step.arguments for plan in plans for step in plan.steps]
-    assert sum("gate_up_scale" in names for names in steps) == sum("gate_up" in names for names in steps) > 0
-    assert sum("down_scale" in names for names in steps) == sum("down" in names for names in steps) > 0
+    (by_sm,) = (by_sm for key, by_sm in kernels.ops.items() if key.startswith("experts;"))
+    assert by_sm.keys() == {89, 120}
+    for plans in by_sm.values():
+        steps = [step.arguments for plan in plans for step in plan.steps]
+        assert sum("gate_up_scale" in names for names in steps) == sum("gate_up" in names for names in steps) > 0
+        assert sum("down_scale" in names for names in steps) == sum("down" in names for names in steps) > 0
     assert kernels.to_bytes() in path.with_suffix(".plan").read_bytes()
 
 
@@ -225,21 +236,20 @@ def test_external_weights_are_not_in_the_plan(tmp_path):
     assert inside.plan_bytes - outside.plan_bytes > 0.9 * weights
 
 
-MXFP4 = ExpertsForm(weights="mxfp4")
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_quantized_weights(tmp_path, dtype, bias):
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
+def test_quantized_weights(tmp_path, dtype, bias, form):
     """A byte of them is one of the engine, inside and outside; TensorRT turns none into numbers."""
-    path = make_graph(tmp_path / "model.onnx", dtype, layers=2, bias=bias, hidden=128, intermediate=512, form=MXFP4)
+    path = make_graph(tmp_path / "model.onnx", dtype, layers=2, bias=bias, hidden=128, intermediate=512, form=form)
     inside, outside = build(path), build(path, expert_weights="external")
     assert inside.plugin_layers == outside.plugin_layers == {SELECT: 2, EXPERTS: 2}
     assert inside.messages == outside.messages == ()
     plan = path.with_suffix(".plan").read_bytes()
-    assert len(re.findall(rb"weights\0.{8}mxfp4", plan, re.DOTALL)) == 4  # two layers, two profiles
+    assert len(re.findall(rb"weights\0.{8}" + form.weights.encode(), plan, re.DOTALL)) == 4  # two layers, two profiles
     assert handed_over(plan) == [1] * 8
     quantized = [f"{name}{part}.{n}" for n in range(2) for part in ("", "_scale") for name in ("gate_up", "down")]
+    scale = "int8" if form.weights == "mxfp4" else "float32"
     io = {tensor.name: tensor for tensor in outside.io}
     weights = {weight.name: weight for weight in outside.external}
     biases = {f"{name}.{n}" for n in range(2) for name in ("gate_up_bias", "down_bias")}
@@ -249,10 +259,12 @@ def test_quantized_weights(tmp_path, dtype, bias):
     values = {tensor.name: tensor.raw_data for tensor in whole.graph.initializer}
     for weight in weights.values():
         assert (io[weight.name].dtype, io[weight.name].shape) == (weight.dtype, weight.shape)
-        assert weight.dtype == ("int8" if weight.name in quantized else DTYPES[dtype][1].name)
+        stored = scale if "_scale." in weight.name else "int8"
+        assert weight.dtype == (stored if weight.name in quantized else DTYPES[dtype][1].name)
         assert data[weight.offset : weight.offset + weight.length] == values[weight.name]
     size = sum(weights[name].length for name in quantized)
-    assert size == 2 * 8 * (3 * 512 * 128 // 2 + 3 * 512 * 128 // 32)
+    numbers = 2 * 8 * 3 * 512 * 128
+    assert size == numbers * {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 4 / 128}[form.weights]
     assert 0.9 * size < inside.plan_bytes - outside.plan_bytes < 1.1 * size
     build(path)
     inside_plan = path.with_suffix(".plan").read_bytes()
@@ -619,13 +631,13 @@ def test_wrong_graph(tmp_path, change, message):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["engine", "external"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+# Of each format: what is changed in a graph of it, and the message.
+WRONG_WEIGHTS = {
+    "mxfp4": [
         (retype("gate_up.0", onnx.TensorProto.UINT8), r"gate_up is (int32|DataType.UINT8); allowed: int8"),
-        (set_attribute(EXPERTS, "weights", "fp3"), r"weights is 'fp3'; allowed: float, mxfp4"),
+        (set_attribute(EXPERTS, "weights", "fp3"), r"weights is 'fp3'; allowed: float, mxfp4, fp8"),
         (set_attribute(EXPERTS, "weights", "float"), r"LynxExperts has 7 inputs|gate_up is int8; allowed: float16"),
+        (set_attribute(EXPERTS, "weights", "fp8"), r"gate_up_scale is int8; allowed: float32"),
         (set_attribute(EXPERTS, "transposed", 1), r"transposed is 1, and weights in mxfp4 have to lie along"),
         (rewire(EXPERTS, 6, None), r"has 6 inputs; it takes 7 or 9"),
         (rewire(EXPERTS, 6, "gate_up_scale.0"), r"down_scale has H = 192, and hidden has 64"),
@@ -635,9 +647,32 @@ def test_wrong_graph(tmp_path, change, message):
         (reshape("gate_up_scale.0", 8, 64, 6), r"gate_up_scale has R = 64, and gate_up has 192"),
         (set_attribute(EXPERTS, "gated", 0), r"gate_up has R = 192, and R has to be 2 Q, which is 96"),
     ],
+    "fp8": [
+        (retype("gate_up.0", onnx.TensorProto.FLOAT8E4M3FN), r"gate_up is DataType.FP8; allowed: int8"),
+        (retype("down_scale.0", onnx.TensorProto.INT32), r"down_scale is int32; allowed: float32"),
+        (set_attribute(EXPERTS, "weights", "float"), r"LynxExperts has 7 inputs|gate_up is int8; allowed: float16"),
+        (set_attribute(EXPERTS, "weights", "mxfp4"), r"gate_up_scale is float32; allowed: int8"),
+        (set_attribute(EXPERTS, "transposed", 1), r"transposed is 1, and weights in fp8 have to lie along"),
+        (rewire(EXPERTS, 6, None), r"has 6 inputs; it takes 7 or 9"),
+        (rewire(EXPERTS, 6, "gate_up_scale.0"), r"down_scale has H = 512, and hidden has 128"),
+        (reshape("gate_up.0", 8, 256, 256), r"gate_up has H = 256, and hidden has 128"),
+        (reshape("down.0", 8, 256, 128), r"down has H = 256, and hidden has 128"),
+        (reshape("down_scale.0", 4, 256, 2), r"down_scale has E = 4, and gate_up has 8"),
+        (reshape("down_scale.0", 16, 128, 1), r"down_scale has E = 16, and gate_up has 8"),
+        (reshape("gate_up_scale.0", 8, 256, 2), r"gate_up_scale has R = 256, and gate_up has 512"),
+        (set_attribute(EXPERTS, "gated", 0), r"gate_up has R = 512, and R has to be I, which is 256"),
+    ],
+}
+
+
+@pytest.mark.parametrize("where", ["engine", "external"])
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [(form, *wrong) for form in QUANTIZED for wrong in WRONG_WEIGHTS[form.weights]],
+    ids=lambda value: value.weights if isinstance(value, ExpertsForm) else None,
 )
-def test_wrong_quantized_weights(tmp_path, change, message, where):
-    path = make_graph(tmp_path / "model.onnx", hidden=64, intermediate=96, form=MXFP4)
+def test_wrong_quantized_weights(tmp_path, form, change, message, where):
+    path = make_graph(tmp_path / "model.onnx", form=form, **QUANTIZED[form])
     with pytest.raises(TensorRTError, match=r"\n  node LynxExperts.experts.0: .*" + message):
         build(edit(path, change), expert_weights=where)
     assert leftovers(tmp_path) == []

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import quantized_models
+import tiny_models
 from fake_kernels import fake_kernels
 from host_gpu import SM, HostGpu, tensorrt_for
 
 from lynx_trt.artifact import DRAWS, Artifact, EngineRecord
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
+from lynx_trt.experts import FORMATS
 from lynx_trt.plugins.specs import DrawSpec
 from lynx_trt.runtime import open as opening
 from lynx_trt.runtime.open import limits_of, open_backend
@@ -249,17 +251,30 @@ def test_text_with_expert_weights_outside(text_artifact: Artifact, tmp_path: Pat
     assert texts(artifact, backend, ["abc", "de"]) == texts(artifact, reference, ["abc", "de"])
 
 
+def stored_in(weights: str, checkpoint: Callable[[str], Path], folder: Path) -> Path:
+    """A checkpoint whose experts are stored so."""
+    if weights == "mxfp4":
+        return quantized_models.mxfp4(checkpoint("gpt_oss"), folder / "checkpoint")
+    model = tiny_models.random_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128)
+    return quantized_models.fp8(tiny_models.save(model, folder / "full"), folder / "checkpoint", (128, 128))
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_quantized_expert_weights_outside(
-    checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact], tmp_path: Path
+    weights: str, checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact], tmp_path: Path
 ) -> None:
-    """The same of experts in MXFP4: what the engine is given are the checkpoint's own bytes, of int8."""
-    stored = quantized_models.mxfp4(checkpoint("gpt_oss"), tmp_path / "checkpoint")
+    """The same of quantized experts: what the engine is given are the checkpoint's own bytes, of int8."""
+    stored = stored_in(weights, checkpoint, tmp_path)
     built = build_quietly(stored, tmp_path / "built", precision="fp16", preset="lynx")
     items = [asdict(item) for item in prepare(built.path("model.onnx"), expert_weights="external").external]
     layers = built.manifest.model.moe_layers
-    assert [layer.form["weights"] for layer in layers] == ["mxfp4"] * len(layers)
+    assert [layer.form["weights"] for layer in layers] == [weights] * len(layers)
     kinds = [str(item["dtype"]) for item in items]
-    assert kinds.count("int8") >= 3 * len(layers)  # small scales are in the ONNX file itself
+    # Small scales are in the ONNX file itself.
+    if weights == "mxfp4":
+        assert kinds.count("int8") >= 3 * len(layers)
+    else:
+        assert (kinds.count("int8"), kinds.count("float32")) == (2 * len(layers), 2 * len(layers))
     outside = with_engine(built, tmp_path / "outside", expert_weights="external", external=items)
     backend, reference = backend_of(outside, 2), backend_of(with_engine(built, tmp_path / "inside"), 2)
     everything = Restriction((layers[0].experts,) * len(layers))
