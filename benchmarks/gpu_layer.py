@@ -6,6 +6,7 @@ driver. `--jit` lets the Triton language compile and launch them instead; a dry 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +61,9 @@ class Layer:
         """Operations for some (token, expert) pairs."""
         return 2.0 * pairs * (self._matrices + self._biases)
 
+    @functools.cached_property
     def in_full(self) -> Layer:
-        """The same with weights that are numbers of the precision, for those who have no others."""
+        """The same with weights that are numbers of the precision, for those who have no others; made once."""
         if not self.experts.form.quantized:
             return self
         dtype = getattr(torch, self.experts.dtype)
@@ -361,8 +363,8 @@ def errors(layer: Layer, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[st
     rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED), device=batch.hidden.device).round().long().unique()
     some = replace(batch, hidden=batch.hidden[rows], index=batch.index[rows], weight=batch.weight[rows])
     want = reference(layer, some)
-    form = layer.experts.form
-    usual = experts_twin(form, some.hidden, some.index, some.weight, **layer.weights)
+    full = layer.in_full
+    usual = experts_twin(full.experts.form, some.hidden, some.index, some.weight, **full.weights)
     results = {"pytorch": usual, **{name: output[rows] for name, output in outputs.items()}}
     return {name: relative(got, want) for name, got in results.items()}
 

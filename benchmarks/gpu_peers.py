@@ -20,7 +20,7 @@ DENSE_BYTES = 8e9
 
 def peers(layer: Layer, batches: Sequence[Batch], vllm: Path | None) -> tuple[dict[str, Run], dict[str, str]]:
     """What can be run here, and why the others can't; on weights in full, where ours are quantized."""
-    layer = layer.in_full()
+    layer = layer.in_full
     makers = {
         "grouped_mm": lambda: grouped_mm(layer, batches),
         "dense": lambda: dense(layer, batches),

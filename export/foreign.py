@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lynx_trt.errors import ExportError, UnsupportedModelError
+from lynx_trt.experts import values_an_element
 from lynx_trt.export import ops
 from lynx_trt.export.foreign_finite import stored_tensors
 from lynx_trt.export.onnx_file import open_onnx
@@ -276,8 +277,7 @@ def _our_block(node: ir.Node, select: ir.Node, down: ir.Value) -> LynxBlock:
     experts, *sizes = (int(str(size)) for size in down.shape)
     form = {name: attribute.value for name, attribute in node.attributes.items() if name not in ops.PLUGIN}
     inner, width = sizes if form["transposed"] else reversed(sizes)
-    if form.get("weights") == "mxfp4":  # two values a byte
-        inner *= 2
+    inner *= values_an_element(form["weights"])
     index = select.inputs[2].shape if select.inputs[2] is not None else None
     count = index[-1] if index is not None and len(index) else None
     values = (value for value in node.inputs[3:] if value is not None and value.const_value is not None)

@@ -38,6 +38,12 @@ FORMATS = {
 # Or as numbers of the graph's own precision.
 WEIGHTS = ("float", *FORMATS)
 
+
+def values_an_element(weights: str) -> int:
+    """How many values lie in an element of a matrix as it is stored, `weights` being one of WEIGHTS."""
+    return FORMATS[weights].per_byte if weights in FORMATS else 1
+
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -207,7 +213,7 @@ def _check(
     if hidden.ndim != 2 or down.ndim != 3:
         raise UsageError(f"hidden and down have the shapes {hidden.shape} and {down.shape}: they have to be 2D and 3D.")
     tokens, width = hidden.shape
-    packed, block = (FORMATS[form.weights].per_byte, FORMATS[form.weights].block) if form.quantized else (1, 1)
+    packed, block = values_an_element(form.weights), FORMATS[form.weights].block if form.quantized else 1
     number, inner = down.shape[0], down.shape[1 if form.transposed else 2] * packed
     rows = 2 * inner if form.gated else inner
     shapes = {

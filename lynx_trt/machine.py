@@ -17,7 +17,7 @@ LIMITS = (_GROUPS / "memory.max", _GROUPS / "memory" / "memory.limit_in_bytes")
 
 # Bytes that ONNX Runtime takes for each byte of quantized weights while it loads them, beyond their float32
 # (runtime/dequantize.py): of 32 values of MXFP4, 17 bytes, 32 of places, 64 of small values and 8 of scales.
-_LOADING = {"mxfp4": 104 / 17, "fp8": 1.0}
+_LOADING: dict[str | None, float] = {"mxfp4": 104 / 17, "fp8": 1.0}
 
 
 def cores() -> int:
@@ -59,8 +59,7 @@ def slots_problem(slots: int, bytes_each: int) -> str | None:
 
 def weights_problem(model: ModelRecord) -> str | None:
     """Why ONNX Runtime can't hold a model's weights in float32 on the CPU, a clause; None if it may."""
-    quantized = [layer for layer in model.moe_layers if layer.quantized]
-    packed = sum(layer.experts * layer.expert_bytes * _LOADING[layer.quantized or ""] for layer in quantized)
+    packed = sum(layer.experts * layer.expert_bytes * _LOADING.get(layer.quantized, 0.0) for layer in model.moe_layers)
     need = 4 * model.parameters + int(packed)
     if need <= memory_bytes():
         return None

@@ -61,10 +61,10 @@ def candidates(spec: ExpertsSpec, sm: int, tokens: int, part: str, *, prefill: b
     first: MatmulLaunch = getattr(estimate(spec, sm, tokens, prefill=prefill), part)
     rows = rows_a_value(spec, part)
     summed = spec.hidden if part == "gate_up" else spec.inner
-    if spec.form.quantized:
-        made = _quantized_prefill(rows) if prefill else _quantized_decode(tokens, rows, summed, part, spec.form.weights)
+    if not prefill:
+        made = _decode(spec, tokens, rows, summed, part)
     else:
-        made = _prefill(first, rows, part) if prefill else _decode(tokens, rows, summed, part)
+        made = _quantized_prefill(rows) if spec.form.quantized else _prefill(first, rows, part)
     usable = (each for each in made if fits(each, spec, sm, rows_a_value=rows))
     return list(dict.fromkeys([first, *usable]))
 
@@ -127,20 +127,29 @@ def fits(launch: MatmulLaunch, spec: ExpertsSpec, sm: int, *, rows_a_value: int)
     )
 
 
-def _decode(tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[MatmulLaunch]:
-    """Tiles of 32 to 128 rows and of 64 to 256 of the sum; for larger batches with 16 to 64 pairs."""
+def _decode(spec: ExpertsSpec, tokens: int, rows_a_value: int, summed: int, part: str) -> Iterator[MatmulLaunch]:
+    """Tiles of 32 to 128 rows and of some of the sum; for larger batches with 16 to 64 pairs."""
     most = min(max(power_of_two(tokens), 16), 64)
-    depths = [depth for depth in (64, 128, 256) if summed % depth == 0] or [64]
     pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
-    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), depths, (3, 4, 6)):
+    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), _depths(spec, summed), (3, 4, 6)):
         one_tile = tokens <= block_t
         for warps, swap in ((4, False), (8, False), (4, True)):
-            if (warps == 8 and rows < 128) or (swap and (rows < 64 or depth > 128)):
+            if (warps == 8 and rows < 128) or (swap and rows < 64):
+                continue
+            # A thread holds its part of quantized weights as numbers, two a register.
+            if rows * depth > 128 * 32 * warps if spec.form.quantized else swap and depth > 128:
                 continue
             tile = MatmulLaunch(block_t, rows // rows_a_value, depth, warps, stages, swap)
             yield tile
             if part == "down" and one_tile and stages == 4 and not swap:
                 yield from (replace(tile, split=split) for split in (2, 4) if split * depth <= summed)
+
+
+def _depths(spec: ExpertsSpec, summed: int) -> tuple[int, ...]:
+    """How much of the sum a decode tile takes: of MXFP4 a quarter of the bytes, of FP8 no more than shares a scale."""
+    if spec.form.quantized:
+        return (128, 256, 512) if spec.form.weights == "mxfp4" else (64, 128)
+    return tuple(depth for depth in (64, 128, 256) if summed % depth == 0) or (64,)
 
 
 def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[MatmulLaunch]:
@@ -164,22 +173,6 @@ def _prefill(first: MatmulLaunch, rows_a_value: int, part: str) -> Iterator[Matm
             forms = (False, True) if first.descriptors and depth == 64 and stages < 5 else (False,)
             for flatten, copied in itertools.product(forms, forms if part == "down" else (False,)):
                 yield replace(tile, flatten=flatten, copied=copied)
-
-
-def _quantized_decode(tokens: int, rows_a_value: int, summed: int, part: str, weights: str) -> Iterator[MatmulLaunch]:
-    """Tiles of 32 to 128 rows and of 64 to 512 of the sum; of FP8 no more than share a scale."""
-    depths = (128, 256, 512) if weights == "mxfp4" else (64, 128)
-    most = min(max(power_of_two(tokens), 16), 64)
-    pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
-    for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), depths, (3, 4, 6)):
-        for warps, swap in ((4, False), (8, False), (4, True)):
-            # A thread holds its part of a tile as numbers, two a register.
-            if rows * depth > 128 * 32 * warps or (warps == 8 and rows < 128) or (swap and rows < 64):
-                continue
-            tile = MatmulLaunch(block_t, rows // rows_a_value, depth, warps, stages, swap)
-            yield tile
-            if part == "down" and tokens <= block_t and stages == 4 and not swap:
-                yield from (replace(tile, split=split) for split in (2, 4) if split * depth <= summed)
 
 
 def _quantized_prefill(rows_a_value: int) -> Iterator[MatmulLaunch]:

@@ -10,7 +10,7 @@ an output row of the expert's matrix. `tile_product` is that, for some pairs and
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.experts_fp8 import widen_fp8
+from lynx_trt.plugins.experts_fp8 import load_fp8_scales, widen_fp8
 from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4, load_mxfp4_scales
 
 
@@ -26,6 +26,23 @@ def load_pairs(x, here, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
     else:
         mask = here[:, None] & (d < D)[None, :]
     return tl.load(x[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_matrix_tile(at, valid, inside, ALL_VALID: tl.constexpr, ALL_INSIDE: tl.constexpr):
+    """What lies at some pointers, 0 of rows that are not `valid` and past the end of the sum, not `inside`.
+
+    Both masks broadcast to the tile's shape; one that is always True is left out, since it would split the wide loads.
+    """
+    if ALL_VALID and ALL_INSIDE:
+        tile = tl.load(at)
+    elif ALL_VALID:
+        tile = tl.load(at, mask=inside, other=0)
+    elif ALL_INSIDE:
+        tile = tl.load(at, mask=valid, other=0)
+    else:
+        tile = tl.load(at, mask=valid & inside, other=0)
+    return tile
 
 
 @triton.jit
@@ -55,18 +72,10 @@ def float_product(
         # The weights first: where the pairs lie has to be read before they can be.
         if TRANSPOSED:
             at = w + (start + d)[:, None] * N + rows[None, :]
+            w_tile = load_matrix_tile(at, valid[None, :], inside[:, None], ALL_ROWS, D % BLOCK_D == 0)
         else:
             at = w + rows[:, None] * D + (start + d)[None, :]
-        if ALL_ROWS and D % BLOCK_D == 0:
-            w_tile = tl.load(at)
-        elif ALL_ROWS:
-            w_tile = tl.load(at, mask=inside[:, None] if TRANSPOSED else inside[None, :], other=0.0)
-        elif D % BLOCK_D == 0:
-            w_tile = tl.load(at, mask=valid[None, :] if TRANSPOSED else valid[:, None], other=0.0)
-        elif TRANSPOSED:
-            w_tile = tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0)
-        else:
-            w_tile = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
+            w_tile = load_matrix_tile(at, valid[:, None], inside[None, :], ALL_ROWS, D % BLOCK_D == 0)
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
         if SWAP:
             left = tl.trans(w_tile) if TRANSPOSED else w_tile
@@ -103,14 +112,8 @@ def mxfp4_product(
     coming = load_mxfp4_scales(scales, rows, valid, begin, D, ROWS, BLOCK_D)
     for start in range(begin, end, BLOCK_D):
         at = w + rows[:, None] * (D // 2) + (start // 2 + byte)[None, :]
-        if ALL_ROWS and D % BLOCK_D == 0:
-            packed = tl.load(at)
-        elif ALL_ROWS:
-            packed = tl.load(at, mask=(start // 2 + byte < D // 2)[None, :], other=0)
-        elif D % BLOCK_D == 0:
-            packed = tl.load(at, mask=valid[:, None], other=0)
-        else:
-            packed = tl.load(at, mask=valid[:, None] & (start // 2 + byte < D // 2)[None, :], other=0)
+        inside = (start // 2 + byte < D // 2)[None, :]
+        packed = load_matrix_tile(at, valid[:, None], inside, ALL_ROWS, D % BLOCK_D == 0)
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
         scale = coming
         coming = load_mxfp4_scales(scales, rows, valid, start + BLOCK_D, D, ROWS, BLOCK_D)
@@ -149,17 +152,13 @@ def fp8_product(
     d = tl.arange(0, BLOCK_D)
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
     # A turn ahead, as MXFP4's: a value a row is no copy to shared memory.
-    coming = tl.load(scales + rows * (D // 128) + begin // 128, mask=valid & (begin < D), other=0.0)
+    coming = load_fp8_scales(scales, rows, valid, begin, D)
     for start in range(begin, end, BLOCK_D):
         at = w + rows[:, None] * D + (start + d)[None, :]
-        if ALL_ROWS:
-            packed = tl.load(at)
-        else:
-            packed = tl.load(at, mask=valid[:, None], other=0)
+        packed = load_matrix_tile(at, valid[:, None], True, ALL_ROWS, True)
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
         scale = coming
-        later = start + BLOCK_D
-        coming = tl.load(scales + rows * (D // 128) + later // 128, mask=valid & (later < D), other=0.0)
+        coming = load_fp8_scales(scales, rows, valid, start + BLOCK_D, D)
         values = widen_fp8(packed, x_tile.dtype)
         if SWAP:
             product += tl.dot(values, tl.trans(x_tile)) * scale[:, None]

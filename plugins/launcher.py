@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lynx_trt.errors import ArtifactError
-from lynx_trt.experts import FORMATS
+from lynx_trt.experts import values_an_element
 from lynx_trt.export.ops import SELECT
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.contract import DISPATCH, WEIGHTS_FIELD, Contract
@@ -60,8 +60,8 @@ def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]
             values, experts=shapes[0][1], experts_per_token=shapes[2][1], dispatch_taken=handed
         )
     down = shapes[4]
-    quantized = FORMATS.get(str(values[WEIGHTS_FIELD]))
-    inner = down[1] if values["transposed"] else down[2] * (quantized.per_byte if quantized else 1)
+    weights = str(values[WEIGHTS_FIELD])
+    inner = down[1] if values["transposed"] else down[2] * values_an_element(weights)
     return ExpertsSpec.from_attributes(
         values,
         experts=down[0],
@@ -69,7 +69,7 @@ def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]
         hidden=shapes[0][1],
         inner=inner,
         dtype=float_type,
-        bias=len(shapes) - handed > (7 if quantized else 5),
+        bias=len(shapes) - handed > (5 if weights == "float" else 7),
         dispatch_given=handed,
     )
 

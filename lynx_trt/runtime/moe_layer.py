@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from lynx_trt.experts import FORMATS
+from lynx_trt.experts import values_an_element
 from lynx_trt.runtime.dequantize import dequantized
 from lynx_trt.runtime.graph import GraphEdit
 
@@ -46,7 +46,7 @@ class Layer:
         if edit.is_constant(self.down):
             shape = edit.shape(self.down)
             self.e, self.h, self.i = (shape[0], shape[2], shape[1]) if self.form["transposed"] else shape
-            self.i *= FORMATS[self.kind].per_byte if self.quantized else 1
+            self.i *= values_an_element(self.kind)
 
     def varying(self) -> str | None:
         """The name of a weight that is no constant of the graph, if there is one."""
