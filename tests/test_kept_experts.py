@@ -219,7 +219,7 @@ def dequantized_for(
     folder: Path, build: Build, capsys: pytest.CaptureFixture[str], *words: str, **options: Any
 ) -> None:
     """`build` dequantizes all, and says why in one line."""
-    artifact = build(folder, folder.parent / "out", **{"precision": None, **options})
+    artifact = build(folder, folder.parent / "out-of-kept", **{"precision": None, "overwrite": True, **options})
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "quantized (" in line]
     for word in ("of its weights are dequantized", "while they are read, for", *words):
         assert word in line, line

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quantized_models import edit
 from safetensors.torch import load_file
 from test_architectures import Batch
-from test_kept_experts import arrays_of, form_of, graph_of, nodes_of
+from test_kept_experts import arrays_of, dequantized_for, form_of, graph_of, nodes_of
 from test_quantized import auto_fp8
 
 from lynx_trt import inspect
@@ -49,7 +49,10 @@ FORMS: dict[str, tuple[tuple[str, dict[str, int]], Callable[[Path, Path], Path]]
     "exponents": (QWEN3, partial(quantized_models.fp8, block=(128, 128), scale="e8m0")),
     "deepseek": (("deepseek_v3", SIZES), partial(quantized_models.fp8, block=(128, 128))),
     "odd rows": (QWEN3, partial(quantized_models.fp8, block=(48, 128))),
+    "small rows": (QWEN3, partial(quantized_models.fp8, block=(64, 128))),
     "wide": (QWEN3, partial(quantized_models.fp8, block=(64, 256))),
+    "large": (QWEN3, partial(quantized_models.fp8, block=(128, 256))),
+    "in all": (QWEN3, partial(quantized_models.fp8, block=None, scale="tensor")),
     "row": (QWEN3, partial(quantized_models.fp8, block=None, scale="row")),
     "auto": (
         ("mixtral", {"hidden_size": HIDDEN, "intermediate_size": INNER}),
@@ -297,19 +300,6 @@ def test_engine(where: str, stored: Make, build_quietly: Build, tmp_path: Path) 
             assert item["dtype"] == str(tensor.dtype).removeprefix("torch.")
             data = artifact.path(item["file"]).read_bytes()[item["offset"] : item["offset"] + item["length"]]
             assert data == tensor.numpy().tobytes()
-
-
-def dequantized_for(
-    folder: Path, build: Build, capsys: pytest.CaptureFixture[str], *words: str, **options: Any
-) -> None:
-    """`build` dequantizes all, and says why in one line."""
-    artifact = build(folder, folder.parent / "out-of-kept", **{"precision": None, "overwrite": True, **options})
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "quantized (" in line]
-    for word in ("of its weights are dequantized", "while they are read, for", *words):
-        assert word in line, line
-    assert all(layer.quantized is None for layer in artifact.manifest.model.moe_layers)
-    assert artifact.manifest.build["quantization"]["kept"] == 0
-    assert {form_of(node).weights for node in nodes_of(graph_of(artifact))} == {"float"}
 
 
 def test_an_inner_size_that_fp8_has_not(stored: Make, build_quietly: Build, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,17 +154,23 @@ def test_kernels_are_in_the_engine_once(tmp_path, monkeypatch):
     assert build(path).kernels == KernelsReport()
 
 
-@pytest.mark.parametrize("where", ["engine", "external"])
-@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
-def test_kernels_of_quantized_weights(tmp_path, monkeypatch, where, form):
-    """What is compiled is for the sizes of the numbers, not for those of the bytes."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The specs of what a build asks the compiler for, which gives kernels that are none."""
+    specs = []
 
     def compile_for(ops, sms, *, progress):
-        asked.extend(op.spec for op in ops)
-        return fake_kernels(asked, sms, 256)
+        specs.extend(op.spec for op in ops)
+        return fake_kernels(specs, sms, 256)
 
     monkeypatch.setattr(aot, "compile_for", compile_for)
+    return specs
+
+
+@pytest.mark.parametrize("where", ["engine", "external"])
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
+def test_kernels_of_quantized_weights(tmp_path, asked, where, form):
+    """What is compiled is for the sizes of the numbers, not for those of the bytes."""
     sizes = QUANTIZED[form]
     path = make_graph(tmp_path / "model.onnx", "bf16", layers=2, bias=True, form=form, **sizes)
     report = build(path, sms=(89,), expert_weights=where)
@@ -426,15 +432,8 @@ def test_no_hand_over_into_a_subgraph(tmp_path):
         (more_experts_in_the_router, 1),
     ],
 )
-def test_engines_with_and_without_the_hand_over(tmp_path, monkeypatch, change, pairs):
+def test_engines_with_and_without_the_hand_over(tmp_path, asked, change, pairs):
     """TensorRT builds all of them, its own shapes decide, and the kernels are those of the layers that there are."""
-    asked = []
-
-    def compile_for(ops, sms, *, progress):
-        asked.extend(op.spec for op in ops)
-        return fake_kernels(asked, sms, 256)
-
-    monkeypatch.setattr(aot, "compile_for", compile_for)
     path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True)
     report = build(edit(path, change) if change else path, sms=(89,))
     assert report.messages == ()
