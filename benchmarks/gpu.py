@@ -39,6 +39,7 @@ MODELS = (
     "gpt-oss-120b",
     "gpt-oss-120b-mxfp4",
     "qwen3-30b-a3b-fp8",
+    "qwen3-30b-a3b-int4",
     "deepseek-v2-lite",
 )
 # Where parts run: `python -m` looks in the current folder first, and the repository's own lynx_trt/ is not all of it.

@@ -140,7 +140,7 @@ def make_layer(name: str, chosen: Options) -> Layer:
     weights: dict[str, Tensor] = {}
     for part, shape, summed in (("gate_up", up, experts.hidden), ("down", down, experts.inner)):
         if experts.form.quantized:
-            weights |= random_quantized(experts.form.weights, part, (experts.experts, *shape), generator)
+            weights |= random_quantized(experts.form.weights, part, (experts.experts, *shape), generator, dtype)
         else:
             weights[part] = normal(experts.experts, *shape, scale=summed**-0.5)
     if experts.bias:

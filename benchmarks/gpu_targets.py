@@ -14,7 +14,7 @@ from typing import Any
 Row = Mapping[str, Any]
 PEERS = ("grouped_mm", "dense", "vllm")
 # What the name of a quantized model ends in, behind that of the same one in full.
-QUANTIZED = ("-mxfp4", "-fp8")
+QUANTIZED = ("-mxfp4", "-fp8", "-int4")
 
 
 @dataclass(frozen=True)

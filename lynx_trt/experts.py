@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,17 +24,36 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 @dataclass(frozen=True)
 class Format:
-    """How quantized weights are stored: values a byte, values that share a scale, bytes of a scale, what they mean."""
+    """How quantized weights are stored, along what a matrix sums over."""
 
-    per_byte: int
-    block: int
-    scale_bytes: int
-    dequantize: Callable[[NDArray[Any], NDArray[Any]], NDArray[np.float32]]
+    per_byte: int  # values
+    block: int  # values that share a scale
+    scale_type: str  # int8 | float32 | float, which is the graph's own precision, of 16 bits
+    dequantize: Callable[[NDArray[Any], NDArray[Any]], NDArray[np.float32]]  # values and scales to what they mean
+    zeros: bool = False  # whether the zero points of a row's blocks come behind its scales
 
+    def scales(self, width: int) -> int:
+        """How many numbers are beside a row of that many values."""
+        return width // self.block * (2 if self.zeros else 1)
+
+    @property
+    def bytes_a_value(self) -> float:
+        """What a weight takes, with its part of what is beside it."""
+        return 1 / self.per_byte + self.scales(self.block) * _BYTES[self.scale_type] / self.block
+
+
+_BYTES = {"int8": 1, "float32": 4, "float": 2}
 
 FORMATS = {
-    "mxfp4": Format(2, mxfp4.BLOCK, 1, mxfp4.dequantize),
-    "fp8": Format(1, fp8.BLOCK, 4, fp8.dequantize),
+    "mxfp4": Format(2, mxfp4.BLOCK, "int8", mxfp4.dequantize),
+    "fp8": Format(1, fp8.BLOCK, "float32", fp8.dequantize),
+    **{
+        int4.name_of(block, zeros=zeros): Format(
+            2, block, "float", partial(int4.dequantize, block=block, zeros=zeros), zeros
+        )
+        for block in int4.BLOCKS
+        for zeros in (False, True)
+    },
 }
 # Or as numbers of the graph's own precision.
 WEIGHTS = ("float", *FORMATS)
@@ -66,7 +86,7 @@ class ExpertsForm:
     alpha: float = 1.0  # of silu; 1.702 makes it the quick form of gelu
     limit: float = 0.0
     up_offset: float = 0.0
-    weights: str = "float"  # float | mxfp4 | fp8
+    weights: str = "float"  # one of WEIGHTS
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -111,7 +131,7 @@ def experts(
 
     Args:
         form: activation and layout. `[A|B]` below: A, or B for `transposed` forms; ungated ones have I for 2I.
-            Quantized weights have the shapes that mxfp4.py and fp8.py give for [E,2I,H] and [E,H,I].
+            Quantized weights have the shapes that mxfp4.py, fp8.py and int4.py give for [E,2I,H] and [E,H,I].
         hidden: float [T,H].
         index: int [T,K], -1 for an empty slot.
         weight: float [T,K].
@@ -119,8 +139,9 @@ def experts(
         down: float [E,H,I | E,I,H].
         gate_up_bias: float [E,2I].
         down_bias: float [E,H].
-        gate_up_scale: of quantized weights alone: [E,2I,H/32] int8 in mxfp4, [E,2I,H/128] float32 in fp8.
-        down_scale: of quantized weights alone: [E,H,I/32] or [E,H,I/128].
+        gate_up_scale: of quantized weights alone: [E,2I,H/32] int8 in mxfp4, [E,2I,H/128] float32 in fp8, and as
+            int4.py says.
+        down_scale: of quantized weights alone: of [E,H,I] as that of [E,2I,H].
 
     Returns:
         [T,H] of hidden's dtype; a token with no expert gets zeros.
@@ -213,7 +234,7 @@ def _check(
     if hidden.ndim != 2 or down.ndim != 3:
         raise UsageError(f"hidden and down have the shapes {hidden.shape} and {down.shape}: they have to be 2D and 3D.")
     tokens, width = hidden.shape
-    packed, block = values_an_element(form.weights), FORMATS[form.weights].block if form.quantized else 1
+    packed, stored = values_an_element(form.weights), FORMATS.get(form.weights)
     number, inner = down.shape[0], down.shape[1 if form.transposed else 2] * packed
     rows = 2 * inner if form.gated else inner
     shapes = {
@@ -223,8 +244,8 @@ def _check(
         "down": (down, (number, inner, width) if form.transposed else (number, width, inner // packed)),
         "gate_up_bias": (gate_up_bias, (number, rows)),
         "down_bias": (down_bias, (number, width)),
-        "gate_up_scale": (gate_up_scale, (number, rows, width // block)),
-        "down_scale": (down_scale, (number, width, inner // block)),
+        "gate_up_scale": (gate_up_scale, (number, rows, stored.scales(width) if stored else 0)),
+        "down_scale": (down_scale, (number, width, stored.scales(inner) if stored else 0)),
     }
     for name, (array, shape) in shapes.items():
         if name.endswith("_scale") and (array is not None) != form.quantized:
@@ -233,8 +254,10 @@ def _check(
             raise UsageError(
                 f"{name} has the shape {array.shape}: with this form and these inputs it has to be {shape}."
             )
-    if width % block or inner % block:
-        raise UsageError(f"H and I are {width} and {inner}: in {form.weights} they have to be multiples of {block}.")
+    if stored and (width % stored.block or inner % stored.block):
+        raise UsageError(
+            f"H and I are {width} and {inner}: in {form.weights} they have to be multiples of {stored.block}."
+        )
     if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
         raise UsageError(f"index is {index.dtype} of shape {index.shape}: it has to be whole numbers [T,K].")
     if index.size and not -1 <= index.min() <= index.max() < number:

@@ -146,9 +146,9 @@ def _decode(spec: ExpertsSpec, tokens: int, rows_a_value: int, summed: int, part
 
 
 def _depths(spec: ExpertsSpec, summed: int) -> tuple[int, ...]:
-    """How much of the sum a decode tile takes: of MXFP4 a quarter of the bytes, of FP8 no more than shares a scale."""
+    """How much of the sum a decode tile takes: of 4 bits a quarter of the bytes, of FP8 no more than shares a scale."""
     if spec.form.quantized:
-        return (128, 256, 512) if spec.form.weights == "mxfp4" else (64, 128)
+        return (64, 128) if spec.form.weights == "fp8" else (128, 256, 512)
     return tuple(depth for depth in (64, 128, 256) if summed % depth == 0) or (64,)
 
 

@@ -7,7 +7,7 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
 K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; P and Q are H and I
-in MXFP4's bytes of two values, G and J in blocks that share a scale; D is in COMPUTED). What is quantized is int8 for
+in bytes of two values, G and J in numbers beside their blocks; D is in COMPUTED). What is quantized is int8 for
 its bits: of TensorRT for RTX 1.7.1 the parser makes int32 of uint8 constants, and the builder takes no uint8 input of
 a plugin.
 
@@ -263,44 +263,48 @@ _TRANSPOSED = (
     Tensor("gate_up", "float", ("E", "H", "R")),
     Tensor("down", "float", ("E", "I", "H")),
 )
-# What stands in their place, by the field `weights`.
-QUANTIZED: dict[str, tuple[Tensor, ...]] = {
-    "mxfp4": (
-        Tensor("gate_up", "int8", ("E", "R", "P")),
-        Tensor("down", "int8", ("E", "H", "Q")),
-        Tensor("gate_up_scale", "int8", ("E", "R", "G")),
-        Tensor("down_scale", "int8", ("E", "H", "J")),
-    ),
-    "fp8": (
-        Tensor("gate_up", "int8", ("E", "R", "H")),
-        Tensor("down", "int8", ("E", "H", "I")),
-        Tensor("gate_up_scale", "float32", ("E", "R", "G")),
-        Tensor("down_scale", "float32", ("E", "H", "J")),
-    ),
-}
-# What has to hold between their dimensions.
-QUANTIZED_RULES: dict[str, tuple[Rule, ...]] = {
-    "mxfp4": (
-        Rule("P", FORMATS["mxfp4"].per_byte, (("H",),)),
-        Rule("G", FORMATS["mxfp4"].block, (("H",),)),
-        Rule("J", FORMATS["mxfp4"].block, ((FORMATS["mxfp4"].per_byte, "Q"),)),
-    ),
-    "fp8": (
-        Rule("G", FORMATS["fp8"].block, (("H",),)),
-        Rule("J", FORMATS["fp8"].block, (("I",),)),
-    ),
-}
+
+
+def _quantized(kind: str) -> tuple[Tensor, ...]:
+    """What stands in their place where they are quantized."""
+    stored = FORMATS[kind]
+    width, inner = ("H", "I") if stored.per_byte == 1 else ("P", "Q")
+    return (
+        Tensor("gate_up", "int8", ("E", "R", width)),
+        Tensor("down", "int8", ("E", "H", inner)),
+        Tensor("gate_up_scale", stored.scale_type, ("E", "R", "G")),
+        Tensor("down_scale", stored.scale_type, ("E", "H", "J")),
+    )
+
+
+def _quantized_rules(kind: str, rows: int) -> tuple[Rule, ...]:
+    """What has to hold between their dimensions, an expert having gate_up of `rows` times I rows."""
+    stored = FORMATS[kind]
+    scales = stored.scales(stored.block)  # numbers a block
+    width, inner = ("H", "I") if stored.per_byte == 1 else ("H", "Q")
+    packed = () if stored.per_byte == 1 else (Rule("P", stored.per_byte, (("H",),)),)
+    return (
+        Rule("R", 1, (_times(rows * stored.per_byte, inner),)),
+        *packed,
+        Rule("G", stored.block, (_times(scales, width),)),
+        Rule("J", stored.block, (_times(scales * stored.per_byte, inner),)),
+    )
+
+
+def _times(factor: int, symbol: str) -> tuple[int | str, ...]:
+    return (symbol,) if factor == 1 else (factor, symbol)
+
+
+# By the field `weights`.
+QUANTIZED = {kind: _quantized(kind) for kind in FORMATS}
 
 
 def _weights_of(values: Mapping[str, Value]) -> tuple[tuple[Tensor, ...], tuple[Rule, ...]]:
     """The tensors of a node's weights, and what has to hold between their dimensions."""
-    kind, gated = str(values.get(WEIGHTS_FIELD)), values.get("gated") != 0
-    if kind == "mxfp4":
-        return QUANTIZED[kind], (Rule("R", 1, ((4 if gated else 2, "Q"),)), *QUANTIZED_RULES[kind])
-    rows = Rule("R", 1, ((2, "I") if gated else ("I",),))
+    kind, rows = str(values.get(WEIGHTS_FIELD)), 1 if values.get("gated") == 0 else 2
     if kind in QUANTIZED:
-        return QUANTIZED[kind], (rows, *QUANTIZED_RULES[kind])
-    return _TRANSPOSED if values.get("transposed") else _WEIGHTS, (rows,)
+        return QUANTIZED[kind], _quantized_rules(kind, rows)
+    return _TRANSPOSED if values.get("transposed") else _WEIGHTS, (Rule("R", 1, (_times(rows, "I"),)),)
 
 
 SELECT_CONTRACT = Contract(

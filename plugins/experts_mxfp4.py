@@ -15,6 +15,8 @@ them their scale and their exponent at once.
 import triton
 import triton.language as tl
 
+from lynx_trt.plugins.experts_packed import over_bytes
+
 # Four bytes in $4; out come the lower halves' values in $0 and $1 and the upper halves' in $2 and $3, two in each. The
 # four bits of a value go where a 16-bit float has its sign, the last two bits of its exponent and the first one of its
 # mantissa: its value, but for a power of two (BIAS), whether it is normal or not.
@@ -90,14 +92,5 @@ def dequantize_mxfp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLO
         )
     # A byte of scale is the exponent of a float32.
     factor = (((scale.to(tl.int32) & 255) + bias) << 23).to(tl.float32, bitcast=True).to(DTYPE)
-    factor = tl.broadcast_to(factor[:, :, None], [ROWS, BLOCK_D // 32, 16])
-    factor = tl.reshape(factor, [ROWS, BLOCK_D // 2])
+    factor = over_bytes(factor, ROWS, BLOCK_D)
     return low * factor, high * factor
-
-
-@triton.jit
-def load_mxfp4_scales(scales, rows, valid, start, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The scales of some rows from `start` on, [ROWS, BLOCK_D / 32]."""
-    block = start // 32 + tl.arange(0, BLOCK_D // 32)
-    mask = valid[:, None] & (block < D // 32)[None, :]
-    return tl.load(scales + rows[:, None] * (D // 32) + block[None, :], mask=mask, other=0)

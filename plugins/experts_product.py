@@ -5,13 +5,15 @@ an output row of the expert's matrix. `tile_product` is that, for some pairs and
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, SIM108 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
+# ruff: noqa: N803, N806, SIM108 -- the compiler wants `if` for constants, and sizes are named as in the glossary: T, E, K, H, I
 
 import triton
 import triton.language as tl
 
 from lynx_trt.plugins.experts_fp8 import load_fp8_scales, widen_fp8
-from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4, load_mxfp4_scales
+from lynx_trt.plugins.experts_int4 import dequantize_int4
+from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4
+from lynx_trt.plugins.experts_packed import load_scales
 
 
 @triton.jit
@@ -89,35 +91,41 @@ def float_product(
 
 
 @triton.jit
-def mxfp4_product(
+def packed_product(
     x,  # pointers to the first of the D values of each pair, [BLOCK_T]
     here,  # which pairs there are, [BLOCK_T]
     w,  # pointer to the expert's matrix [N, D / 2] int8
-    scales,  # pointer to its scales [N, D / 32] int8
+    scales,  # pointer to what is beside it, [N, D / BLOCK], with ZEROS [N, 2 D / BLOCK]
     rows,  # the matrix' output rows, [ROWS]
     valid,  # which rows there are, [ROWS]
     begin,  # the first of the summed dimension, a multiple of BLOCK_D
     end,  # past the last of it
     D: tl.constexpr,
+    MXFP4: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """See `tile_product`."""
+    """See `tile_product`; of MXFP4 or int4. One of BLOCK_D and BLOCK is a multiple of the other."""
     byte = tl.arange(0, BLOCK_D // 2)
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
     # A turn ahead: so few bytes a row are no copy to shared memory, and nothing else would have them come early.
-    coming = load_mxfp4_scales(scales, rows, valid, begin, D, ROWS, BLOCK_D)
+    next_scale, next_zero = load_scales(scales, rows, valid, begin, D, BLOCK, ZEROS, BLOCK_D)
     for start in range(begin, end, BLOCK_D):
         at = w + rows[:, None] * (D // 2) + (start // 2 + byte)[None, :]
         inside = (start // 2 + byte < D // 2)[None, :]
         packed = load_matrix_tile(at, valid[:, None], inside, ALL_ROWS, D % BLOCK_D == 0)
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
-        scale = coming
-        coming = load_mxfp4_scales(scales, rows, valid, start + BLOCK_D, D, ROWS, BLOCK_D)
-        low, high = dequantize_mxfp4(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
+        scale, zero = next_scale, next_zero
+        next_scale, next_zero = load_scales(scales, rows, valid, start + BLOCK_D, D, BLOCK, ZEROS, BLOCK_D)
+        if MXFP4:
+            low, high = dequantize_mxfp4(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
+        else:
+            low, high = dequantize_int4(packed, scale, zero, x_tile.dtype, ZEROS, ROWS, BLOCK_D)
         even, odd = tl.split(tl.reshape(x_tile, [BLOCK_T, BLOCK_D // 2, 2]))
         if SWAP:
             product = tl.dot(low, tl.trans(even), product)
@@ -173,8 +181,8 @@ def fp8_product(
 def tile_product(
     x,  # pointers to the first of the D values of each pair, [BLOCK_T]
     here,  # which pairs there are, [BLOCK_T]
-    weights,  # the experts' matrices [E,N,D], transposed [E,D,N]; in fp8 int8 [E,N,D], in mxfp4 int8 [E,N,D/2]
-    scales,  # in fp8 float32 [E,N,D/128], in mxfp4 int8 [E,N,D/32], else not read
+    weights,  # the experts' matrices [E,N,D], transposed [E,D,N]; in fp8 int8 [E,N,D], in mxfp4 and int4 int8 [E,N,D/2]
+    scales,  # of quantized weights: [E,N,scales of a row]
     expert,  # int64
     rows,  # the matrix' output rows, [ROWS]
     valid,  # which rows there are, [ROWS]
@@ -196,14 +204,10 @@ def tile_product(
     ALL_ROWS: `valid` is all True, known when compiling. SWAP: let the rows be the matmul's M, of which Hopper's
     matrix instructions want 64, and the pairs its N, which may be 16.
     """
-    if WEIGHTS == "mxfp4":
-        w, scales = weights + expert * (N * (D // 2)), scales + expert * (N * (D // 32))
-        product = mxfp4_product(x, here, w, scales, rows, valid, begin, end, D, BLOCK_T, ROWS, BLOCK_D, ALL_ROWS, SWAP)
-    elif WEIGHTS == "fp8":
+    if WEIGHTS == "fp8":
         w, scales = weights + expert * (N * D), scales + expert * (N * (D // 128))
         product = fp8_product(x, here, w, scales, rows, valid, begin, end, D, BLOCK_T, ROWS, BLOCK_D, ALL_ROWS, SWAP)
-    else:
-        tl.static_assert(WEIGHTS == "float")
+    elif WEIGHTS == "float":
         w = weights + expert * (N * D)
         product = float_product(
             x,
@@ -222,5 +226,29 @@ def tile_product(
             ALL_ROWS,
             SWAP,
             PRECISION,
+        )
+    else:
+        ZEROS: tl.constexpr = WEIGHTS == "int4_g32_zeros" or WEIGHTS == "int4_g128_zeros"
+        BLOCK: tl.constexpr = 128 if WEIGHTS == "int4_g128" or WEIGHTS == "int4_g128_zeros" else 32
+        tl.static_assert(WEIGHTS == "mxfp4" or WEIGHTS == "int4_g32" or ZEROS or BLOCK == 128)
+        w, scales = weights + expert * (N * (D // 2)), scales + expert * (N * (D // BLOCK * (2 if ZEROS else 1)))
+        product = packed_product(
+            x,
+            here,
+            w,
+            scales,
+            rows,
+            valid,
+            begin,
+            end,
+            D,
+            WEIGHTS == "mxfp4",
+            BLOCK,
+            ZEROS,
+            BLOCK_T,
+            ROWS,
+            BLOCK_D,
+            ALL_ROWS,
+            SWAP,
         )
     return product

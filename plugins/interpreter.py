@@ -16,9 +16,10 @@ import numpy as np
 import triton.language as tl  # the interpreter looks for it in the module of what it runs
 from triton.runtime import interpreter
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.plugins.cluster import meet
 from lynx_trt.plugins.experts_fp8 import widen_fp8
+from lynx_trt.plugins.experts_int4 import dequantize_int4
 from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4
 
 
@@ -115,14 +116,30 @@ def _dequantize_mxfp4(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tupl
     return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
 
 
+def _dequantize_int4(packed: Any, scale: Any, zero: Any, dtype: Any, zeros: Any, *_sizes: Any) -> tuple[Any, Any]:
+    beside = [_numbers(scale), _numbers(zero)] if zeros else [_numbers(scale)]
+    data = packed.handle.data.view(np.int8)
+    block = 2 * data.shape[1] // beside[0].shape[1]
+    values = int4.dequantize(data, np.concatenate(beside, axis=1), block=block, zeros=bool(zeros))
+    return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
+
+
 def _widen_fp8(packed: Any, dtype: Any) -> Any:
     return _rounded(fp8.VALUES[packed.handle.data.view(np.uint8)], dtype)
 
 
+def _numbers(block: Any) -> Any:
+    """A block of a 16-bit type as float32."""
+    if block.dtype.scalar == tl.bfloat16:
+        return (block.handle.data.astype(np.uint32) << 16).view(np.float32)
+    return block.handle.data.astype(np.float32)
+
+
 def _rounded(values: Any, dtype: Any) -> Any:
     """A block of float32 as one of a 16-bit type, bfloat16 in its bits as the interpreter has it."""
-    if dtype == tl.bfloat16:  # neither format has more than three bits of mantissa: nothing to round
-        data = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if dtype == tl.bfloat16:  # to the nearest, of two the even one
+        bits = values.astype(np.float32).view(np.uint32)
+        data = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     else:
         data = values.astype(np.float16)
     return tl.tensor(interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(values.shape)))
@@ -132,4 +149,5 @@ if isinstance(meet, interpreter.InterpretedFunction):
     # In place of the hardware's instructions.
     interpreter.InterpretedFunction.rewritten_fn[meet.fn] = _meet
     interpreter.InterpretedFunction.rewritten_fn[dequantize_mxfp4.fn] = _dequantize_mxfp4
+    interpreter.InterpretedFunction.rewritten_fn[dequantize_int4.fn] = _dequantize_int4
     interpreter.InterpretedFunction.rewritten_fn[widen_fp8.fn] = _widen_fp8

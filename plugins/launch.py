@@ -168,7 +168,7 @@ def _quantized_estimate(bucket: int, dtype: str, sm: int, weights: str) -> Exper
         # A row of a tile is 128 bytes; the activations are the left operand, in which the assembler's code for SM 90
         # has a seventh fewer instructions than with the weights there (of MXFP4, 4.3 and 5 of a thread for a weight).
         # With 32 pairs such a tile of MXFP4 spills; half of it does not.
-        deep = 256 if weights == "mxfp4" and bucket <= 8 else 128
+        deep = 256 if weights != "fp8" and bucket <= 8 else 128
         launch = MatmulLaunch(16 if bucket <= 8 else 32, 64, deep, warps=4, stages=4)
         reason = f"decode: 64 rows a program, 3 tiles of 8 kB of {weights} in flight"
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from lynx_trt.experts import FORMATS
 from lynx_trt.plugins.launch import (
     BLOCKS_HERE,
     FLOAT32_TOKENS,
@@ -329,8 +330,10 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
 
 def _weights(spec: ExpertsSpec, name: str) -> dict[str, str]:
     """A matrix and its scales as parameters; weights that are not quantized have none."""
-    scale = "*fp32" if spec.form.weights == "fp8" else "*i8"
-    return {name: "*i8" if spec.form.quantized else POINTERS[spec.dtype], f"{name}_scale": scale}
+    if not spec.form.quantized:
+        return {name: POINTERS[spec.dtype], f"{name}_scale": "*i8"}
+    scale = FORMATS[spec.form.weights].scale_type
+    return {name: "*i8", f"{name}_scale": "*i8" if scale == "int8" else POINTERS.get(scale, POINTERS[spec.dtype])}
 
 
 def _no_scale(spec: ExpertsSpec, name: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ SHAPES = {
     "gpt-oss-120b": Shape(128, 4, 2880, 2880, _GPT_OSS, bias=True),
     "gpt-oss-120b-mxfp4": Shape(128, 4, 2880, 2880, replace(_GPT_OSS, transposed=False, weights="mxfp4"), bias=True),
     "qwen3-30b-a3b-fp8": Shape(128, 8, 2048, 768, ExpertsForm(weights="fp8")),
+    "qwen3-30b-a3b-int4": Shape(128, 8, 2048, 768, ExpertsForm(weights="int4_g128")),
     "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
 }
 

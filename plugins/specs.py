@@ -138,8 +138,7 @@ class ExpertsSpec:
         """Bytes of a weight, its share of a scale included."""
         if not self.form.quantized:
             return BYTES[self.dtype]
-        stored = FORMATS[self.form.weights]
-        return 1 / stored.per_byte + stored.scale_bytes / stored.block
+        return FORMATS[self.form.weights].bytes_a_value
 
     @property
     def key(self) -> str:

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
+from lynx_trt.experts import FORMATS
 from lynx_trt.plugins.aot import compile_each
 from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.candidates import PARTS, candidates, estimate, families, select_candidates, with_part
@@ -161,7 +162,7 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     weights: dict[str, Tensor] = {}
     for name, shape in (("gate_up", up), ("down", down)):
         if spec.form.quantized:
-            weights |= random_quantized(spec.form.weights, name, (spec.experts, *shape), generator)
+            weights |= random_quantized(spec.form.weights, name, (spec.experts, *shape), generator, dtype)
         else:
             weights[name] = normal(spec.experts, *shape)
     if spec.bias:
@@ -180,8 +181,13 @@ def experts_inputs(spec: ExpertsSpec, tokens: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def random_quantized(weights: str, name: str, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """A random matrix of that shape and its scales by name, on the generator's device: of a variance of 1 / D."""
+def random_quantized(
+    weights: str, name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A random matrix of that shape and its scales by name, on the generator's device: of a variance of 1 / D.
+
+    `dtype`, float16 or bfloat16, is the layer's, and of its scales where they are of no type of their own.
+    """
     import torch
 
     *rows, width = shape
@@ -191,15 +197,23 @@ def random_quantized(weights: str, name: str, shape: tuple[int, ...], generator:
         size = (*rows, width)
         return torch.randint(low, high, size, dtype=torch.int8, device=device, generator=generator)
 
+    def factors(block: int, deviation: float) -> Tensor:
+        scales = torch.rand((*rows, width // block), device=device, generator=generator)
+        return scales.add_(0.5).mul_(width**-0.5 / deviation)
+
     if weights == "mxfp4":  # E2M1 has a variance of 7 by itself, and a scale is a power of two
         middle = 127 - round(math.log2((7 * width) ** 0.5))
         values, scales = integers(width // 2, -128, 128), integers(width // mxfp4.BLOCK, middle - 1, middle + 2)
-    else:
+    elif weights == "fp8":
         # The upper half of a sign's bytes, of which the last is NaN.
         values = integers(width, 64, 127) | (integers(width, 0, 2) << 7)
-        deviation = float((fp8.VALUES[64:127] ** 2).mean() ** 0.5)
-        scales = torch.rand((*rows, width // fp8.BLOCK), device=device, generator=generator)
-        scales = scales.add_(0.5).mul_(width**-0.5 / deviation)
+        scales = factors(fp8.BLOCK, float((fp8.VALUES[64:127] ** 2).mean() ** 0.5))
+    else:  # 16 values in a row have a deviation of 4.6, and zero points add little
+        stored = FORMATS[weights]
+        values, scales = integers(width // 2, -128, 128), factors(stored.block, 4.6).to(dtype)
+        if stored.zeros:
+            points = integers(width // stored.block, 5, int4.LARGEST_ZERO - 4).to(dtype)
+            scales = torch.cat([scales, points], dim=-1)
     return {name: values, f"{name}_scale": scales}
 
 

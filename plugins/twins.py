@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.plugins.specs import SelectSpec
 from lynx_trt.selection import TINY
@@ -162,9 +162,14 @@ def dequantize_twin(weights: str, values: Tensor, scales: Tensor, dtype: torch.d
     """Values and scales of quantized weights to [...,D], made in float32 and rounded once."""
     if weights == "mxfp4":
         numbers, factors = _look_up(mxfp4.PAIRS, values), _look_up(mxfp4.SCALES, scales)
-    else:
+    elif weights == "fp8":
         numbers, factors = _look_up(fp8.VALUES, values), scales
-    matrix = numbers.reshape(*scales.shape, FORMATS[weights].block) * factors[..., None]
+    else:
+        numbers, factors, zeros = _look_up(int4.PAIRS, values), scales.float(), torch.tensor(float(int4.ZERO))
+        if FORMATS[weights].zeros:
+            factors, zeros = factors.chunk(2, dim=-1)
+        numbers = numbers.reshape(*factors.shape, -1) - zeros[..., None]
+    matrix = numbers.reshape(*factors.shape, FORMATS[weights].block) * factors[..., None]
     return matrix.reshape(*values.shape[:-1], -1).to(dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lynx_trt import fp8, mxfp4
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.experts import experts as experts_ref
-from lynx_trt.plugins import execute, experts_fp8, experts_mxfp4
+from lynx_trt.plugins import execute, experts_fp8, experts_int4, experts_mxfp4
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
@@ -119,10 +119,10 @@ def _layer(
 
 def _quantized(layer: Layer) -> Layer:
     """With random weights of about the same size as those it has."""
-    generator = torch.Generator().manual_seed(1)
+    generator, kind, dtype = torch.Generator().manual_seed(1), layer.spec.form.weights, layer.hidden.dtype
     found: dict[str, Tensor] = {}
     for name in ("gate_up", "down"):
-        found |= random_quantized(layer.spec.form.weights, name, tuple(getattr(layer, name).shape), generator)
+        found |= random_quantized(kind, name, tuple(getattr(layer, name).shape), generator, dtype)
     return replace(layer, **found)
 
 
@@ -288,8 +288,10 @@ def test_given_metadata() -> None:
 
 MXFP4, FP8 = ExpertsForm(weights="mxfp4"), ExpertsForm(weights="fp8")
 GPT_OSS_ROWS = replace(GPT_OSS, transposed=False)
-# H and I, which are multiples of no deeper tile: three and five blocks of 32; two and one of 128.
-SIZES = {"mxfp4": (96, 160), "fp8": (256, 128)}
+# H and I, which are multiples of no deeper tile: three and five blocks of 32; two, three and one of 128. Of int4 the
+# other two combinations of blocks and zero points are run once.
+SIZES = {"mxfp4": (96, 160), "fp8": (256, 128), "int4_g32_zeros": (160, 96), "int4_g128": (384, 128)}
+ALL_SIZES = SIZES | {"int4_g32": SIZES["int4_g32_zeros"], "int4_g128_zeros": SIZES["int4_g128"]}
 _DEEP = replace(_TILE, block_d=128)
 QUANTIZED_LAUNCHES = {
     **{name: LAUNCHES[name] for name in ("decode", "swapped", "split", "prefill")},
@@ -300,7 +302,7 @@ QUANTIZED_LAUNCHES = {
 
 
 def _quantized_layer(tokens: int, weights: str, form: ExpertsForm = SWIGLU, **how: Any) -> Layer:
-    hidden, inner = SIZES[weights]
+    hidden, inner = ALL_SIZES[weights]
     return _layer(tokens, hidden=hidden, inner=inner, form=replace(form, weights=weights), **how)
 
 
@@ -310,6 +312,11 @@ def _quantized_layer(tokens: int, weights: str, form: ExpertsForm = SWIGLU, **ho
 def test_quantized_weights(dtype: torch.dtype, launch: str, weights: str) -> None:
     layer = _quantized_layer(20, weights, GPT_OSS_ROWS, bias=True, dtype=dtype)
     _check_layer(layer, QUANTIZED_LAUNCHES[launch])
+
+
+@pytest.mark.parametrize("weights", sorted(ALL_SIZES.keys() - SIZES.keys()))
+def test_other_blocks_and_zero_points(weights: str) -> None:
+    _check_layer(_quantized_layer(20, weights, dtype=torch.float16), QUANTIZED_LAUNCHES["deep"])
 
 
 @pytest.mark.parametrize("weights", SIZES)
@@ -333,12 +340,13 @@ def test_quantized_weights_by_the_launches_that_ship(dtype: torch.dtype, weights
         _check_layer(_quantized_layer(tokens, weights, GPT_OSS_ROWS, experts=4, bias=True, dtype=dtype), None)
 
 
-@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize("weights", ALL_SIZES)
 def test_the_twin_of_quantized_weights_is_the_reference(weights: str) -> None:
     layer = _quantized_layer(5, weights, GPT_OSS_ROWS, bias=True, dtype=torch.bfloat16)
     double = layer.double()
-    # Scales are what they are: float32.
-    double = replace(double, gate_up_scale=layer.gate_up_scale, down_scale=layer.down_scale)
+    # Scales are what they are, and NumPy has no bfloat16.
+    scales = {name: getattr(layer, name) for name in ("gate_up_scale", "down_scale")}
+    double = replace(double, **{name: each.float() if _is_float(each) else each for name, each in scales.items()})
     tensors = {name: None if each is None else each.numpy() for name, each in double.tensors.items()}
     want = experts_ref(layer.spec.form, **tensors)  # type: ignore[arg-type]
     np.testing.assert_allclose(double.twin().numpy(), want, rtol=1e-9, atol=1e-9)
@@ -413,3 +421,17 @@ def test_instructions(module: ModuleType, given: str, table: NDArray[np.float32]
             want = table[np.array(four)].T.reshape(-1)
             assert found.tolist() == want.tolist()
             assert torch.equal(found.signbit(), torch.from_numpy(np.signbit(want)))
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(torch.float16, 16), (torch.bfloat16, 0)])
+def test_instructions_of_int4(dtype: torch.dtype, zero: int) -> None:
+    """Each byte; a value, less a zero point, is exact behind the large number that it is added to."""
+    kind = str(dtype).removeprefix("torch.").upper()
+    large = getattr(experts_int4, f"LARGE_{kind}").value
+    for byte in range(256):
+        four = [(byte * factor + 13 * place) % 256 for place, factor in enumerate((1, 3, 5, 7))]
+        word = sum(each << 8 * n for n, each in enumerate(four))
+        words = _execute(getattr(experts_int4, f"_TO_{kind}").value, "$4", word)
+        bits = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)], dtype=torch.int32)
+        found = bits.to(torch.int16).view(dtype) - torch.tensor(large + zero, dtype=dtype)
+        assert found.tolist() == [(each & 15) - zero for each in four] + [(each >> 4) - zero for each in four]

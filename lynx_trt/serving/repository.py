@@ -42,6 +42,7 @@ MODULES = (
     "errors.py",
     "experts.py",
     "fp8.py",
+    "int4.py",
     "machine.py",
     "mxfp4.py",
     "preflight.py",
