@@ -19,7 +19,7 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.errors import ExportError
 from lynx_trt.experts import FORMATS, WEIGHTS
 from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, VERSION, Attributes
@@ -39,6 +39,11 @@ _BIASES = ("gate_up_bias", "down_bias")
 _TABLES = {
     "mxfp4": {"pairs": mxfp4.PAIRS, "powers": mxfp4.SCALES[:, None]},
     "fp8": {"numbers": fp8.VALUES},
+    **{
+        int4.name_of(block, zeros=zeros): {"pairs": int4.PAIRS if zeros else int4.PAIRS - int4.ZERO}
+        for block in int4.BLOCKS
+        for zeros in (False, True)
+    },
 }
 
 # In the bodies: FLOAT = 1, INT32 = 6, INT64 = 7, DOUBLE = 11 (TensorProto.DataType).
@@ -463,27 +468,34 @@ def _linear(result: str, values: str, weights: str, attributes: Attributes, *, b
 
 def _dequantized(weights: str, kind: str) -> str:
     """`wide` [R,D] of an expert's bytes `here`. A byte counts from the end of a table where it is negative."""
-    block = FORMATS[kind].block
+    stored = FORMATS[kind]
+    table = "numbers" if stored.per_byte == 1 else "pairs"
     if kind == "mxfp4":
-        table = "pairs"
-        powers = f"""
+        beside = f"""
             {weights}_scale_places = Cast<to = 6> ({weights}_scale_here)
-            {weights}_factors = Gather<axis = 0> (powers, {weights}_scale_places)
+            {weights}_beside = Gather<axis = 0> (powers, {weights}_scale_places)
         """
     else:
-        table = "numbers"
-        powers = f"""
+        beside = f"""
             {weights}_last = Constant<value_ints = [-1]> ()
-            {weights}_factors = Unsqueeze ({weights}_scale_here, {weights}_last)
+            {weights}_scale_wide = Cast<to = 1> ({weights}_scale_here)
+            {weights}_beside = Unsqueeze ({weights}_scale_wide, {weights}_last)
+        """
+    scaled = f"{weights}_scaled = Mul ({weights}_blocks, {weights}_beside)"
+    if stored.zeros:
+        scaled = f"""
+            {weights}_factors, {weights}_points = Split<axis = 1, num_outputs = 2> ({weights}_beside)
+            {weights}_numbers = Sub ({weights}_blocks, {weights}_points)
+            {weights}_scaled = Mul ({weights}_numbers, {weights}_factors)
         """
     return f"""
         {weights}_places = Cast<to = 6> ({weights}_here)
         {weights}_values = Gather<axis = 0> ({table}, {weights}_places)
-        {weights}_in_blocks = Constant<value_ints = [0, -1, {block}]> ()
+        {weights}_in_blocks = Constant<value_ints = [0, -1, {stored.block}]> ()
         {weights}_blocks = Reshape ({weights}_values, {weights}_in_blocks)
         {weights}_scale_here = Gather<axis = 0> ({weights}_scale, expert)
-        {powers}
-        {weights}_scaled = Mul ({weights}_blocks, {weights}_factors)
+        {beside}
+        {scaled}
         {weights}_in_rows = Constant<value_ints = [0, -1]> ()
         {weights}_wide = Reshape ({weights}_scaled, {weights}_in_rows)
     """

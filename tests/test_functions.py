@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from test_selection import Batch, batches, budgets, floors
 
-from lynx_trt import fp8, mxfp4
+from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.errors import ExportError
 from lynx_trt.experts import ACTIVATIONS, FORMATS, ExpertsForm, experts
 from lynx_trt.export.functions import add_functions, experts_function, select_function
@@ -339,7 +339,9 @@ QUANTIZED_FORMS = {
 def _quantized_session(form: ExpertsForm, dtype: str, bias: bool) -> onnxruntime.InferenceSession:
     biases = f", {dtype}[E,R] gate_up_bias, {dtype}[E,H] down_bias" if bias else ""
     added = ", gate_up_bias, down_bias" if bias else ""
-    gate_up, down, scale = ("P", "Q", "int8") if form.weights == "mxfp4" else ("H", "I", "float")
+    stored = FORMATS[form.weights]
+    gate_up, down = ("P", "Q") if stored.per_byte == 2 else ("H", "I")
+    scale = {"int8": "int8", "float32": "float", "float": dtype}[stored.scale_type]
     graph = f"""
         experts ({dtype}[T,H] hidden, int64[T,K] index, float[T,K] weight, int8[E,R,{gate_up}] gate_up,
                  int8[E,H,{down}] down, {scale}[E,R,G] gate_up_scale, {scale}[E,H,J] down_scale{biases})
@@ -369,9 +371,14 @@ def _quantized_inputs(
     inputs: dict[str, Array] = {"hidden": rng.normal(size=(tokens, hidden)).astype(dtype)}
     for name, (height, depth) in {"gate_up": (rows, hidden), "down": (hidden, inner)}.items():
         shape, scales = (number, height, depth // stored.per_byte), (number, height, depth // stored.block)
-        if form.weights == "mxfp4":
+        if stored.per_byte == 2:
             inputs[name] = rng.integers(-128, 128, shape).astype(np.int8)
+        if form.weights == "mxfp4":
             inputs[f"{name}_scale"] = rng.integers(118, 129, scales).astype(np.uint8).view(np.int8)
+        elif form.weights.startswith("int4"):
+            points = [rng.integers(0, int4.LARGEST_ZERO + 1, scales)] if stored.zeros else []
+            beside = [rng.uniform(-0.2, 0.2, scales), *points]
+            inputs[f"{name}_scale"] = np.concatenate(beside, axis=-1).astype(dtype)
         else:  # 127 is NaN, and with a sign too
             inputs[name] = (rng.integers(0, 127, shape) + rng.choice([0, 128], shape)).astype(np.uint8).view(np.int8)
             inputs[f"{name}_scale"] = rng.uniform(-0.01, 0.01, scales).astype(np.float32)
@@ -399,7 +406,9 @@ def _check_quantized(form: ExpertsForm, inputs: dict[str, Array], got: Array) ->
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", [form for forms in QUANTIZED_FORMS.values() for form in forms], ids=str)
+@pytest.mark.parametrize(
+    "form", [f for kind in ("mxfp4", "fp8", "int4_g32", "int4_g128_zeros") for f in QUANTIZED_FORMS[kind]], ids=str
+)
 def test_quantized_experts_equal_the_reference(form: ExpertsForm, bias: bool) -> None:
     inputs = _quantized_inputs(form, bias)
     inputs["index"][0, 1], inputs["index"][2], inputs["hidden"][2] = -1, -1, np.nan
@@ -459,6 +468,47 @@ def test_experts_in_fp8_have_each_value() -> None:
         expected = fp8.dequantize(down.view(np.int8), down_scale[0])
         np.testing.assert_array_equal(got.T[numbers], expected[numbers])
         assert np.isnan(got.T[[3, 124]]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("block", int4.BLOCKS)
+def test_experts_in_int4_have_each_value_and_each_zero_point(block: int, zeros: bool, dtype: str) -> None:
+    """The same; what goes in is cast to the type, what comes out from it."""
+    form, number = ExpertsForm("relu", gated=False, weights=int4.name_of(block, zeros=zeros)), block // 2
+    kind = onnx.TensorProto.DataType.Value(dtype.upper())
+    cast = "\n".join(f"{name}_cast = Cast<to = {kind}> ({name})" for name in ("hidden", "gate_up_scale", "down_scale"))
+    graph = f"""
+        experts (float[T,H] hidden, int64[T,K] index, float[T,K] weight, int8[E,R,P] gate_up, int8[E,H,Q] down,
+                 float[E,R,G] gate_up_scale, float[E,H,J] down_scale) => (float[T,H] output)
+        {{
+            {cast}
+            there = lynx.LynxExperts (hidden_cast, index, weight, gate_up, down, gate_up_scale_cast, down_scale_cast)
+            output = Cast<to = 1> (there)
+        }}
+    """
+    session = _session(_model(graph, experts_attributes(form)))
+    rows = np.arange(block)
+    gate_up = np.full((1, block, number), 0x88, np.uint8)
+    gate_up[0, rows, rows // 2] = np.where(rows % 2, 0x98, 0x89)  # 1 on the diagonal, which is 9 less 8
+    down = (
+        np.arange(block * number).astype(np.uint8).view(np.int8).reshape(1, block, number)
+    )  # all bytes, twice or more
+    half = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    scales = np.geomspace(1e-3, 10, block).astype(half).astype(np.float32)
+    scales[::2] *= -1
+    for first in range(int4.LARGEST_ZERO + 1 if zeros else 1):
+        points = (rows + first) % (int4.LARGEST_ZERO + 1)  # each row has each in turn
+        beside = np.stack([scales, points], axis=1).astype(np.float32) if zeros else scales[:, None]
+        inputs = {"gate_up": gate_up.view(np.int8), "down": down, "down_scale": beside[None]}
+        inputs["gate_up_scale"] = np.tile(np.array([1, int4.ZERO] if zeros else [1], np.float32), (1, block, 1))
+        inputs |= {"hidden": np.eye(block, dtype=np.float32), "index": np.zeros((block, 1), np.int64)}
+        inputs["weight"] = np.ones((block, 1), np.float32)
+        (got,) = session.run(None, inputs)
+        np.testing.assert_array_equal(got, experts(form, **inputs).astype(half).astype(np.float32))
+        values = np.stack([down[0] & 15, down[0] >> 4 & 15], axis=-1).reshape(block, block)
+        expected = (values - (points if zeros else np.full(block, 8))[:, None]) * scales[:, None]
+        np.testing.assert_array_equal(got.T, expected.astype(half).astype(np.float32))
 
 
 @pytest.mark.parametrize("weights", FORMATS)
