@@ -78,8 +78,8 @@ def parts(options: argparse.Namespace) -> list[Part]:
     def engines(name: str, weight: float) -> Part:
         return Part(name, (sys.executable, str(BENCHMARKS / f"gpu_{name}.py"), *kit), weight, timed=False)
 
-    # A dry run has four models: the forms of experts that there are.
-    models = (MODELS[0], *MODELS[2:5]) if options.dry_run else MODELS
+    # A dry run has five models: the forms of experts that there are.
+    models = (MODELS[0], *MODELS[2:6]) if options.dry_run else MODELS
     tune = (sys.executable, "-m", "lynx_trt.plugins.tune", "--output", str(TABLE))
     every = [
         script("machine", 0.3),

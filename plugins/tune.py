@@ -406,6 +406,9 @@ def tune_select(gpu: Machine, bench: Bench, name: str, tokens: int) -> tuple[Sel
     return key, replace(best, reason=reason, microseconds=round(fastest, 2))
 
 
+# Tokens of the batches that are tuned.
+TOKENS = tuple(1 << power for power in range(15))
+
 app = new_app()
 
 
@@ -413,7 +416,7 @@ app = new_app()
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="A known model's sizes; repeat for several (all).")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "bfloat16",
-    tokens: Annotated[str, typer.Option(help="Batches, in tokens.")] = ",".join(str(1 << n) for n in range(15)),
+    tokens: Annotated[str, typer.Option(help="Batches, in tokens.")] = ",".join(str(each) for each in TOKENS),
     op: Annotated[str, typer.Option(help="experts, select, or both of them.")] = "both",
     compile_for: Annotated[
         int | None, typer.Option("--compile-for", help="Only compile all candidates for this SM, into the cache.")
@@ -434,12 +437,13 @@ def main(
     sizes = sorted({power_of_two(_number(word)) for word in tokens.split(",")})
     names = list(shape or SHAPES)
     if compile_for is not None:
-        _compile_only(names, dtype, sizes, compile_for, op)
+        compile_candidates(names, dtype, sizes, compile_for, op)
     else:
         _measure(names, dtype, sizes, output, op)
 
 
-def _compile_only(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: int, op: str) -> None:
+def compile_candidates(names: Sequence[str], dtype: str, sizes: Sequence[int], sm: int, op: str = "both") -> None:
+    """What would be measured, into the cache. Raises UsageError: an SM that launches can't be tuned for."""
     if sm not in SHARED_MEMORY:
         raise UsageError(f"--compile-for is {sm}: launches are tuned for {', '.join(map(str, SHARED_MEMORY))}")
     plans: list[Plan[Kernel]] = []

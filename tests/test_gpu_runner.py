@@ -25,7 +25,7 @@ import gpu_select
 import gpu_targets
 import gpu_vllm
 from gpu import Part, Runner
-from gpu_common import Options, Report
+from gpu_common import ROOT, Options, Report
 from gpu_timing import AbsentError, measure, summary
 
 from lynx_trt.plugins import execute
@@ -490,6 +490,15 @@ def test_plots_are_made_of_what_was_recorded(tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr
     assert [Path(line).name for line in said.stdout.splitlines()] == ["decode.png", "active.png", "select.png"]
     assert all(Path(line).read_bytes()[:4] == b"\x89PNG" for line in said.stdout.splitlines())
+
+
+def test_the_tests_for_a_gpu_in_tiny() -> None:
+    """A machine with a GPU is no place to find out that they don't run."""
+    environment = {**os.environ, "LYNX_GPU_DRY": "1", "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600, cwd=ROOT)
+    assert said.returncode == 0, said.stdout
+    assert " passed" in said.stdout
 
 
 def test_without_a_gpu_a_script_says_so(tmp_path: Path) -> None:
