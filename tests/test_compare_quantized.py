@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from lynx_trt.comparison.runners import open_runner, specs
 from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.functions import add_functions
 from lynx_trt.export.ops import experts_attributes
-from lynx_trt.machine import memory_bytes, weights_problem
+from lynx_trt.machine import _LOADING, memory_bytes, weights_problem
 from lynx_trt.runtime.lowering import Form, lower
 from lynx_trt.runtime.ort import OrtBackend
 
@@ -39,7 +40,7 @@ def twins(workspace: Path, build_quietly: Callable[..., Artifact]) -> Twins:
         if key not in made:
             folder = workspace / "quantized" / "-".join(key)
             wide = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}  # blocks of 128
-            model = tiny_models.random_model(name, **(wide if kind == "fp8" else {}))
+            model = tiny_models.random_model(name, **(wide if FORMATS[kind].block == 128 else {}))
             built = build_quietly(
                 tiny_models.save(model, folder / "model"), folder / "built", preset="lynx", precision=precision
             )
@@ -79,7 +80,7 @@ def _rewritten(built: Artifact, folder: Path, kind: str | None = None) -> Artifa
         names: list[str] = []
         scales: list[str] = []
         for what, shape in (("gate_up", (experts, rows, width)), ("down", (experts, width, record.intermediate))):
-            values, scale = _random(of, shape, random)
+            values, scale = _random(of, shape, random, dtype)
             full = FORMATS[of].dequantize(values, scale)
             names.append(stored(f"{what}_{number}", values if kind else full.astype(dtype)))
             if kind:
@@ -98,14 +99,21 @@ def _rewritten(built: Artifact, folder: Path, kind: str | None = None) -> Artifa
     return Artifact(folder, built.manifest.model_copy(update={"model": record}))
 
 
-def _random(kind: str, shape: tuple[int, int, int], random: np.random.Generator) -> tuple[Array, Array]:
+def _random(
+    kind: str, shape: tuple[int, int, int], random: np.random.Generator, precision: np.dtype[Any]
+) -> tuple[Array, Array]:
     *rows, width = shape
+    stored = FORMATS[kind]
+    values = random.integers(-128, 128, (*rows, width // stored.per_byte)).astype(np.int8)
+    scales = (*rows, width // stored.block)
     if kind == "mxfp4":
-        values = random.integers(-128, 128, (*rows, width // 2)).astype(np.int8)
-        return values, random.integers(121, 124, (*rows, width // 32)).astype(np.int8)
-    values = random.integers(-128, 127, (*rows, width)).astype(np.int8)
-    values[values == -1] = 0  # a NaN, as 127 is
-    return values, random.uniform(1e-4, 1e-3, (*rows, width // 128)).astype(np.float32)
+        return values, random.integers(121, 124, scales).astype(np.int8)
+    if kind == "fp8":
+        values[(values == -1) | (values == 127)] = 0  # NaN
+        return values, random.uniform(1e-4, 1e-3, scales).astype(np.float32)
+    factors = random.integers(2, 8, scales) / 512  # three bits, so that weights are numbers of both 16-bit types
+    points = [random.integers(0, 17, scales)] if stored.zeros else []
+    return values, np.concatenate([factors, *points], axis=-1).astype(precision)
 
 
 def _equal(found: list[tuple[Array, Array]], expected: list[tuple[Array, Array]], what: object) -> None:
@@ -114,9 +122,20 @@ def _equal(found: list[tuple[Array, Array]], expected: list[tuple[Array, Array]]
         assert np.abs(got - logits).max() <= 64 * np.finfo(np.float32).eps * np.abs(logits).max(), what
 
 
+NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+# Of int4 one with zero points and one without, of either block.
+KINDS = ("mxfp4", "fp8", "int4_g32_zeros", "int4_g128")
+
+
 # masked, single and unrestricted | with biases, interleaved | a router that is no softmax, so auto is fused
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in NAMES for kind in ("mxfp4", "fp8")),
+        ("qwen3_moe", "int4_g128"),
+        ("gpt_oss", "int4_g32_zeros"),
+    ],
+)
 def test_every_form_gives_what_float_weights_give(name: str, kind: str, twins: Twins) -> None:
     packed, plain = twins(name, kind=kind)
     reference = steps(plain, None)
@@ -140,17 +159,20 @@ def test_a_step_of_one_token(twins: Twins) -> None:
         np.testing.assert_allclose(got.logits, expected.logits, rtol=1e-5, atol=1e-5 * np.abs(expected.logits).max())
 
 
+@pytest.mark.parametrize(("kind", "precision"), [("mxfp4", "fp16"), ("int4_g32_zeros", "fp16"), ("int4_g128", "bf16")])
 @pytest.mark.parametrize("form", ["grouped", "fused"])
-def test_the_rest_in_half_precision(form: Form, twins: Twins) -> None:
-    """As the exporter makes them; both are computed in float32, and these weights are numbers of float16."""
-    packed, plain = twins("gpt_oss", "fp16")
+def test_the_rest_in_half_precision(form: Form, kind: str, precision: str, twins: Twins) -> None:
+    """As the exporter makes them; both are computed in float32, and these weights are numbers of either type."""
+    packed, plain = twins("gpt_oss", precision, kind)
     _equal(steps(packed, form), steps(plain, form), form)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["grouped", "auto", "baseline"])
 def test_weights_become_float_at_load_alone(form: Form, kind: str, twins: Twins, tmp_path: Path) -> None:
-    backend = OrtBackend(twins("qwen3_moe", kind=kind)[0], 1, threads=1, form=form, profile=tmp_path / "step")
+    # Scales of int4 are of the graph's own precision, and become float32 first.
+    packed, _ = twins("qwen3_moe", "fp16" if kind.startswith("int4") else "fp32", kind)
+    backend = OrtBackend(packed, 1, threads=1, form=form, profile=tmp_path / "step")
     lengths = np.ones(1, np.int64)
     backend.step(np.array([[7]]), np.zeros(1, np.int64), lengths, Restriction((8, 8)))
     backend.step(np.array([[7]]), lengths, lengths, Restriction((1, 1)))
@@ -162,17 +184,24 @@ def test_weights_become_float_at_load_alone(form: Form, kind: str, twins: Twins,
     assert "DequantizeLinear" not in ran
 
 
-def test_bytes_stay_in_their_file(twins: Twins) -> None:
+@pytest.mark.parametrize(
+    ("kind", "types", "table"),
+    [
+        ("mxfp4", {TensorProto.INT8, TensorProto.INT16}, 4 << 16),
+        ("int4_g32_zeros", {TensorProto.UINT4, TensorProto.FLOAT16}, 0),
+    ],
+)
+def test_bytes_stay_in_their_file(kind: str, types: set[int], table: int, twins: Twins) -> None:
     """Of a lowered graph, in which only tables and constants of the selection lie inside."""
-    packed, _ = twins("gpt_oss")
+    packed, _ = twins("gpt_oss", "fp16", kind)
     for form, parts in (("grouped", 8), ("fused", 1)):
         graph = lower(packed, form=form).model.graph  # type: ignore[arg-type]
         there = [t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL]
         ours = [t for t in there if {e.key: e.value for e in t.external_data}["location"] == FILE]
         assert len(ours) == 2 * 2 * 2 * parts  # layers, matrices, values and scales
-        assert {t.data_type for t in ours} == {TensorProto.INT8, TensorProto.INT16}
+        assert {t.data_type for t in ours} == types
         inside = [t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL]
-        assert sum(numpy_helper.to_array(t).nbytes for t in inside if t.data_type == TensorProto.INT8) == 4 << 16
+        assert sum(numpy_helper.to_array(t).nbytes for t in inside if t.data_type == TensorProto.INT8) == table
 
 
 def test_comparing_them(twins: Twins) -> None:
@@ -202,6 +231,7 @@ def test_memory_to_load_them_is_counted(twins: Twins, monkeypatch: pytest.Monkey
             "moe_layers": [layer.model_copy(update={"expert_bytes": 10**7}) for layer in packed.moe_layers],
         }
     )
+    assert _LOADING.keys() == FORMATS.keys()
     assert weights_problem(packed) is None
     assert memory_bytes() > 0
     monkeypatch.setattr("lynx_trt.machine.memory_bytes", lambda: 4 * 10**9)
@@ -210,7 +240,7 @@ def test_memory_to_load_them_is_counted(twins: Twins, monkeypatch: pytest.Monkey
     assert "its weights take 5.0 GB while they become float32" in str(weights_problem(larger))
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8", "int4_g32_zeros"])
 def test_their_graph_as_an_onnx_file(
     kind: str, twins: Twins, tmp_path: Path, build_quietly: Callable[..., Artifact]
 ) -> None:
@@ -226,7 +256,7 @@ def test_their_graph_as_an_onnx_file(
         assert (one.experts, one.intermediate, one.rule) == (other.experts, other.intermediate, other.rule)
         values = 3 * packed.hidden * one.intermediate
         biases = 2 * (2 * one.intermediate + packed.hidden)
-        assert one.expert_bytes == {"mxfp4": values * 17 // 32, "fp8": values + values // 32}[kind] + biases
+        assert one.expert_bytes == values * FORMATS[kind].bytes_a_value + biases
 
 
 def test_an_onnx_file_from_before_there_were_quantized_weights(
