@@ -101,12 +101,13 @@ class Foreign:
         return len(self.selects)
 
 
-def read_foreign(path: Path, selection: Selection) -> Foreign:
+def read_foreign(path: Path, selection: Selection, *, dequantize: bool = False) -> Foreign:
     """Open `path` and rewrite every MoE block that is recognised; whether that is enough, `require_all` says.
 
     Args:
         path: an .onnx file; its data files are not read.
         selection: parameters of every LynxSelect.
+        dequantize: also weights that could stay in int4.
 
     Raises:
         CheckpointError: the file or its data can't be read.
@@ -124,7 +125,7 @@ def read_foreign(path: Path, selection: Selection) -> Foreign:
     find_ours(foreign)
     standardize(model, simple=True)
     infer_shapes(model)
-    _rewrite(foreign, selection)
+    _rewrite(foreign, selection, dequantize=dequantize)
     return foreign
 
 
@@ -183,7 +184,7 @@ def infer_shapes(model: ir.Model) -> None:
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
-def _rewrite(foreign: Foreign, selection: Selection) -> None:
+def _rewrite(foreign: Foreign, selection: Selection, *, dequantize: bool) -> None:
     """Apply the patterns: the fused ops first, then what is written in standard ops."""
     from onnx_ir.passes import common
 
@@ -198,7 +199,7 @@ def _rewrite(foreign: Foreign, selection: Selection) -> None:
     from lynx_trt.export.regions.find import Finder
 
     graph = foreign.model.graph
-    emitter = Emitter(graph, selection)
+    emitter = Emitter(graph, selection, dequantize=dequantize)
     _apply(foreign, [MoeOp(emitter), QMoeOp(emitter), TrtMoe(emitter)])
     finder = Finder(graph)
     foreign.refused += finder.refused

@@ -70,7 +70,7 @@ def build_onnx(options: BuildOptions, progress: Progress) -> Artifact:
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     update = progress.phase(f"MoE blocks of {options.model.name}")
-    foreign = pass_.read_foreign(options.model, PRESETS[options.preset])
+    foreign = pass_.read_foreign(options.model, PRESETS[options.preset], dequantize=options.dequantize)
     warnings = pass_.require_all(foreign, allow_partial=options.allow_partial)
     selection, restriction = command._selection(options, _Source(_layers(foreign)))  # type: ignore[arg-type]  # layers are all it reads
     foreign.select(selection)
@@ -190,8 +190,9 @@ def _parameters(foreign: Foreign) -> int:
     values = (value for value in foreign.model.graph.initializers.values() if value not in scales)
     floats = (value.const_value for value in values if value.const_value is not None)
     plain = sum(tensor.size for tensor in floats if tensor.dtype.is_floating_point())
-    packed = [block for block in foreign.ours if block.form["weights"] != "float"]
-    return plain + sum(b.experts * b.hidden_size * b.intermediate * (3 if b.form["gated"] else 2) for b in packed)
+    packed = [(block, block.form["gated"]) for block in foreign.ours if block.form["weights"] != "float"]
+    packed += [(block, block.form.gated) for block in foreign.blocks if block.form.quantized]  # type: ignore[misc]
+    return plain + sum(b.experts * b.hidden_size * b.intermediate * (3 if gated else 2) for b, gated in packed)
 
 
 def _quantized(graph: ir.Graph) -> list[ir.Node]:
@@ -212,7 +213,7 @@ def _layer_records(foreign: Foreign) -> list[MoeLayerRecord]:
                 experts=block.experts,
                 experts_per_token=block.experts_per_token,
                 intermediate=block.intermediate,
-                expert_bytes=block.expert_parameters * int(block.dtype.itemsize),
+                expert_bytes=block.expert_bytes,
                 form={"pattern": block.pattern, **asdict(block.form)},
                 rule=block.rule,
             )

@@ -60,6 +60,7 @@ class Spec:
     fragment: int = 0  # rank of the one input of a graph that is a block and nothing else; 0: a whole model
     seed: int = 0
     vocabulary: int = 32
+    block: int = 16  # columns that share a scale, of quantized weights whose sizes are multiples of it
 
 
 @dataclass
@@ -362,17 +363,17 @@ def _fused(maker: Maker, hidden: str, router: str, weights: Experts) -> str:
     bits = int(spec.form[-1])
     packed = [_quantize(maker, array, bits) for array in (first, second)]
     inputs = [hidden, logits, *packed[0], biases[0], *packed[1], biases[1]]
-    attributes |= {"expert_weight_bits": bits, "block_size": 16 if _blocked(spec) else None}
+    attributes |= {"expert_weight_bits": bits, "block_size": spec.block if _blocked(spec) else None}
     return str(maker.op("QMoE", *inputs, domain="com.microsoft", **attributes))
 
 
 def _blocked(spec: Spec) -> bool:
-    return spec.inner % 16 == 0 and spec.hidden % 16 == 0
+    return spec.inner % spec.block == 0 and spec.hidden % spec.block == 0
 
 
 def _quantize(maker: Maker, array: Any, bits: int) -> list[str]:
-    """Packed weights and scales; by blocks of 16 columns where the sizes allow, else by row."""
-    block = 16 if _blocked(maker.spec) else array.shape[-1]
+    """Packed weights and scales; by blocks of columns where the sizes allow, else by row."""
+    block = maker.spec.block if _blocked(maker.spec) else array.shape[-1]
     blocked = array.reshape(*array.shape[:2], -1, block)
     scale = np.abs(blocked).max(axis=-1) / (2 ** (bits - 1) - 1)
     scale = scale.astype(helper.tensor_dtype_to_np_dtype(maker.element)).astype(np.float64)

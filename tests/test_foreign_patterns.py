@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from foreign_graphs import FORMS, ROUTINGS, RUNNABLE, Spec, make_model
+from foreign_graphs import FORMS, ROUTINGS, RUNNABLE, Spec, make_model, save_model
 from foreign_run import TOLERANCE, difference, error, feeds, rewrite, run, session
 from onnx import helper, numpy_helper
 
+from lynx_trt.experts import FORMATS
 from lynx_trt.export.foreign import read_foreign
+from lynx_trt.export.foreign_files import write_foreign
 from lynx_trt.selection import PRESETS
 
 PATTERN = {
@@ -208,16 +210,83 @@ def test_zero_points(bits: int, tmp_path: Path) -> None:
     8 bits with a scale a row, 4 bits with one a block: with 8 bits and blocks the kernel rounds activations to 8 bits.
     """
     model = make_model(Spec(form=f"qmoe{bits}", layers=1, hidden=32 if bits == 4 else 20, inner=32))
+    _give_zero_points(model, bits)
+    foreign, rewritten = rewrite(model, tmp_path)
+    assert difference(model, rewritten, foreign.experts) < TOLERANCE
+
+
+def _give_zero_points(model: onnx.ModelProto, bits: int, only: int | None = None) -> None:
+    """Random ones, or bytes of that value."""
     node = _moe_node(model)
     node.input.extend([""] * (14 - len(node.input)))
     generator = np.random.default_rng(0)
     for at, scales in ((11, 3), (12, 6)):
         shape = next(list(t.dims) for t in model.graph.initializer if t.name == node.input[scales])
         packed = generator.integers(0, 256, [*shape[:-1], -(-shape[-1] * bits // 8)]).astype(np.uint8)
+        if only is not None:
+            packed[:] = only
         model.graph.initializer.append(numpy_helper.from_array(packed, f"zeros{at}"))
         node.input[at] = f"zeros{at}"
+
+
+@pytest.mark.parametrize("zeros", ["none", "usual", "random"])
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        pytest.param({"block": 32, "hidden": 96, "inner": 64}, "int4_g32", id="32"),
+        pytest.param({"block": 64, "hidden": 64, "inner": 128}, "int4_g32", id="64"),
+        pytest.param({"block": 128, "hidden": 256, "inner": 128}, "int4_g128", id="128"),
+        pytest.param({"block": 64, "hidden": 128, "inner": 160}, "int4_g32", id="rows"),  # a scale for 128 and for 160
+    ],
+)
+def test_qmoe_of_16_bits_stays_in_int4(sizes: dict[str, int], kind: str, zeros: str, tmp_path: Path) -> None:
+    model = make_model(Spec(form="qmoe4", layers=1, dtype="fp16", bias=True, gated=zeros == "random", **sizes))
+    if zeros != "none":
+        _give_zero_points(model, 4, None if zeros == "random" else 0x88)
     foreign, rewritten = rewrite(model, tmp_path)
+    (block,) = foreign.blocks
+    assert block.form.weights == kind + ("_zeros" if zeros == "random" else "")
     assert difference(model, rewritten, foreign.experts) < TOLERANCE
+    kept = {name.rpartition(".")[2]: stack for name, stack in foreign.stacks.items() if "bias" not in name}
+    biases = 2 * (block.hidden_size + block.intermediate * (2 if block.form.gated else 1))
+    assert sum(stack.nbytes for stack in kept.values()) == 6 * (block.expert_bytes - biases)
+    full = read_foreign(tmp_path / "original" / "model.onnx", PRESETS["lynx"], dequantize=True)
+    assert full.blocks[0].form == replace(block.form, weights="float")
+    for name in ("gate_up", "down"):
+        values, scales = (kept[each].numpy() for each in (name, f"{name}_scale"))
+        matrix = FORMATS[block.form.weights].dequantize(values, scales)
+        np.testing.assert_array_equal(matrix.astype(np.float16), full.stacks[f"lynx.moe.0.{name}"].numpy())
+
+
+def test_int4_of_a_data_file_stays_where_it_is(tmp_path: Path) -> None:
+    """Only scales are laid out anew."""
+    spec = Spec(form="qmoe4", layers=1, dtype="fp16", hidden=128, inner=256, block=128)
+    path = save_model(spec, tmp_path / "model", external=True)
+    foreign = read_foreign(path, PRESETS["lynx"])
+    assert [name.rpartition(".")[2] for name in foreign.stacks] == ["gate_up_scale", "down_scale"]
+    (tmp_path / "rewritten").mkdir()
+    write_foreign(foreign, tmp_path / "rewritten")
+    original, rewritten = onnx.load(path), onnx.load(tmp_path / "rewritten" / "model.onnx")
+    assert difference(original, rewritten, foreign.experts) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ({"dtype": "fp32"}, "the graph computes in fp32"),
+        ({"block": 16}, "a scale is for 16 columns, and LynxExperts has one for each 32 or 128"),
+        ({"form": "qmoe8"}, None),
+        ({"activation": "identity"}, None),  # has rows twice, of which one is negated
+    ],
+)
+def test_other_qmoe_is_dequantized(spec: dict[str, Any], why: str | None, tmp_path: Path) -> None:
+    usual = {"form": "qmoe4", "dtype": "fp16", "block": 32, "hidden": 32, "inner": 32, "layers": 2, "gated": False}
+    foreign, _ = rewrite(make_model(Spec(**(usual | spec))), tmp_path)
+    assert [block.form.weights for block in foreign.blocks] == ["float"] * 2
+    assert all(block.packed for block in foreign.blocks)
+    notes = [line for line in foreign.notes if "int4" in line]  # one for all layers
+    assert len(notes) == (why is not None)
+    assert all(note.endswith(str(why)) for note in notes)
 
 
 def _refusal(model: onnx.ModelProto, folder: Path) -> str:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export import ops
 from lynx_trt.export.relayout import Stack
 from lynx_trt.export.step_inputs import Step
 from lynx_trt.selection import Selection
 
-# A weight that is in the graph as LynxExperts wants it, or one that has yet to be laid out.
-Weight = ir.Value | Stack
+# A weight that is in the graph as LynxExperts wants it, one whose bytes a data file has so, or one that has yet to be
+# laid out.
+Weight = ir.Value | ir.ExternalTensor | Stack
 
 
 class RefusedError(Exception):
@@ -50,6 +51,7 @@ class Block:
         route: makes the routing, with nodes of a builder where the graph doesn't have it as values.
         rule: how the router ranks and weighs, in words; None where no rule is known.
         gate_up, down, gate_up_bias, down_bias: in the layout of `form`; both biases or none.
+        gate_up_scale, down_scale: of quantized weights alone.
         flat_output: the output is [T,H], whatever the shape of `hidden`.
         shape_of: a value whose shape the output has, where it has more axes than `hidden`.
         output_dtype: of the output, where it is another than `dtype`.
@@ -72,6 +74,8 @@ class Block:
     down: Weight
     gate_up_bias: Weight | None = None
     down_bias: Weight | None = None
+    gate_up_scale: Weight | None = None
+    down_scale: Weight | None = None
     flat_output: bool = False
     shape_of: ir.Value | None = None
     output_dtype: ir.DataType | None = None
@@ -81,16 +85,34 @@ class Block:
     @property
     def expert_parameters(self) -> int:
         """Parameters of one expert, biases included."""
-        rows = self.intermediate * (2 if self.form.gated else 1)
-        biases = rows + self.hidden_size if self.gate_up_bias is not None else 0
-        return (rows + self.intermediate) * self.hidden_size + biases
+        return self._matrices + self._biases
+
+    @property
+    def expert_bytes(self) -> int:
+        """What one expert takes, biases included."""
+        size = int(self.dtype.itemsize)
+        stored = FORMATS.get(self.form.weights)
+        return int(self._matrices * (stored.bytes_a_value if stored else size)) + self._biases * size
+
+    @property
+    def _rows(self) -> int:
+        return self.intermediate * (2 if self.form.gated else 1)
+
+    @property
+    def _matrices(self) -> int:
+        return (self._rows + self.intermediate) * self.hidden_size
+
+    @property
+    def _biases(self) -> int:
+        return self._rows + self.hidden_size if self.gate_up_bias is not None else 0
 
 
 class Emitter:
     """Writes blocks as LynxSelect and LynxExperts; keeps what has yet to be laid out, by initializer name."""
 
-    def __init__(self, graph: ir.Graph, selection: Selection) -> None:
-        """Ready `graph` for blocks under `selection`."""
+    def __init__(self, graph: ir.Graph, selection: Selection, *, dequantize: bool = False) -> None:
+        """Ready `graph` for blocks under `selection`; `dequantize`: also weights that could stay quantized."""
+        self.dequantize = dequantize
         self.graph = graph
         self.selection = selection
         self.blocks: list[Block] = []
@@ -115,12 +137,12 @@ class Emitter:
         if given.dtype not in (None, block.dtype):
             given = op.Cast(given, to=int(block.dtype))
         hidden = given if flat else op.Reshape(given, _ints(op, [-1, block.hidden_size]))
-        weights = [block.gate_up, block.down]
-        if block.gate_up_bias is not None and block.down_bias is not None:
-            weights += [block.gate_up_bias, block.down_bias]
-        roles = ("gate_up", "down", "gate_up_bias", "down_bias")
+        weights = {
+            role: getattr(block, role)
+            for role in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+        }
         stored = [
-            self._store(op, f"lynx.moe.{number}.{role}", item) for role, item in zip(roles, weights, strict=False)
+            self._store(op, f"lynx.moe.{number}.{role}", item) for role, item in weights.items() if item is not None
         ]
         attributes = ops.experts_attributes(block.form)
         output = op.LynxExperts(
@@ -166,6 +188,10 @@ class Emitter:
     def _store(self, op: Any, name: str, weight: Weight) -> ir.Value:
         if isinstance(weight, ir.Value):
             return weight
+        if isinstance(weight, ir.ExternalTensor):
+            weight.name = name
+            known: ir.Value = op.initializer(weight, name)
+            return known
         self.stacks[name] = weight
         # Its bytes are made when they are written, an expert at a time; whoever asks for them earlier gets them all.
         tensor = ir.LazyTensor(

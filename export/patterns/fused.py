@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lynx_trt.experts import ExpertsForm
+from lynx_trt import int4
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.patterns.block import Block, RefusedError, Routing, Weight
 from lynx_trt.export.patterns.derived import masked_routing
 from lynx_trt.export.patterns.rule import attribute_text, label
@@ -23,6 +24,42 @@ _GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
+class Int4:
+    """A linear layer's weights in int4, whose rows LynxExperts can be given as they are stored (int4.py).
+
+    stored: the bytes [E,rows,columns/2], the first value in the lower half. scales(e), zeros(e): an expert's, floats
+    [rows,columns/block]; zeros None: all are 8.
+    """
+
+    block: int
+    stored: ir.TensorProtocol
+    scales: Callable[[int], Any]
+    zeros: Callable[[int], Any] | None
+
+    def values(self, expert: int) -> Any:
+        """An expert's bytes."""
+        return View.whole(self.stored).select(0, expert).read().view(np.int8)
+
+    def signed(self) -> ir.ExternalTensor | None:
+        """All of them where they lie in a data file, as the type that LynxExperts wants for their bits."""
+        stored = self.stored
+        if not isinstance(stored, ir.ExternalTensor):
+            return None
+        return ir.ExternalTensor(
+            stored.location, stored.offset, stored.length, ir.DataType.INT8,
+            shape=stored.shape, name=str(stored.name), base_dir=stored.base_dir,
+        )  # fmt: skip
+
+    def beside(self, block: int, with_zeros: bool, expert: int) -> Any:
+        """What is beside an expert's values where blocks are `block` wide, which divides those here."""
+        scales = self.scales(expert)
+        parts = [scales]
+        if with_zeros:
+            parts.append(np.full_like(scales, int4.ZERO) if self.zeros is None else self.zeros(expert))
+        return np.concatenate([np.repeat(part, self.block // block, axis=1) for part in parts], axis=1)
+
+
+@dataclass(frozen=True)
 class Projection:
     """One linear layer of all experts [E,rows,columns]: `read(e)` gives an expert's matrix, `value` is it whole."""
 
@@ -31,6 +68,7 @@ class Projection:
     columns: int
     read: Callable[[int], Any]
     value: ir.Value | None = None
+    kept: Int4 | None = None  # where it may stay in int4
 
 
 @dataclass(frozen=True)
@@ -112,11 +150,13 @@ def fused_block(
     dtype = _dtype(node, weights)
     layout = _Layout(weights, dtype, doubled=doubled)
     notes: list[str] = []
+    kept = None if doubled else _kept(weights, dtype, notes)
     route, rule = _routing(node, logits, router_weights, count, always_renormalize, notes)
     masked = None if rule is None else masked_routing(routers, logits, experts, count, route)
     if masked is not None:
         route, rule = masked
     up_bias, down_bias = layout.biases()
+    matrices = layout.matrices() if kept is None else _int4(weights, dtype, kept)
     return Block(
         name=node.name or str(node.outputs[0].name),
         pattern=pattern,
@@ -124,18 +164,64 @@ def fused_block(
         experts_per_token=count,
         hidden_size=width,
         intermediate=inner * (2 if doubled else 1),
-        form=form,
+        form=form if kept is None else replace(form, weights=kept),
         hidden=hidden,
         dtype=dtype,
         route=route,
         rule=rule,
-        gate_up=layout.gate_up(),
-        down=layout.down(),
+        gate_up=matrices["gate_up"],
+        down=matrices["down"],
+        gate_up_scale=matrices.get("gate_up_scale"),
+        down_scale=matrices.get("down_scale"),
         gate_up_bias=up_bias,
         down_bias=down_bias,
         notes=tuple(notes),
-        packed=weights.packed,
+        packed={} if kept else weights.packed,
     )
+
+
+def _kept(weights: Projections, dtype: ir.DataType, notes: list[str]) -> str | None:
+    """What LynxExperts calls the weights where all of them can stay in int4; a note where they are, and can't."""
+    linears = [weights.fc1.kept, weights.fc2.kept] + ([weights.fc3.kept] if weights.fc3 else [])
+    found = [linear for linear in linears if linear is not None]
+    if len(found) < len(linears):
+        return None
+    if dtype == ir.DataType.FLOAT:
+        notes.append(
+            "the experts' int4 weights are dequantized: LynxExperts has them in fp16 and bf16 alone, and the graph "
+            "computes in fp32"
+        )
+        return None
+    block = next((b for b in reversed(int4.BLOCKS) if all(linear.block % b == 0 for linear in found)), None)
+    if block is None:
+        blocks = " and ".join(map(str, sorted({linear.block for linear in found})))
+        notes.append(
+            f"the experts' int4 weights are dequantized: a scale is for {blocks} columns, and LynxExperts has one for "
+            f"each {int4.BLOCKS[0]} or {int4.BLOCKS[1]}"
+        )
+        return None
+    return int4.name_of(block, zeros=any(linear.zeros is not None for linear in found))
+
+
+def _int4(weights: Projections, dtype: ir.DataType, kind: str) -> dict[str, Weight]:
+    """The block's weights and scales by name, as they are stored; of a separate up projection below the gate's rows."""
+    stored = FORMATS[kind]
+    made: dict[str, Weight] = {}
+    ups = [] if weights.fc3 is None else [weights.fc3]
+    for name, linears in (("gate_up", [weights.fc1, *ups]), ("down", [weights.fc2])):
+        first, rows = linears[0], sum(linear.rows for linear in linears)
+        kept = [linear.kept for linear in linears if linear.kept is not None]
+        values = [linear.values for linear in kept]
+        beside = [partial(linear.beside, stored.block, stored.zeros) for linear in kept]
+        shape = (first.experts, rows, first.columns // stored.per_byte)
+        as_it_is = kept[0].signed() if len(kept) == 1 else None
+        made[name] = as_it_is or Stack(shape, ir.DataType.INT8, partial(_below, values))
+        made[f"{name}_scale"] = Stack((*shape[:2], stored.scales(first.columns)), dtype, partial(_below, beside))
+    return made
+
+
+def _below(parts: Sequence[Callable[[int], Any]], expert: int) -> Any:
+    return np.concatenate([part(expert) for part in parts])
 
 
 def _form(node: ir.Node, weights: Projections) -> tuple[ExpertsForm, bool]:
@@ -214,7 +300,11 @@ class _Layout:
     def __init__(self, weights: Projections, dtype: ir.DataType, *, doubled: bool) -> None:
         self._weights, self._dtype, self._doubled = weights, dtype, doubled
 
-    def gate_up(self) -> Weight:
+    def matrices(self) -> dict[str, Weight]:
+        """gate_up and down."""
+        return {"gate_up": self._gate_up(), "down": self._down()}
+
+    def _gate_up(self) -> Weight:
         fc1, fc3 = self._weights.fc1, self._weights.fc3
         if fc3 is None and not self._doubled and self._fits(fc1):
             assert fc1.value is not None
@@ -223,7 +313,7 @@ class _Layout:
         ups = [] if fc3 is None else [fc3.read]
         return Stack((fc1.experts, rows, fc1.columns), self._dtype, partial(self._rows, fc1.read, ups))
 
-    def down(self) -> Weight:
+    def _down(self) -> Weight:
         fc2 = self._weights.fc2
         if not self._doubled and self._fits(fc2):
             assert fc2.value is not None

@@ -1,8 +1,9 @@
-"""`com.microsoft.QMoE`: the fused block with quantized experts, dequantized here.
+"""`com.microsoft.QMoE`: the fused block with quantized experts.
 
-The weights are dequantized while they are written, an expert at a time: (q - zero point) * scale, per row or per block
-of columns, the zero point 2^(bits-1) where none is given. Where the packed tensors lie is kept in the manifest, and
-their data file in the artifact, for a plugin that reads them as they are.
+A weight is (q - zero point) * scale, per row or per block of columns, the zero point 2^(bits-1) where none is given.
+Those of 4 bits in a model of 16 stay so (lynx_trt/int4.py), if their blocks are multiples of 32. Others are dequantized
+while they are written, an expert at a time; where the packed tensors lie is kept in the manifest, and their data file
+in the artifact, for a plugin that reads them as they are.
 
 Read from ONNX Runtime 1.32's CPU kernel by experiment: two 4-bit values a byte, the first in the low half; without
 `router_weights` the weights of the chosen are always divided by their sum, whatever `normalize_routing_weights` says;
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lynx_trt import int4
 from lynx_trt.export.patterns.block import Block, RefusedError
-from lynx_trt.export.patterns.fused import Projection, Projections, constant_tensor, fused_block, input_at
+from lynx_trt.export.patterns.fused import Int4, Projection, Projections, constant_tensor, fused_block, input_at
 from lynx_trt.export.patterns.rule import BlockRule, attribute_text
 from lynx_trt.export.relayout import View, sizes_of
 
@@ -50,13 +52,13 @@ class QMoeOp(BlockRule):
             raise RefusedError(f"its quant_type is {kind!r}; integer weights are known (quant_type 'int')")
         if node.attributes.get_int("weights_prepacked", -1) == 1:
             raise RefusedError("its weights are packed for CUDA; export it with qmoe_weights_prepacked=0")
-        width = _width(node)
+        width, keep = _width(node), not self.dequantize
         fc1, fc2 = _quantized(node, "fc1", width), _quantized(node, "fc2", None)
         fc3 = _quantized(node, "fc3", width) if input_at(node, _INPUTS["fc3"][0]) is not None else None
         weights = Projections(
-            fc1=fc1.projection(),
-            fc2=fc2.projection(),
-            fc3=None if fc3 is None else fc3.projection(),
+            fc1=fc1.projection(keep=keep),
+            fc2=fc2.projection(keep=keep),
+            fc3=None if fc3 is None else fc3.projection(keep=keep),
             fc1_bias=input_at(node, _INPUTS["fc1"][2]),
             fc2_bias=input_at(node, _INPUTS["fc2"][2]),
             fc3_bias=input_at(node, _INPUTS["fc3"][2]),
@@ -85,22 +87,43 @@ class _Quantized:
     bits: int
     columns: int
 
-    def projection(self) -> Projection:
-        return Projection(self.weights.shape[0], self.weights.shape[1], self.columns, self.expert)
+    def projection(self, *, keep: bool) -> Projection:
+        kept = self._kept() if keep and self.bits == 4 else None
+        return Projection(self.weights.shape[0], self.weights.shape[1], self.columns, self.expert, kept=kept)
 
     def expert(self, number: int) -> Any:
         """[N,K] float32 of one expert."""
+        scales, zeros = self._scales(number), self._zeros(number)
         values = unpack(self.weights.select(0, number).read(), self.bits, self.columns)
+        blocked = values.reshape(*scales.shape, -1).astype(np.float32)
+        return ((blocked - zeros[:, :, None]) * scales[:, :, None]).reshape(len(values), self.columns)
+
+    def _scales(self, number: int) -> Any:
+        """[N,blocks] float32 of one expert."""
         scales = self.scales.select(0, number).read().astype(np.float32)
-        scales = scales.reshape(len(values), -1)
-        blocks = scales.shape[1]
-        zeros: Any = np.float32(1 << (self.bits - 1))
-        if self.zero_points is not None:
-            packed = self.zero_points.select(0, number).read()
-            count = blocks if packed.ndim == 2 else len(values)
-            zeros = unpack(packed, self.bits, count).astype(np.float32).reshape(len(values), -1)[:, :, None]
-        blocked = values.reshape(len(values), blocks, -1).astype(np.float32)
-        return ((blocked - zeros) * scales[:, :, None]).reshape(len(values), self.columns)
+        return scales.reshape(len(scales), -1)
+
+    def _zeros(self, number: int) -> Any:
+        """[N,blocks] float32 of one expert."""
+        rows, blocks = self.weights.shape[1], self.scales.shape[2] if len(self.scales.shape) == 3 else 1
+        if self.zero_points is None:
+            return np.full((rows, blocks), 1 << (self.bits - 1), np.float32)
+        packed = self.zero_points.select(0, number).read()
+        count = blocks if packed.ndim == 2 else rows
+        return unpack(packed, self.bits, count).astype(np.float32).reshape(rows, blocks)
+
+    def _kept(self) -> Int4:
+        """As LynxExperts takes them; its zero points are looked at once."""
+        blocks = self.scales.shape[2] if len(self.scales.shape) == 3 else 1
+        usual = self.zero_points is None or all(
+            (self._zeros(number) == int4.ZERO).all() for number in range(self.weights.shape[0])
+        )
+        return Int4(
+            self.columns // blocks,
+            self.weights.tensor,
+            self._scales,
+            None if usual else self._zeros,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Where the packed form lies."""

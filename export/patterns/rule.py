@@ -41,6 +41,11 @@ class BlockRule(RewriteRuleClassBase):  # type: ignore[misc]
         self.refused: list[Refusal] = []
 
     @property
+    def dequantize(self) -> bool:
+        """Whether weights that could stay quantized are dequantized."""
+        return self._emitter.dequantize
+
+    @property
     def routers(self) -> Routers:
         """What derives a router's rule; made when it is first asked for."""
         if self._routers is None:
