@@ -11,7 +11,7 @@ point is exact then, and is rounded once, times its scale.
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.experts_packed import over_bytes
+from lynx_trt.plugins.experts_packed import over_bytes, take_apart
 
 
 def _instructions(large: str) -> str:
@@ -51,15 +51,7 @@ def dequantize_int4(
     Scales and zero points are [ROWS, blocks], of type DTYPE; without ZEROS the latter are not read.
     """
     large: tl.constexpr = LARGE_BFLOAT16 if DTYPE.is_bf16() else LARGE_FLOAT16
-    if DTYPE.is_bf16():
-        low, high = tl.inline_asm_elementwise(
-            _TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    else:
-        tl.static_assert(DTYPE.is_fp16())
-        low, high = tl.inline_asm_elementwise(
-            _TO_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+    low, high = take_apart(packed, DTYPE, _TO_BFLOAT16, _TO_FLOAT16)
     if ZEROS:
         large_zero = over_bytes(zero + tl.full([], large, tl.float32).to(DTYPE), ROWS, BLOCK_D)
     else:

@@ -15,7 +15,7 @@ them their scale and their exponent at once.
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.experts_packed import over_bytes
+from lynx_trt.plugins.experts_packed import over_bytes, take_apart
 
 # Four bytes in $4; out come the lower halves' values in $0 and $1 and the upper halves' in $2 and $3, two in each. The
 # four bits of a value go where a 16-bit float has its sign, the last two bits of its exponent and the first one of its
@@ -81,15 +81,7 @@ def dequantize_mxfp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLO
     small for it are rounded as a cast would.
     """
     bias: tl.constexpr = BIAS_BFLOAT16 if DTYPE.is_bf16() else BIAS_FLOAT16
-    if DTYPE.is_bf16():
-        low, high = tl.inline_asm_elementwise(
-            _TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    else:
-        tl.static_assert(DTYPE.is_fp16())
-        low, high = tl.inline_asm_elementwise(
-            _TO_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+    low, high = take_apart(packed, DTYPE, _TO_BFLOAT16, _TO_FLOAT16)
     # A byte of scale is the exponent of a float32.
     factor = (((scale.to(tl.int32) & 255) + bias) << 23).to(tl.float32, bitcast=True).to(DTYPE)
     factor = over_bytes(factor, ROWS, BLOCK_D)
