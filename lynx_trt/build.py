@@ -623,13 +623,14 @@ def _kernels_line(engine: EngineRecord) -> str:
 
 def _tell(artifact: Artifact) -> None:
     from lynx_trt.budgets import in_words
+    from lynx_trt.experts import weights_in_words
     from lynx_trt.tensorrt.gpu import PRODUCTS
 
     manifest, engine = artifact.manifest, artifact.manifest.engine
     layers, packed = len(manifest.model.moe_layers), manifest.model.moe_layers[0].quantized
     typer.echo(
         f"Rewrote {layers} MoE blocks of {manifest.model.architecture}; weights {size(manifest.model.weight_bytes)} in "
-        f"{manifest.model.precision}{', the experts in ' + packed.upper() if packed else ''}"
+        f"{manifest.model.precision}{', the experts in ' + weights_in_words(packed) if packed else ''}"
     )
     chosen = manifest.selection
     limits = in_words(chosen.restriction, [layer.experts for layer in manifest.model.moe_layers])

@@ -64,6 +64,14 @@ def values_an_element(weights: str) -> int:
     return FORMATS[weights].per_byte if weights in FORMATS else 1
 
 
+def weights_in_words(weights: str) -> str:
+    """What people call one of FORMATS."""
+    stored = FORMATS[weights]
+    if not weights.startswith("int4"):
+        return weights.upper()
+    return f"int4 (blocks of {stored.block}{', zero points' if stored.zeros else ''})"
+
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 

@@ -51,12 +51,13 @@ def main(
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
     """The table's rows: a label and a value each."""
     from lynx_trt.budgets import in_words
+    from lynx_trt.experts import weights_in_words
     from lynx_trt.tensorrt.gpu import PRODUCTS
 
     model, engine, chosen = manifest.model, manifest.engine, manifest.selection
     moe = model.moe_layers
     first = moe[0]
-    packed = f", in {first.quantized.upper()}" if first.quantized else ""
+    packed = f", in {weights_in_words(first.quantized)}" if first.quantized else ""
     limits = in_words(chosen.restriction, [layer.experts for layer in moe])
     rules = sorted({layer.rule or "unknown: tokens can lose experts, not be sent to others" for layer in moe})
     table = [

@@ -22,6 +22,7 @@ from lynx_trt.comparison.runners import open_runner, specs
 from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.functions import add_functions
 from lynx_trt.export.ops import experts_attributes
+from lynx_trt.inspect import rows
 from lynx_trt.machine import _LOADING, memory_bytes, weights_problem
 from lynx_trt.runtime.lowering import Form, lower
 from lynx_trt.runtime.ort import OrtBackend
@@ -245,10 +246,15 @@ def test_their_graph_as_an_onnx_file(
     kind: str, twins: Twins, tmp_path: Path, build_quietly: Callable[..., Artifact]
 ) -> None:
     """What `build` says of it is what it says of the graph with float weights, but for bytes."""
-    packed, plain = (
-        build_quietly(each.folder / "model.onnx", tmp_path / each.folder.name).manifest.model
+    artifacts = [
+        build_quietly(each.folder / "model.onnx", tmp_path / each.folder.name)
         for each in twins("gpt_oss", "fp16", kind)
-    )
+    ]
+    packed, plain = (artifact.manifest.model for artifact in artifacts)
+    named = {"mxfp4": "MXFP4", "fp8": "FP8", "int4_g32_zeros": "int4 (blocks of 32, zero points)"}[kind]
+    in_words, in_full = (dict(rows(artifact.manifest))["experts"] for artifact in artifacts)
+    assert in_words.endswith(f"each, in {named}")
+    assert in_full.endswith("each")
     for field in ("precision", "layers", "hidden", "vocabulary", "parameters"):
         assert getattr(packed, field) == getattr(plain, field), field
     for one, other in zip(packed.moe_layers, plain.moe_layers, strict=True):
