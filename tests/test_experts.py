@@ -17,7 +17,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from lynx_trt import fp8
 from lynx_trt.errors import UsageError
-from lynx_trt.experts import ACTIVATIONS, ExpertsForm, experts
+from lynx_trt.experts import ACTIVATIONS, FORMATS, ExpertsForm, experts
 from lynx_trt.mxfp4 import dequantize
 
 Array = NDArray[Any]
@@ -327,3 +327,35 @@ def test_experts_in_fp8_are_those_of_their_dequantized_weights() -> None:
     np.testing.assert_array_equal(found, experts(ExpertsForm(), hidden, index, weight, *full))
     with pytest.raises(UsageError, match=r"gate_up_scale has the shape \(5, 256, 1\)"):
         experts(form, hidden, index, weight, gate_up, down, None, None, *[scales["down_scale"]] * 2)
+
+
+# ------------------------------------------------------------------------------------------------------- int4
+
+
+def test_int4_is_what_the_format_says() -> None:
+    # By hand: 0x21 is 1 and 2, 0xF0 is 0 and 15.
+    values = np.zeros((2, 32), np.uint8)
+    values[:, 0], values[:, 31] = 0x21, 0xF0
+    there = values.view(np.int8)
+    matrix = FORMATS["int4_g32"].dequantize(there, np.array([[0.5, 2], [0, -1]], np.float16))
+    assert matrix[:, [0, 1, 2, 62, 63]].tolist() == [[-3.5, -3, -4, -16, 14], [0, 0, 0, 8, -7]]
+    # Both scales of a row, then both of its zero points.
+    beside = np.array([[0.5, 2, 0, 16], [3, -1, 1, 15]], np.float16)
+    matrix = FORMATS["int4_g32_zeros"].dequantize(there, beside)
+    assert matrix[:, [0, 1, 2, 62, 63]].tolist() == [[0.5, 1, 0, -32, -2], [0, 3, -3, 15, 0]]
+
+
+@pytest.mark.parametrize("weights", [name for name in FORMATS if name.startswith("int4")])
+def test_experts_in_int4_are_those_of_their_dequantized_weights(weights: str) -> None:
+    rng, stored = np.random.default_rng(9), FORMATS[weights]
+    block, inputs = stored.block, {}
+    for name, rows, width in (("gate_up", 4 * block, block), ("down", block, 2 * block)):
+        inputs[name] = rng.integers(-128, 128, (EXPERTS, rows, width // 2)).astype(np.int8)
+        inputs[f"{name}_scale"] = rng.integers(1, 17, (EXPERTS, rows, stored.scales(width))).astype(np.float16)
+    full = {name: stored.dequantize(inputs[name], inputs[f"{name}_scale"]) for name in ("gate_up", "down")}
+    given = {"hidden": rng.normal(size=(TOKENS, block)), "index": rng.integers(0, EXPERTS, (TOKENS, WIDTH))}
+    given["weight"] = rng.random((TOKENS, WIDTH))
+    got = experts(ExpertsForm(weights=weights), **given, **inputs)
+    np.testing.assert_array_equal(got, experts(ExpertsForm(), **given, **full))
+    with pytest.raises(UsageError, match=r"down_scale has the shape"):
+        experts(ExpertsForm(weights=weights), **given, **{**inputs, "down_scale": inputs["down_scale"][..., :-1]})
