@@ -75,6 +75,7 @@ class Source:
     precision: str
     fake: FakeTensorMode
     quantization: Quantization | None  # of the checkpoint, and how much of it is kept
+    parameters: int  # of the model, also of what is kept
 
 
 @dataclass
@@ -143,7 +144,7 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
     Args:
         checkpoint: an opened checkpoint.
         precision: fp32, fp16 or bf16: the dtype of weights, activations and cache.
-        dequantize: all weights, also experts that can stay in MXFP4 or FP8 (`kept.py`).
+        dequantize: all weights, also experts that can stay in MXFP4, FP8 or int4 (`kept.py`).
 
     Raises:
         CheckpointError: the weights are not those of the config, or a scale of such experts is no number.
@@ -162,10 +163,10 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
             caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, sum(cache.size for cache in caches[layer]))]
-    quantization = checkpoint.quantization
+    quantization, parameters = checkpoint.quantization, model.num_parameters()
     if quantization and not dequantize:
         quantization = keep_experts(model, layers, weights, quantization, precision, fake)
-    return Source(model, weights, layers, caches, precision, fake, quantization)
+    return Source(model, weights, layers, caches, precision, fake, quantization, parameters)
 
 
 def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:

@@ -1,4 +1,6 @@
-"""Experts whose weights an artifact keeps as the checkpoint stores them: in MXFP4 (kept_mxfp4.py) or FP8 (kept_fp8.py).
+"""Experts whose weights an artifact keeps as the checkpoint stores them.
+
+Formats are modules: MXFP4 (kept_mxfp4.py), FP8 (kept_fp8.py), int4 (kept_int4.py).
 
 The parameters that hold such a weight in full stay in the model, where its shapes are read, or give their place to the
 stored values if these have their name; scales are buffers beside them. LynxExperts is given what is stored.
@@ -6,14 +8,14 @@ stored values if these have their name; scales are buffers beside them. LynxExpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from lynx_trt.export import kept_fp8, kept_mxfp4, moe
+from lynx_trt.export import kept_fp8, kept_int4, kept_mxfp4, moe
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,22 +31,29 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class _Format:
-    """One in which experts can be kept; the functions are those that kept_mxfp4.py and kept_fp8.py describe."""
+class _Format(Protocol):
+    """One in which experts can be kept: a module."""
 
-    weights: str  # of the form
-    endings: tuple[str, str]  # of the names of values and scales, behind a parameter's
-    is_stored_so: Callable[[StoredTensor], bool]
-    obstacle_of_layer: Callable[[moe.MoeLayer], str | None]
-    obstacle: Callable[[str, Source, torch.dtype], str | None]
-    parts: Callable[[str, Source, PreTrainedModel], Mapping[str, Part]]
+    CALLED: str  # by people
+    ENDINGS: tuple[str, str]  # of the names of values and scales, behind a parameter's
+
+    def is_stored_so(self, stored: StoredTensor) -> bool:
+        """Whether it is in this format."""
+
+    def obstacle_of_layer(self, layer: moe.MoeLayer) -> str | None:
+        """Why a layer of that form can't have such weights, a clause; None if it can."""
+
+    def obstacle(self, name: str, source: Source, dtype: torch.dtype) -> str | None:
+        """Why that parameter can't be kept for an artifact of that dtype, a clause; None if it can."""
+
+    def weights(self, sources: Mapping[str, Source]) -> str:
+        """What the form's `weights` are, of all parameters together, if nothing keeps them from being kept."""
+
+    def parts(self, name: str, source: Source, model: PreTrainedModel, weights: str) -> Mapping[str, Part]:
+        """What LynxExperts takes in the place of that parameter, with such `weights`."""
 
 
-_FORMATS = tuple(
-    _Format(weights, module.ENDINGS, module.is_stored_so, module.obstacle_of_layer, module.obstacle, module.parts)
-    for weights, module in (("mxfp4", kept_mxfp4), ("fp8", kept_fp8))
-)
+_FORMATS: tuple[_Format, ...] = (kept_mxfp4, kept_fp8, kept_int4)
 
 
 def keep_experts(
@@ -82,11 +91,12 @@ def keep_experts(
         return quantization
     if obstacle := _obstacle(form, layers, sources, precision):
         return replace(quantization, obstacle=obstacle)
+    found = form.weights(sources)
     for layer in layers:
-        for name in moe.projections(_module(model, layer)):
-            _keep(form, model, layer, f"{layer.name}.{name}", weights, fake)
-        layer.form = replace(layer.form, transposed=False, weights=form.weights)
-        layer.endings = form.endings
+        for name in (f"{layer.name}.{name}" for name in moe.projections(_module(model, layer))):
+            _keep(form.parts(name, sources[name], model, found), model, layer, name, weights, fake)
+        layer.form = replace(layer.form, transposed=False, weights=found)
+        layer.endings = form.ENDINGS
     return replace(quantization, kept=len(every))
 
 
@@ -96,16 +106,15 @@ def _module(model: PreTrainedModel, layer: moe.MoeLayer) -> nn.Module:
 
 
 def _keep(
-    form: _Format,
+    parts: Mapping[str, Part],
     model: PreTrainedModel,
     layer: moe.MoeLayer,
     name: str,
     weights: CheckpointWeights,
     fake: FakeTensorMode,
 ) -> None:
-    """Put what is stored of parameter `name` in its place, in the layer's module and in what is read."""
+    """Put `parts` in the place of parameter `name`, in the layer's module and in what is read."""
     module = _module(model, layer)
-    parts = form.parts(name, weights.source(name), model)
     kept, full = sum(part.nbytes for part in parts.values()), model.get_parameter(name).nbytes
     for key, part in parts.items():
         with fake:
@@ -122,7 +131,7 @@ def _obstacle(
     form: _Format, layers: Sequence[moe.MoeLayer], sources: Mapping[str, Source], precision: str
 ) -> str | None:
     """Why the weights can't be kept, a clause; None if they can."""
-    what = form.weights.upper()
+    what = form.CALLED
     if precision not in PRECISIONS:
         return (
             f"LynxExperts has weights in {what} in {' and '.join(PRECISIONS)} alone, and the precision is {precision}"

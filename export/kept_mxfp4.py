@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lynx_trt.export.sources import Source
     from lynx_trt.export.stored import StoredTensor
 
+CALLED = "MXFP4"
 ENDINGS = (BLOCKS, SCALES)
 
 
@@ -56,7 +57,12 @@ def obstacle(name: str, source: Source, dtype: torch.dtype) -> str | None:
     return None
 
 
-def parts(name: str, source: Source, model: PreTrainedModel) -> Mapping[str, Part]:
+def weights(sources: Mapping[str, Source]) -> str:
+    """What the form's `weights` are: always the same."""
+    return "mxfp4"
+
+
+def parts(name: str, source: Source, model: PreTrainedModel, weights: str) -> Mapping[str, Part]:
     """What LynxExperts takes of parameter `name`, by the names that the checkpoint has for it."""
     (tensor,) = _tensors(source)
     return {name + ending: part for ending, part in tensor.as_stored().items()}

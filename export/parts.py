@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,18 +12,12 @@ if TYPE_CHECKING:
     from lynx_trt.export.stored import Shards
 
 
+@dataclass(frozen=True)
 class Part(ABC):
     """A tensor of a layer's experts, by the first dimension, of which some at a time are read."""
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """Its shape, as LynxExperts takes it."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Its type in the graph."""
+    shape: tuple[int, int, int]  # as LynxExperts takes it
+    dtype: torch.dtype  # in the graph
 
     @property
     def nbytes(self) -> int:

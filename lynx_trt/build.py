@@ -378,7 +378,7 @@ def _model_record(
         layers=len(exported.source.caches),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
-        parameters=exported.source.model.num_parameters(),
+        parameters=exported.source.parameters,
         weight_bytes=weight_bytes,
         max_length=max_length,
         cache_rows=exported.cache_rows,
@@ -565,9 +565,9 @@ def main(
         bool,
         typer.Option(
             "--dequantize",
-            help="Dequantize all weights, also experts in MXFP4 (gpt-oss) and FP8 (DeepSeek-V3, Qwen3), which in fp16 "
-            "and bf16 stay as they are stored, a quarter and half of the size; weights quantized by another method "
-            "always are.",
+            help="Dequantize all weights, also experts in MXFP4 (gpt-oss), FP8 (DeepSeek-V3, Qwen3) and int4 (GPTQ, "
+            "AWQ, compressed-tensors, QMoE), which in fp16 and bf16 stay as they are stored, a quarter or half of the "
+            "size; weights quantized by another method always are.",
         ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,

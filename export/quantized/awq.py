@@ -35,6 +35,14 @@ class AwqTensor(gptq.GroupedTensor):
         """See GroupedTensor."""
         return _in_order(shards.read(self.parts["zeros"]))
 
+    def pairs(self, shards: Shards) -> torch.Tensor:
+        """See GroupedTensor: of each byte, which has two of N, and the one below it, two bytes of K."""
+        stored = shards.read(self.parts["values"]).view(torch.uint8)
+        first, second = stored[0::2], stored[1::2]
+        lower, upper = first & 15 | second << 4, first >> 4 | second & 0xF0
+        pairs = torch.stack([lower, upper], dim=-1).reshape(len(first), -1, _EACH)[..., _PLACES]
+        return pairs.reshape(len(first), -1).T.contiguous().view(torch.int8)
+
 
 def _in_order(packed: torch.Tensor) -> torch.Tensor:
     values = unpack(packed, _BITS)

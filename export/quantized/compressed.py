@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lynx_trt import int4
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
 from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside, fields_of, refuse_misfits
 from lynx_trt.export.quantized.packed import unpack
@@ -63,6 +64,22 @@ class PackedTensor(ScaledTensor):
             return None
         packed = shards.read(self.parts["zeros"])
         return unpack(packed.T, self.bits).T[: self.shape[-2]] - float(1 << (self.bits - 1))
+
+    def pairs(self, shards: Shards) -> torch.Tensor:
+        """Of 4 bits, the values as lynx_trt/int4.py has them, [R,C/2] int8: the stored bytes."""
+        return shards.read(self.parts["values"]).view(torch.int8)
+
+    def has_zeros(self, shards: Shards) -> bool:
+        """Whether a zero point of those values is another than int4.ZERO."""
+        zeros = self.zeros(shards)
+        return zeros is not None and bool(zeros.any())
+
+    def zeros_of_rows(self, shards: Shards, each: int) -> torch.Tensor:
+        """Their zero points, as scales_of_rows has the scales."""
+        zeros = self.zeros(shards)
+        if zeros is None:
+            return torch.full((self.shape[0], self.shape[1] // each), float(int4.ZERO))
+        return self.of_rows(zeros, each) + int4.ZERO
 
 
 def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterator[ComputedTensor]:

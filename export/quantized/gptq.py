@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lynx_trt import int4
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
 from lynx_trt.export.quantized.computed import (
     ANOTHER,
@@ -26,6 +27,7 @@ from lynx_trt.export.quantized.computed import (
     refuse_misfits,
 )
 from lynx_trt.export.quantized.packed import unpack
+from lynx_trt.export.quantized.scaled import repeated
 from lynx_trt.export.stored import Shards, StoredTensor
 
 _VALUES, _SCALES, _ZEROS, _ORDER = ".qweight", ".scales", ".qzeros", ".g_idx"
@@ -70,6 +72,36 @@ class GroupedTensor(ComputedTensor):
         """See ComputedTensor."""
         stored = self.parts["scales"]
         yield stored.key, shards.read(stored).to(torch.float32)
+
+    def columns_a_scale(self, shards: Shards) -> int | None:
+        """How many of K that follow each other share a scale; None where those that do lie apart (act-order)."""
+        if "order" not in self.parts:
+            return self.group
+        groups = self._groups(shards)
+        first = int((groups == 0).sum())
+        return first if first and torch.equal(groups, torch.arange(len(groups)) // first) else None
+
+    def scales_of_rows(self, shards: Shards, each: int) -> torch.Tensor:
+        """[N,K/each] in float32: one for each of N and each `each` of K, which has a multiple of it to a scale."""
+        ((_, scales),) = self.scales(shards)
+        return self._of_rows(scales, shards, each)
+
+    def pairs(self, shards: Shards) -> torch.Tensor:
+        """Of 4 bits, the values as lynx_trt/int4.py has them, [N,K/2] int8."""
+        return shards.read(self.parts["values"]).T.contiguous().view(torch.int8)
+
+    def has_zeros(self, shards: Shards) -> bool:
+        """Whether a zero point of those values is another than int4.ZERO."""
+        return bool((self.zeros(shards) != int4.ZERO).any())
+
+    def zeros_of_rows(self, shards: Shards, each: int) -> torch.Tensor:
+        """Their zero points, as scales_of_rows has the scales."""
+        return self._of_rows(self.zeros(shards), shards, each)
+
+    def _of_rows(self, grid: torch.Tensor, shards: Shards, each: int) -> torch.Tensor:
+        columns = self.columns_a_scale(shards)
+        assert columns is not None, f"{self.key} is in act-order"
+        return repeated(grid.T, columns, each, self.shape[1])
 
     def _groups(self, shards: Shards) -> torch.Tensor:
         """The group of each of K."""

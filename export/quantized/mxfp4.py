@@ -35,17 +35,6 @@ class PartBytes(Part):
     """
 
     stored: StoredTensor
-    stored_shape: tuple[int, int, int]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """See Part."""
-        return self.stored_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See Part."""
-        return torch.int8
 
     def experts(self, shards: Shards, first: int, last: int) -> torch.Tensor:
         """See Part."""
@@ -76,8 +65,8 @@ class Mxfp4Tensor(ComputedTensor):
         blocks, scales = self.parts["blocks"], self.parts["scales"]
         experts, rows, groups = scales.shape
         return {
-            BLOCKS: PartBytes(blocks, (experts, rows, groups * _BLOCK // 2)),
-            SCALES: PartBytes(scales, (experts, rows, groups)),
+            BLOCKS: PartBytes((experts, rows, groups * _BLOCK // 2), torch.int8, blocks),
+            SCALES: PartBytes((experts, rows, groups), torch.int8, scales),
         }
 
     def scale_beyond(self, largest: int, shards: Shards) -> tuple[str, int, list[int]] | None:

@@ -58,20 +58,24 @@ class ScaledTensor(ComputedTensor):
         values = shards.read(stored)
         yield stored.key, e8m0(values) if stored.dtype in ("F8_E8M0", "U8") else values.to(torch.float32)
 
+    def columns_a_scale(self, _: Shards) -> int:
+        """How many columns share a scale; maybe more than there are."""
+        return self.block[1]
+
     def scales_of_rows(self, shards: Shards, each: int) -> torch.Tensor:
         """[...,R,C/each] in float32: one for each row and each `each` of its columns, of coarser blocks by repetition.
 
         C and the columns of a block, unless it is as wide as the weight, are multiples of `each`.
         """
-        rows, columns = self.block
         ((_, stored),) = self.scales(shards)
-        grid = self._grid(stored)
+        return self.of_rows(self._grid(stored), each)
+
+    def of_rows(self, grid: torch.Tensor, each: int) -> torch.Tensor:
+        """The same of any numbers [...,ceil(R/rows),ceil(C/columns)], one for each block."""
+        rows, columns = self.block
         if rows > 1:
             grid = grid.repeat_interleave(rows, dim=-2)[..., : self.shape[-2], :]
-        wanted = self.shape[-1] // each
-        if grid.shape[-1] == 1:
-            return grid.expand(*grid.shape[:-1], wanted)
-        return grid.repeat_interleave(columns // each, dim=-1)[..., :wanted]
+        return repeated(grid, columns, each, self.shape[-1])
 
     def _grid(self, stored: torch.Tensor) -> torch.Tensor:
         """One for each block, whichever shape they are stored in."""
@@ -84,6 +88,14 @@ def over_block(grid: torch.Tensor, rows: int, columns: int, shape: torch.Size) -
     if rows > 1:
         grid = grid.repeat_interleave(rows, dim=0)[: shape[0]]
     return grid.repeat_interleave(columns, dim=1)[:, : shape[1]] if grid.shape[1] > 1 else grid
+
+
+def repeated(grid: torch.Tensor, columns: int, each: int, width: int) -> torch.Tensor:
+    """Of [...,ceil(width/columns)], one for so many columns, [...,width/each]: one for each `each` of them."""
+    wanted = width // each
+    if grid.shape[-1] == 1:
+        return grid.expand(*grid.shape[:-1], wanted)
+    return grid.repeat_interleave(columns // each, dim=-1)[..., :wanted]
 
 
 def grid_of(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
