@@ -139,16 +139,29 @@ def expanded(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) ->
     return scales[rows][:, columns]
 
 
-def integers(folder: Path, target: Path, method: str, *, full: bool = False) -> Path:
-    """int4 with zero points in groups of 16, as `method` packs it; `full`: not packed, but what it means, in float32.
+def integers(
+    folder: Path, target: Path, method: str, *, full: bool = False, group: int = 16, act_order: bool = True
+) -> Path:
+    """int4 in groups, as `method` packs it; `full`: not packed, but what it means, in float32.
 
-    symmetric: compressed-tensors without zero points; mixed: with two groups, attention in int8 with a scale a row.
+    With zero points but in symmetric and gptq_symmetric; mixed: with two groups, attention in int8 with a scale a row;
+    gptq_v2: with zero points as they are.
+
+    Args:
+        folder: a checkpoint.
+        target: where the quantized one goes.
+        method: one of _PACKERS.
+        full: see above.
+        group: columns that share a scale; -1: all of a row.
+        act_order: of GPTQ: they lie apart.
     """
-    symmetric = method == "symmetric"
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
+    symmetric = method.endswith("symmetric")
+    strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, **strategy}
     rows = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"}
     experts = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
     attention = {"targets": ["re:.*self_attn.*"], "weights": rows, "format": "pack-quantized"}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": symmetric, "desc_act": act_order}
     config = {
         "packed": {
             "quant_method": "compressed-tensors",
@@ -157,8 +170,10 @@ def integers(folder: Path, target: Path, method: str, *, full: bool = False) -> 
         },
         "symmetric": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]},
         "mixed": {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"]},
-        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": True},
-        "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
+        "gptq": gptq,
+        "gptq_symmetric": gptq,
+        "gptq_v2": {**gptq, "checkpoint_format": "gptq_v2"},
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"},
     }[method]
     if method in ("packed", "symmetric", "mixed"):
         config["config_groups"] = {"0": experts} | ({"1": attention} if method == "mixed" else {})
@@ -167,12 +182,13 @@ def integers(folder: Path, target: Path, method: str, *, full: bool = False) -> 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for key in _linears(tensors):
             weight, name = tensors.pop(key), key.removesuffix(".weight")
-            bits, group = (8, weight.shape[1]) if method == "mixed" and "self_attn" in key else (4, 16)
+            columns = weight.shape[1]
+            bits, size = (8, -1) if method == "mixed" and "self_attn" in key else (4, group)
             # Columns that share a scale lie apart in GPTQ: what it calls act-order.
-            order = torch.arange(weight.shape[1]) // group
-            if method == "gptq":
+            order = torch.arange(columns) // (columns if size == -1 else size)
+            if "gptq" in method and act_order:
                 order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(len(order)))]
-            least = {"symmetric": 8, "gptq": 1}.get(method, 0)
+            least = {"symmetric": 8, "gptq_symmetric": 8, "gptq": 1}.get(method, 0)
             values, scales, zeros = _grouped(weight.float(), order, bits, least, symmetric=symmetric)
             if full:
                 tensors[key] = (values - zeros[:, order]) * scales[:, order]
@@ -228,6 +244,10 @@ def _pack_gptq(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> d
     }
 
 
+def _pack_gptq_v2(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
+    return {**_pack_gptq(values, scales, zeros, order, bits), ".qzeros": _pack(zeros.T, bits)}
+
+
 def _pack_awq(values: Any, scales: Any, zeros: Any, order: Any, bits: int) -> dict[str, torch.Tensor]:
     places = [0, 2, 4, 6, 1, 3, 5, 7]
     return {
@@ -248,5 +268,7 @@ _PACKERS = {
     "symmetric": _pack_symmetric,
     "mixed": _pack_compressed,
     "gptq": _pack_gptq,
+    "gptq_symmetric": _pack_gptq,
+    "gptq_v2": _pack_gptq_v2,
     "awq": _pack_awq,
 }
