@@ -116,19 +116,25 @@ def select_case(preset: str = "lynx", **changes) -> Case:
     return Case("LynxSelect", {**attributes, **changes}, list(zip(kinds, shapes, strict=True)))
 
 
-def quantized_inputs(weights: str, shapes: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+def quantized_inputs(weights: str, shapes: list[tuple[int, ...]], kind: str) -> list[tuple[str, tuple[int, ...]]]:
     """The types and shapes in which matrices of such shapes are stored: the values of each, then the scales of each."""
-    stored, scale = FORMATS[weights], "int8" if weights == "mxfp4" else "float32"
+    stored = FORMATS[weights]
+    scale = kind if stored.scale_type == "float" else stored.scale_type
     values = [("int8", (*rows, depth // stored.per_byte)) for *rows, depth in shapes]
-    return values + [(scale, (*rows, depth // stored.block)) for *rows, depth in shapes]
+    return values + [(scale, (*rows, stored.scales(depth))) for *rows, depth in shapes]
+
+
+def sizes_for(weights: str, small: tuple[int, int]) -> tuple[int, int]:
+    """H and I: `small` unless blocks are wider."""
+    return (128, 256) if weights in FORMATS and FORMATS[weights].block == 128 else small
 
 
 def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias: bool = False, **changes) -> Case:
     form = form or ExpertsForm()
-    e, k, h, i = 8, 2, 128, 256 if form.weights == "fp8" else 96
+    e, k, (h, i) = 8, 2, sizes_for(form.weights, (128, 96))
     r = 2 * i if form.gated else i
     if form.quantized:
-        weights = quantized_inputs(form.weights, [(e, r, h), (e, h, i)])
+        weights = quantized_inputs(form.weights, [(e, r, h), (e, h, i)], kind)
     else:
         weights = [(kind, (e, h, r)), (kind, (e, i, h))] if form.transposed else [(kind, (e, r, h)), (kind, (e, h, i))]
     inputs = [(kind, ("T", h)), ("int64", ("T", k)), ("float32", ("T", k)), *weights]
@@ -369,8 +375,8 @@ def test_types_of_quantized_weights(built, weights):
     """In the contract's words. uint8 is none of the probe's; TensorRT makes int32 of it."""
     case = experts_case(ExpertsForm(weights=weights))
     kinds = [kind for kind, _ in case.inputs]
-    other = {"int8": "float32", "float32": "int8"}[kinds[5]]
-    for position, kind in ((3, "int32"), (4, "float16"), (5, other), (6, "float16")):
+    other = "float32" if kinds[5] == "int8" else "int8"
+    for position, kind in ((3, "int32"), (4, "float16"), (5, other), (6, "bfloat16")):
         types = [*kinds[:position], kind, *kinds[position + 1 :]]
         case.inputs = [(each, shape) for each, (_, shape) in zip(types, case.inputs, strict=True)]
         lines = probe(built, case.commands("outputs"))
@@ -477,7 +483,7 @@ def test_engines(built, tmp_path, form):
     for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    h, i = (128, 256) if form.weights == "fp8" else (32, 64)
+    h, i = sizes_for(form.weights, (32, 64))
     path = make_graph(tmp_path / "model.onnx", "fp16", layers=2, bias=True, hidden=h, intermediate=i, form=form)
     attributes = select_attributes(PRESETS["lynx"], experts_per_token=K, renormalize=True, scale=1.0)
     values = CONTRACTS["LynxSelect"].parse_fields(attributes)
@@ -486,7 +492,7 @@ def test_engines(built, tmp_path, form):
     values = CONTRACTS["LynxExperts"].parse_fields({**experts_attributes(form), "dispatch": 1})
     weights = [(E, 2 * i, h), (E, h, i)]
     if form.quantized:
-        weights = [shape for _, shape in quantized_inputs(form.weights, weights)]
+        weights = [shape for _, shape in quantized_inputs(form.weights, weights, "float16")]
     shapes = [(1, h), (1, K), (1, K), *weights, (E, 2 * i), (E, h), (metadata(1),)]
     specs.append(spec_of("LynxExperts", values, shapes, "float16"))
     (tmp_path / "kernels").write_bytes(blob := fake_kernels(specs, (90,), 256).to_bytes())
@@ -509,16 +515,16 @@ def test_engines(built, tmp_path, form):
         assert found["python"] == found["cpp"]
 
 
-@pytest.mark.parametrize(("weights", "sizes"), [("mxfp4", (32, 64)), ("fp8", (128, 256))])
-def test_an_engine_of_wrong_sizes(built, tmp_path, weights, sizes):
+@pytest.mark.parametrize("weights", ["mxfp4", "fp8", "int4_g32_zeros"])
+def test_an_engine_of_wrong_sizes(built, tmp_path, weights):
     """TensorRT knows the sizes while it parses, and stops there; the plugin's words are in its log."""
     from test_tensorrt_build import edit, reshape
     from trt_graphs import make_graph
 
-    hidden, intermediate = sizes
+    hidden, intermediate = sizes_for(weights, (32, 64))
     form = ExpertsForm(weights=weights)
     path = make_graph(tmp_path / "model.onnx", "fp16", hidden=hidden, intermediate=intermediate, form=form)
-    edit(path, reshape("down_scale.0", 4, 2 * hidden, 2))
+    edit(path, reshape("down_scale.0", 4, 2 * hidden, FORMATS[weights].scales(intermediate)))
     library, tests = str(built / "liblynx_plugin.so"), str(Path(__file__).parent)
     script = BUILD_SCRIPT.format(
         tests=tests, library=library, path=str(path), plan=str(tmp_path / "plan"), kernels=None

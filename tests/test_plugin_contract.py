@@ -13,7 +13,7 @@ import pytest
 from fake_kernels import FakeDriver, fake_kernels
 
 from lynx_trt.errors import ArtifactError, TensorRTError
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
 from lynx_trt.plugins import launcher, python_plugin
 from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, FLOAT_TYPES, SELECT_CONTRACT
@@ -111,8 +111,12 @@ FP8 = {
     "down_scale": (8, 256, 3),
 }
 FP8_BIASES = {"gate_up_bias": (8, 768), "down_bias": (8, 256)}
+# Of int4 blocks of 32, in the sizes of MXFP4, with zero points and without.
+INT4 = {**MXFP4, "gate_up_scale": (8, 192, 2), "down_scale": (8, 64, 3)}
+ZEROS = {**MXFP4, "gate_up_scale": (8, 192, 4), "down_scale": (8, 64, 6)}
 IN_MXFP4, IN_FP8 = {"weights": "mxfp4"}, {"weights": "fp8"}
-# The types of both kinds' weights.
+IN_INT4, IN_ZEROS, IN_WIDE = ({"weights": f"int4_g{kind}"} for kind in ("32", "32_zeros", "128"))
+# The types of weights in two kinds; the scales of int4 are of the graph's own.
 QUANTIZED_TYPES = {"mxfp4": ["int8"] * 4, "fp8": ["int8", "int8", "float32", "float32"]}
 
 
@@ -133,6 +137,9 @@ def test_sizes_that_fit():
         (IN_MXFP4 | {"gated": 0}, {**MXFP4, "gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 2)}),
         (IN_FP8, FP8),
         (IN_FP8 | {"gated": 0}, {**FP8, "gate_up": (8, 384, 256), "gate_up_scale": (8, 384, 2)}),
+        (IN_INT4, INT4),
+        (IN_ZEROS, ZEROS),
+        (IN_ZEROS | {"gated": 0}, {**ZEROS, "gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 4)}),
     ]
     for values, weights in forms:
         width = shapes_of(weights)[0][1]
@@ -181,6 +188,12 @@ WRONG_SIZES = [
     (IN_FP8, FP8, {"down_scale": (8, 256, 12)}, "down_scale has J = 12, and 128 J has to be I, which is 384"),
     (IN_FP8, FP8, {"down_scale": (8, 2, 3)}, "down_scale has H = 2, and hidden has 256"),
     (IN_FP8, FP8 | FP8_BIASES, {"gate_up_bias": (8, 384)}, "gate_up_bias has R = 384, and gate_up has 768"),
+    (IN_INT4, INT4, {"gate_up": (8, 192, 64)}, "gate_up has P = 64, and 2 P has to be H, which is 64"),
+    (IN_INT4, ZEROS, {}, "gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
+    (IN_ZEROS, INT4, {}, "gate_up_scale has G = 2, and 32 G has to be 2 H, which is 128"),
+    (IN_ZEROS, ZEROS, {"down_scale": (8, 64, 3)}, "down_scale has J = 3, and 32 J has to be 4 Q, which is 192"),
+    (IN_ZEROS | {"gated": 0}, ZEROS, {}, "gate_up has R = 192, and R has to be 2 Q, which is 96"),
+    (IN_WIDE, INT4, {}, "gate_up_scale has G = 2, and 128 G has to be H, which is 64"),
     # What the other kind has.
     (IN_FP8, FP8 | MXFP4, {"hidden": (5, 64)}, "gate_up has H = 32, and hidden has 64"),
     (IN_MXFP4, FP8, {}, "gate_up has R = 768, and R has to be 4 Q, which is 1536"),
@@ -244,10 +257,25 @@ def test_quantized_weights(kind):
         EXPERTS_CONTRACT.check_types(["float16", *types[1:]])
     with pytest.raises(ValueError, match="LynxExperts has 5 inputs; it takes 7 or 9"):
         node.check_types(["float16", "int64", "float32", "float16", "float16"])
-    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4, fp8"):
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4, fp8, int4_g32, "):
         EXPERTS_CONTRACT.parse_fields({"weights": "int4"})
     with pytest.raises(ValueError, match=f"LynxExperts: transposed is 1, and weights in {kind}"):
         EXPERTS_CONTRACT.parse_fields(values | {"transposed": 1})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("int4")])
+def test_scales_of_int4_are_of_the_graphs_precision(kind):
+    node = EXPERTS_CONTRACT.of_node({"dispatch": 0, "weights": kind})
+    types = ["bfloat16", "int64", "float32", "int8", "int8", "bfloat16", "bfloat16"]
+    node.check_types(types)
+    assert node.output_types(types) == ["bfloat16"]
+    assert all(node.supports(position, [*types, "bfloat16"], 7) for position in range(8))
+    for wrong in ("float16", "float32", "int8"):
+        with pytest.raises(ValueError, match=f"gate_up_scale is {wrong}; allowed: bfloat16"):
+            node.check_types([*types[:5], wrong, "bfloat16"])
+        assert not node.supports(6, [*types[:6], wrong, "bfloat16"], 7)
+    with pytest.raises(ValueError, match="down is bfloat16; allowed: int8"):
+        node.check_types([*types[:4], "bfloat16", *types[5:]])
 
 
 def test_a_node_has_the_metadata_or_not():
@@ -415,7 +443,7 @@ def test_output_types(trt):
     bf16 = trt.DataType.BF16
     assert plugin.get_output_data_types([bf16, i64, f32, bf16, bf16]) == [bf16]
     i8, u8 = trt.DataType.INT8, trt.DataType.UINT8
-    for weights, scale in (("mxfp4", i8), ("fp8", f32)):
+    for weights, scale in (("mxfp4", i8), ("fp8", f32), ("int4_g128", bf16)):
         fields = fields_of(trt, "LynxExperts", EXPERTS_ATTRIBUTES | {"weights": weights})
         plugin = creator_of(trt, "LynxExperts").create_plugin("node", fields, trt.TensorRTPhase.BUILD)
         assert plugin.get_output_data_types([bf16, i64, f32, i8, i8, scale, scale]) == [bf16]

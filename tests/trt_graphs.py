@@ -53,15 +53,21 @@ class GraphMaker:
         return self._add(TensorProto(name=name, dims=shape, data_type=self.elem), values, inline=inline)
 
     def quantized(self, name: str, end: str, shape: tuple[int, ...], weights: str) -> list[str]:
-        """[...,D] in MXFP4 or FP8: values and scales, as two tensors; no value is NaN."""
+        """[...,D] in one of FORMATS: values and scales, as two tensors; no value is NaN."""
         *rows, width = shape
         stored = FORMATS[weights]
-        values, scales = (*rows, width // stored.per_byte), (*rows, width // stored.block)
-        kinds = {"int8": TensorProto.INT8, "float32": TensorProto.FLOAT}
+        values, scales = (*rows, width // stored.per_byte), (*rows, stored.scales(width))
+        kinds = {"int8": TensorProto.INT8, "float32": TensorProto.FLOAT, self.numpy.name: self.elem}
         arrays = {}
         if weights == "mxfp4":  # scales from 2^-9 to 2
             arrays[f"{name}{end}"] = self.random.integers(-128, 128, values).astype(np.int8)
             arrays[f"{name}_scale{end}"] = self.random.integers(118, 129, scales).astype(np.uint8).view(np.int8)
+        elif weights.startswith("int4"):
+            arrays[f"{name}{end}"] = self.random.integers(-128, 128, values).astype(np.int8)
+            beside = self.random.uniform(0, 0.01, scales)
+            if stored.zeros:
+                beside[..., width // stored.block :] = self.random.integers(0, 17, (*rows, width // stored.block))
+            arrays[f"{name}_scale{end}"] = beside.astype(self.numpy)
         else:
             numbers = self.random.uniform(-448, 448, values).astype(ml_dtypes.float8_e4m3fn)
             arrays[f"{name}{end}"] = numbers.view(np.int8)

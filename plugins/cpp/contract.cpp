@@ -5,6 +5,7 @@
 #include <cctype>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -44,16 +45,70 @@ Tensor typed(char const* name, DataType type, char const* shape) {
 constexpr char kWeights[] = "weights";
 constexpr char kTransposed[] = "transposed";
 constexpr char kFloat[] = "float";
-constexpr char kMxfp4[] = "mxfp4";
-constexpr char kFp8[] = "fp8";
 constexpr std::size_t kFirstWeight = 3;
 
-bool isMxfp4(Contract const& contract, std::vector<Value> const& values) {
-    return !contract.handsOver && values[contract.field(kWeights)].text == kMxfp4;
+// How quantized weights are stored, as FORMATS of lynx_trt/experts.py has them.
+struct Format {
+    char const* name;
+    int32_t perByte;   // values
+    int32_t block;     // values that share a scale
+    int32_t perBlock;  // numbers beside a block: its scale, and maybe its zero point
+    bool precise;      // those are of the graph's own precision, otherwise of `scale`
+    DataType scale;
+};
+
+constexpr std::array<Format, 6> kFormats{{
+    {"mxfp4", 2, 32, 1, false, DataType::kINT8},
+    {"fp8", 1, 128, 1, false, DataType::kFLOAT},
+    {"int4_g32", 2, 32, 1, true, DataType::kFLOAT},
+    {"int4_g32_zeros", 2, 32, 2, true, DataType::kFLOAT},
+    {"int4_g128", 2, 128, 1, true, DataType::kFLOAT},
+    {"int4_g128_zeros", 2, 128, 2, true, DataType::kFLOAT},
+}};
+
+std::vector<std::string> kinds() {
+    std::vector<std::string> names{kFloat};
+    for (Format const& format : kFormats) {
+        names.emplace_back(format.name);
+    }
+    return names;
 }
 
-bool isQuantized(Contract const& contract, std::vector<Value> const& values) {
-    return !contract.handsOver && values[contract.field(kWeights)].text != kFloat;
+// That of a node's weights; none of LynxSelect, and of weights that are not quantized.
+Format const* formatOf(Contract const& contract, std::vector<Value> const& values) {
+    if (contract.handsOver) {
+        return nullptr;
+    }
+    std::string const& kind = values[contract.field(kWeights)].text;
+    auto const found =
+        std::find_if(kFormats.begin(), kFormats.end(), [&](Format const& format) { return kind == format.name; });
+    return found == kFormats.end() ? nullptr : &*found;
+}
+
+// As a rule has it.
+std::string times(int32_t factor, char symbol) {
+    return (factor == 1 ? "" : std::to_string(factor) + " ") + symbol;
+}
+
+// The node's weights and scales in the place of the first two and the rules of their sizes; an expert has gate and up of
+// `rows` times I rows.
+void quantize(Contract& contract, Format const& format, int32_t rows) {
+    bool const halves = format.perByte == 2;
+    char const inner = halves ? 'Q' : 'I';
+    contract.rules.push_back({'R', 1, times(rows * format.perByte, inner)});
+    if (halves) {
+        contract.rules.push_back({'P', format.perByte, "H"});
+    }
+    contract.rules.push_back({'G', format.block, times(format.perBlock, 'H')});
+    contract.rules.push_back({'J', format.block, times(format.perBlock * format.perByte, inner)});
+    auto const first = contract.inputs.begin() + kFirstWeight;
+    // An int8 says no more than how many bits there are.
+    first[0] = typed("gate_up", DataType::kINT8, halves ? "ERP" : "ERH");
+    first[1] = typed("down", DataType::kINT8, halves ? "EHQ" : "EHI");
+    Tensor const scales[] = {
+        {"gate_up_scale", format.precise, format.scale, "ERG"}, {"down_scale", format.precise, format.scale, "EHJ"}};
+    contract.inputs.insert(first + 2, std::begin(scales), std::end(scales));
+    contract.firstOptional += 2;
 }
 
 }  // namespace
@@ -100,7 +155,7 @@ Contract const& expertsContract() {
             real("alpha", false, 1),
             real("limit", false, 0),
             real("up_offset", false, 0),
-            text(kWeights, false, kFloat, {kFloat, kMxfp4, kFp8}),
+            text(kWeights, false, kFloat, kinds()),
             flag("dispatch", false, 0),
         },
         {
@@ -128,28 +183,14 @@ std::size_t Contract::field(char const* wanted) const {
 Contract Contract::ofNode(std::vector<Value> const& values) const {
     Contract made = *this;
     if (!handsOver) {
-        bool const gated = values[field("gated")].number != 0;
-        auto const first = made.inputs.begin() + kFirstWeight;
-        if (isQuantized(*this, values)) {
-            bool const halves = isMxfp4(*this, values);
-            if (halves) {
-                made.rules.push_back({'R', 1, gated ? "4 Q" : "2 Q"});
-                made.rules.insert(made.rules.end(), {{'P', 2, "H"}, {'G', 32, "H"}, {'J', 32, "2 Q"}});
-            } else {
-                made.rules.push_back({'R', 1, gated ? "2 I" : "I"});
-                made.rules.insert(made.rules.end(), {{'G', 128, "H"}, {'J', 128, "I"}});
-            }
-            // An int8 says no more than how many bits there are.
-            first[0] = typed("gate_up", DataType::kINT8, halves ? "ERP" : "ERH");
-            first[1] = typed("down", DataType::kINT8, halves ? "EHQ" : "EHI");
-            DataType const scale = halves ? DataType::kINT8 : DataType::kFLOAT;
-            made.inputs.insert(first + 2, {typed("gate_up_scale", scale, "ERG"), typed("down_scale", scale, "EHJ")});
-            made.firstOptional += 2;
+        int32_t const rows = values[field("gated")].number != 0 ? 2 : 1;
+        if (Format const* const format = formatOf(*this, values)) {
+            quantize(made, *format, rows);
         } else {
-            made.rules.push_back({'R', 1, gated ? "2 I" : "I"});
+            made.rules.push_back({'R', 1, times(rows, 'I')});
             if (values[field(kTransposed)].number != 0) {
-                first[0].shape = "EHR";
-                first[1].shape = "EIH";
+                made.inputs[kFirstWeight].shape = "EHR";
+                made.inputs[kFirstWeight + 1].shape = "EIH";
             }
         }
     }
@@ -228,7 +269,7 @@ std::vector<Value> parseFields(Contract const& contract, PluginFieldCollection c
         }
         values.push_back(std::move(value));
     }
-    if (isQuantized(contract, values) && values[contract.field(kTransposed)].number != 0) {
+    if (formatOf(contract, values) != nullptr && values[contract.field(kTransposed)].number != 0) {
         throw std::runtime_error("transposed is 1, and weights in " + values[contract.field(kWeights)].text +
             " have to lie along what is summed over");
     }
@@ -292,7 +333,8 @@ std::string keyOf(
         size("experts_per_token", shapes[2].d[1]);
     } else {
         bool const transposed = values[contract.field(kTransposed)].number != 0;
-        int64_t const packed = isMxfp4(contract, values) ? 2 : 1;
+        Format const* const format = formatOf(contract, values);
+        int64_t const packed = format != nullptr ? format->perByte : 1;
         result = "experts";
         size("experts", shapes[4].d[0]);
         size("experts_per_token", shapes[1].d[1]);

@@ -30,7 +30,7 @@ struct Tensor {
     bool isFloat;   // of the graph's own precision; otherwise of `type`
     nvinfer1::DataType type;
     // A letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up, P and Q are H and I
-    // in MXFP4's bytes of two values, G and J in blocks that share a scale, D T K + 2 E + 2.
+    // in bytes of two values, G and J in numbers beside their blocks, D T K + 2 E + 2.
     char const* shape;
 };
 
