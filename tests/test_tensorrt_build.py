@@ -26,7 +26,7 @@ from onnx import helper
 from trt_graphs import CACHE, DTYPES, HEAD_SIZE, HEADS, H, handed_over, make_graph
 
 from lynx_trt.errors import TensorRTError, UsageError
-from lynx_trt.experts import ExpertsForm
+from lynx_trt.experts import FORMATS, ExpertsForm
 from lynx_trt.export.ops import EXPERTS, SELECT
 from lynx_trt.plugins import aot
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
@@ -46,6 +46,7 @@ except importlib.metadata.PackageNotFoundError as missing:
 QUANTIZED = {
     ExpertsForm(weights="mxfp4"): {"hidden": 64, "intermediate": 96},
     ExpertsForm(weights="fp8"): {"hidden": 128, "intermediate": 256},
+    ExpertsForm(weights="int4_g32_zeros"): {"hidden": 64, "intermediate": 96},
 }
 
 
@@ -255,7 +256,8 @@ def test_quantized_weights(tmp_path, dtype, bias, form):
     assert len(re.findall(rb"weights\0.{8}" + form.weights.encode(), plan, re.DOTALL)) == 4  # two layers, two profiles
     assert handed_over(plan) == [1] * 8
     quantized = [f"{name}{part}.{n}" for n in range(2) for part in ("", "_scale") for name in ("gate_up", "down")]
-    scale = "int8" if form.weights == "mxfp4" else "float32"
+    stored = FORMATS[form.weights]
+    scale = DTYPES[dtype][1].name if stored.scale_type == "float" else stored.scale_type
     io = {tensor.name: tensor for tensor in outside.io}
     weights = {weight.name: weight for weight in outside.external}
     biases = {f"{name}.{n}" for n in range(2) for name in ("gate_up_bias", "down_bias")}
@@ -265,12 +267,13 @@ def test_quantized_weights(tmp_path, dtype, bias, form):
     values = {tensor.name: tensor.raw_data for tensor in whole.graph.initializer}
     for weight in weights.values():
         assert (io[weight.name].dtype, io[weight.name].shape) == (weight.dtype, weight.shape)
-        stored = scale if "_scale." in weight.name else "int8"
-        assert weight.dtype == (stored if weight.name in quantized else DTYPES[dtype][1].name)
+        own = scale if "_scale." in weight.name else "int8"
+        assert weight.dtype == (own if weight.name in quantized else DTYPES[dtype][1].name)
         assert data[weight.offset : weight.offset + weight.length] == values[weight.name]
     size = sum(weights[name].length for name in quantized)
     numbers = 2 * 8 * 3 * 512 * 128
-    assert size == numbers * {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 4 / 128}[form.weights]
+    assert size == numbers * {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 4 / 128, "int4_g32_zeros": 5 / 8}[form.weights]
+    assert size == numbers * stored.bytes_a_value
     assert 0.9 * size < inside.plan_bytes - outside.plan_bytes < 1.1 * size
     build(path)
     inside_plan = path.with_suffix(".plan").read_bytes()
@@ -660,6 +663,11 @@ WRONG_WEIGHTS = {
         (reshape("down_scale.0", 16, 128, 1), r"down_scale has E = 16, and gate_up has 8"),
         (reshape("gate_up_scale.0", 8, 256, 2), r"gate_up_scale has R = 256, and gate_up has 512"),
         (set_attribute(EXPERTS, "gated", 0), r"gate_up has R = 512, and R has to be I, which is 256"),
+    ],
+    "int4_g32_zeros": [
+        (retype("down_scale.0", onnx.TensorProto.BFLOAT16), r"down_scale is bfloat16; allowed: float16"),
+        (set_attribute(EXPERTS, "weights", "int4_g32"), r"gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
+        (set_attribute(EXPERTS, "weights", "mxfp4"), r"gate_up_scale is float16; allowed: int8"),
     ],
 }
 
