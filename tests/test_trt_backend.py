@@ -256,14 +256,18 @@ def stored_in(weights: str, checkpoint: Callable[[str], Path], folder: Path) -> 
     if weights == "mxfp4":
         return quantized_models.mxfp4(checkpoint("gpt_oss"), folder / "checkpoint")
     model = tiny_models.random_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128)
-    return quantized_models.fp8(tiny_models.save(model, folder / "full"), folder / "checkpoint", (128, 128))
+    if weights == "fp8":
+        return quantized_models.fp8(tiny_models.save(model, folder / "full"), folder / "checkpoint", (128, 128))
+    method = "packed" if FORMATS[weights].zeros else "symmetric"
+    full = tiny_models.save(model.half(), folder / "full")
+    return quantized_models.integers(full, folder / "checkpoint", method=method, group=FORMATS[weights].block)
 
 
-@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("weights", ["mxfp4", "fp8", "int4_g128", "int4_g32_zeros"])
 def test_quantized_expert_weights_outside(
     weights: str, checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact], tmp_path: Path
 ) -> None:
-    """The same of quantized experts: what the engine is given are the checkpoint's own bytes, of int8."""
+    """The same of quantized experts: what the engine is given are their own bytes, of int8, and the scales."""
     stored = stored_in(weights, checkpoint, tmp_path)
     built = build_quietly(stored, tmp_path / "built", precision="fp16", preset="lynx")
     items = [asdict(item) for item in prepare(built.path("model.onnx"), expert_weights="external").external]
@@ -274,7 +278,9 @@ def test_quantized_expert_weights_outside(
     if weights == "mxfp4":
         assert kinds.count("int8") >= 3 * len(layers)
     else:
-        assert (kinds.count("int8"), kinds.count("float32")) == (2 * len(layers), 2 * len(layers))
+        scale = "float32" if weights == "fp8" else "float16"  # the model's own precision
+        assert (kinds.count("int8"), kinds.count(scale)) == (2 * len(layers), 2 * len(layers))
+        assert len(kinds) == 4 * len(layers)
     outside = with_engine(built, tmp_path / "outside", expert_weights="external", external=items)
     backend, reference = backend_of(outside, 2), backend_of(with_engine(built, tmp_path / "inside"), 2)
     everything = Restriction((layers[0].experts,) * len(layers))
