@@ -69,11 +69,15 @@ Sources = tuple[tuple[int | tuple[int, int], ...], ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a size of an input has to be: `factor` times the dimension `symbol` is `terms`, of other symbols."""
+    """What a size of an input has to be: `factor` times the dimension `symbol` is `terms`, of other symbols.
+
+    And `symbol` is a multiple of `each`.
+    """
 
     symbol: str
     factor: int
     terms: Terms
+    each: int = 1
 
     def __str__(self) -> str:
         left = self.symbol if self.factor == 1 else f"{self.factor} {self.symbol}"
@@ -222,6 +226,11 @@ class Contract:
             if rule.factor * sizes[rule.symbol] != right:
                 name, size = known[rule.symbol]
                 raise ValueError(f"{self.name}: {name} has {rule.symbol} = {size}, and {rule}, which is {right}")
+            if sizes[rule.symbol] % rule.each:
+                name, size = known[rule.symbol]
+                raise ValueError(
+                    f"{self.name}: {name} has {rule.symbol} = {size}, which has to be a multiple of {rule.each}"
+                )
 
     def parse_fields(self, given: dict[str, Value]) -> dict[str, Value]:
         """The value of every field, defaults filled in; attributes that are no fields are ignored.
@@ -286,8 +295,8 @@ def _quantized_rules(kind: str, rows: int) -> tuple[Rule, ...]:
     return (
         Rule("R", 1, (_times(rows * stored.per_byte, inner),)),
         *packed,
-        Rule("G", stored.block, (_times(scales, width),)),
-        Rule("J", stored.block, (_times(scales * stored.per_byte, inner),)),
+        Rule("G", stored.block, (_times(scales, width),), scales),
+        Rule("J", stored.block, (_times(scales * stored.per_byte, inner),), scales),
     )
 
 

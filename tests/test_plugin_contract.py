@@ -194,6 +194,20 @@ WRONG_SIZES = [
     (IN_ZEROS, ZEROS, {"down_scale": (8, 64, 3)}, "down_scale has J = 3, and 32 J has to be 4 Q, which is 192"),
     (IN_ZEROS | {"gated": 0}, ZEROS, {}, "gate_up has R = 192, and R has to be 2 Q, which is 96"),
     (IN_WIDE, INT4, {}, "gate_up_scale has G = 2, and 128 G has to be H, which is 64"),
+    # H and then I is one block and a half: the numbers of scales and zero points are what the products ask for.
+    (
+        IN_ZEROS,
+        ZEROS,
+        {"hidden": (5, 48), "gate_up": (8, 192, 24), "gate_up_scale": (8, 192, 3)}
+        | {"down": (8, 48, 48), "down_scale": (8, 48, 6)},
+        "gate_up_scale has G = 3, which has to be a multiple of 2",
+    ),
+    (
+        IN_ZEROS,
+        ZEROS,
+        {"gate_up": (8, 96, 32), "gate_up_scale": (8, 96, 4), "down": (8, 64, 24), "down_scale": (8, 64, 3)},
+        "down_scale has J = 3, which has to be a multiple of 2",
+    ),
     # What the other kind has.
     (IN_FP8, FP8 | MXFP4, {"hidden": (5, 64)}, "gate_up has H = 32, and hidden has 64"),
     (IN_MXFP4, FP8, {}, "gate_up has R = 768, and R has to be 4 Q, which is 1536"),

@@ -99,8 +99,8 @@ void quantize(Contract& contract, Format const& format, int32_t rows) {
     if (halves) {
         contract.rules.push_back({'P', format.perByte, "H"});
     }
-    contract.rules.push_back({'G', format.block, times(format.perBlock, 'H')});
-    contract.rules.push_back({'J', format.block, times(format.perBlock * format.perByte, inner)});
+    contract.rules.push_back({'G', format.block, times(format.perBlock, 'H'), format.perBlock});
+    contract.rules.push_back({'J', format.block, times(format.perBlock * format.perByte, inner), format.perBlock});
     auto const first = contract.inputs.begin() + kFirstWeight;
     // An int8 says no more than how many bits there are.
     first[0] = typed("gate_up", DataType::kINT8, halves ? "ERP" : "ERH");
@@ -316,6 +316,11 @@ void checkSizes(Contract const& contract, std::vector<Dims> const& shapes) {
             throw std::runtime_error(std::string(name) + " has " + rule.symbol + " = " + std::to_string(size) + ", and " +
                 (rule.factor != 1 ? std::to_string(rule.factor) + " " : "") + rule.symbol + " has to be " + rule.terms +
                 ", which is " + std::to_string(right));
+        }
+        if (all && left->second.second % rule.each != 0) {
+            auto const [name, size] = left->second;
+            throw std::runtime_error(std::string(name) + " has " + rule.symbol + " = " + std::to_string(size) +
+                ", which has to be a multiple of " + std::to_string(rule.each));
         }
     }
 }

@@ -35,11 +35,12 @@ struct Tensor {
 };
 
 // What a size of an input has to be: `factor` times the dimension `symbol` is `terms`, a sum of products of letters and
-// numbers with a space between any two, like "T K + 2 E + 2".
+// numbers with a space between any two, like "T K + 2 E + 2". And `symbol` is a multiple of `each`.
 struct Rule {
     char symbol;
     int64_t factor;
     std::string terms;
+    int64_t each = 1;
 };
 
 struct Contract {
