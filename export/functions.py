@@ -38,6 +38,7 @@ _BIASES = ("gate_up_bias", "down_bias")
 # NaN either.
 _TABLES = {
     "mxfp4": {"pairs": mxfp4.PAIRS, "powers": mxfp4.SCALES[:, None]},
+    "nvfp4": {"pairs": mxfp4.PAIRS},
     "fp8": {"numbers": fp8.VALUES},
     **{
         int4.name_of(block, zeros=zeros): {"pairs": int4.PAIRS if zeros else int4.PAIRS - int4.ZERO}

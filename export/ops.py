@@ -15,7 +15,8 @@ weights, never transposed, have scales: with `weights = "mxfp4"` `gate_up[E,2I,H
 `gate_up_scale[E,2I,H/32]`, `down_scale[E,H,I/32]`, all int8 (mxfp4.py); with "fp8" `gate_up[E,2I,H]` and `down[E,H,I]`
 int8, `gate_up_scale[E,2I,H/128]` and `down_scale[E,H,I/128]` float32 (fp8.py); with "int4_g32" `gate_up[E,2I,H/2]` and
 `down[E,H,I/2]` int8, `gate_up_scale[E,2I,H/32]` and `down_scale[E,H,I/32]` of the type of `hidden`; with "int4_g128" as
-many as H/128 and I/128; with "int4_g32_zeros" and "int4_g128_zeros" twice as many, zero points behind scales (int4.py).
+many as H/128 and I/128; with "int4_g32_zeros" and "int4_g128_zeros" twice as many, zero points behind scales (int4.py);
+with "nvfp4" as in "int4_g32" with H/16 and I/16 (nvfp4.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lynx_trt import fp8, int4, mxfp4
+from lynx_trt import fp8, int4, mxfp4, nvfp4
 from lynx_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ _BYTES = {"int8": 1, "float32": 4, "float": 2}
 FORMATS = {
     "mxfp4": Format(2, mxfp4.BLOCK, "int8", mxfp4.dequantize),
     "fp8": Format(1, fp8.BLOCK, "float32", fp8.dequantize),
+    "nvfp4": Format(2, nvfp4.BLOCK, "float", nvfp4.dequantize),
     **{
         int4.name_of(block, zeros=zeros): Format(
             2, block, "float", partial(int4.dequantize, block=block, zeros=zeros), zeros
@@ -139,7 +140,7 @@ def experts(
 
     Args:
         form: activation and layout. `[A|B]` below: A, or B for `transposed` forms; ungated ones have I for 2I.
-            Quantized weights have the shapes that mxfp4.py, fp8.py and int4.py give for [E,2I,H] and [E,H,I].
+            Quantized weights have the shapes that mxfp4.py, nvfp4.py, fp8.py and int4.py give for [E,2I,H] and [E,H,I].
         hidden: float [T,H].
         index: int [T,K], -1 for an empty slot.
         weight: float [T,K].
@@ -148,7 +149,7 @@ def experts(
         gate_up_bias: float [E,2I].
         down_bias: float [E,H].
         gate_up_scale: of quantized weights alone: [E,2I,H/32] int8 in mxfp4, [E,2I,H/128] float32 in fp8, and as
-            int4.py says.
+            nvfp4.py and int4.py say.
         down_scale: of quantized weights alone: of [E,H,I] as that of [E,2I,H].
 
     Returns:

@@ -17,10 +17,11 @@ _GROUPS = Path("/sys/fs/cgroup")
 LIMITS = (_GROUPS / "memory.max", _GROUPS / "memory" / "memory.limit_in_bytes")
 
 # Bytes that ONNX Runtime takes for each byte of quantized weights while it loads them, beyond their float32
-# (runtime/dequantize.py): of 32 values of MXFP4, 17 bytes, 32 of places, 64 of small values and 8 of scales. Of int4 as
-# measured there, with zero points more, as its values become int8.
+# (runtime/dequantize.py): of 32 values of MXFP4, 17 bytes, 32 of places, 64 of small values and 8 of scales; of NVFP4,
+# 20 bytes, 16 of scales. Of int4 as measured there, with zero points more, as its values become int8.
 _LOADING: dict[str | None, float] = {
     "mxfp4": 104 / 17,
+    "nvfp4": 112 / 20,
     "fp8": 1.0,
     **{int4.name_of(block, zeros=zeros): 3.5 if zeros else 1.0 for block in int4.BLOCKS for zeros in (False, True)},
 }

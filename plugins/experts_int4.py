@@ -1,6 +1,6 @@
 """Weights in int4 (lynx_trt/int4.py), made into numbers of the activations' type on their way to the dot.
 
-As those of MXFP4 (experts_mxfp4.py): the first and the second value of each byte are two blocks, for two products. A
+As those of MXFP4 (experts_fp4.py): the first and the second value of each byte are two blocks, for two products. A
 value is put into the last bits of a 16-bit float that is so large that they count ones; what is between it and the zero
 point is exact then, and is rounded once, times its scale.
 """

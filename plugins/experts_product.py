@@ -10,9 +10,9 @@ an output row of the expert's matrix. `tile_product` is that, for some pairs and
 import triton
 import triton.language as tl
 
+from lynx_trt.plugins.experts_fp4 import dequantize_fp4
 from lynx_trt.plugins.experts_fp8 import load_fp8_scales, widen_fp8
 from lynx_trt.plugins.experts_int4 import dequantize_int4
-from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4
 from lynx_trt.plugins.experts_packed import load_scales
 
 
@@ -101,7 +101,7 @@ def packed_product(
     begin,  # the first of the summed dimension, a multiple of BLOCK_D
     end,  # past the last of it
     D: tl.constexpr,
-    MXFP4: tl.constexpr,
+    INT4: tl.constexpr,
     BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -110,7 +110,7 @@ def packed_product(
     ALL_ROWS: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """See `tile_product`; of MXFP4 or int4. One of BLOCK_D and BLOCK is a multiple of the other."""
+    """See `tile_product`; of int4, or else MXFP4 or NVFP4. One of BLOCK_D and BLOCK is a multiple of the other."""
     byte = tl.arange(0, BLOCK_D // 2)
     product = tl.zeros([ROWS, BLOCK_T] if SWAP else [BLOCK_T, ROWS], tl.float32)
     # A turn ahead: so few bytes a row are no copy to shared memory, and nothing else would have them come early.
@@ -122,10 +122,10 @@ def packed_product(
         x_tile = load_pairs(x, here, start, D, BLOCK_D)
         scale, zero = next_scale, next_zero
         next_scale, next_zero = load_scales(scales, rows, valid, start + BLOCK_D, D, BLOCK, ZEROS, BLOCK_D)
-        if MXFP4:
-            low, high = dequantize_mxfp4(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
-        else:
+        if INT4:
             low, high = dequantize_int4(packed, scale, zero, x_tile.dtype, ZEROS, ROWS, BLOCK_D)
+        else:
+            low, high = dequantize_fp4(packed, scale, x_tile.dtype, ROWS, BLOCK_D)
         even, odd = tl.split(tl.reshape(x_tile, [BLOCK_T, BLOCK_D // 2, 2]))
         if SWAP:
             product = tl.dot(low, tl.trans(even), product)
@@ -181,7 +181,7 @@ def fp8_product(
 def tile_product(
     x,  # pointers to the first of the D values of each pair, [BLOCK_T]
     here,  # which pairs there are, [BLOCK_T]
-    weights,  # the experts' matrices [E,N,D], transposed [E,D,N]; in fp8 int8 [E,N,D], in mxfp4 and int4 int8 [E,N,D/2]
+    weights,  # the experts' matrices [E,N,D], transposed [E,D,N]; in fp8 int8 [E,N,D], in others int8 [E,N,D/2]
     scales,  # of quantized weights: [E,N,scales of a row]
     expert,  # int64
     rows,  # the matrix' output rows, [ROWS]
@@ -228,9 +228,11 @@ def tile_product(
             PRECISION,
         )
     else:
+        FP4: tl.constexpr = WEIGHTS == "mxfp4" or WEIGHTS == "nvfp4"
         ZEROS: tl.constexpr = WEIGHTS == "int4_g32_zeros" or WEIGHTS == "int4_g128_zeros"
-        BLOCK: tl.constexpr = 128 if WEIGHTS == "int4_g128" or WEIGHTS == "int4_g128_zeros" else 32
-        tl.static_assert(WEIGHTS == "mxfp4" or WEIGHTS == "int4_g32" or ZEROS or BLOCK == 128)
+        WIDE: tl.constexpr = WEIGHTS == "int4_g128" or WEIGHTS == "int4_g128_zeros"
+        tl.static_assert(FP4 or ZEROS or WIDE or WEIGHTS == "int4_g32")
+        BLOCK: tl.constexpr = 16 if WEIGHTS == "nvfp4" else 128 if WIDE else 32
         w, scales = weights + expert * (N * (D // 2)), scales + expert * (N * (D // BLOCK * (2 if ZEROS else 1)))
         product = packed_product(
             x,
@@ -242,7 +244,7 @@ def tile_product(
             begin,
             end,
             D,
-            WEIGHTS == "mxfp4",
+            not FP4,
             BLOCK,
             ZEROS,
             BLOCK_T,

@@ -16,11 +16,11 @@ import numpy as np
 import triton.language as tl  # the interpreter looks for it in the module of what it runs
 from triton.runtime import interpreter
 
-from lynx_trt import fp8, int4, mxfp4
+from lynx_trt import fp8, int4, mxfp4, nvfp4
 from lynx_trt.plugins.cluster import meet
+from lynx_trt.plugins.experts_fp4 import dequantize_fp4
 from lynx_trt.plugins.experts_fp8 import widen_fp8
 from lynx_trt.plugins.experts_int4 import dequantize_int4
-from lynx_trt.plugins.experts_mxfp4 import dequantize_mxfp4
 
 
 def prepare() -> None:
@@ -111,8 +111,12 @@ def _meet() -> None:
         _Program.current.meet()
 
 
-def _dequantize_mxfp4(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
-    values = mxfp4.dequantize(packed.handle.data.view(np.int8), scale.handle.data.view(np.int8))
+def _dequantize_fp4(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
+    data = packed.handle.data.view(np.int8)
+    if scale.dtype.scalar == tl.int8:
+        values = mxfp4.dequantize(data, scale.handle.data.view(np.int8))
+    else:
+        values = nvfp4.dequantize(data, _numbers(scale))
     return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
 
 
@@ -148,6 +152,6 @@ def _rounded(values: Any, dtype: Any) -> Any:
 if isinstance(meet, interpreter.InterpretedFunction):
     # In place of the hardware's instructions.
     interpreter.InterpretedFunction.rewritten_fn[meet.fn] = _meet
-    interpreter.InterpretedFunction.rewritten_fn[dequantize_mxfp4.fn] = _dequantize_mxfp4
+    interpreter.InterpretedFunction.rewritten_fn[dequantize_fp4.fn] = _dequantize_fp4
     interpreter.InterpretedFunction.rewritten_fn[dequantize_int4.fn] = _dequantize_int4
     interpreter.InterpretedFunction.rewritten_fn[widen_fp8.fn] = _widen_fp8

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lynx_trt import fp8, int4, mxfp4
+from lynx_trt import fp8, int4, mxfp4, nvfp4
 from lynx_trt.console import Progress, new_app, run
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import FORMATS
@@ -204,6 +204,8 @@ def random_quantized(
     if weights == "mxfp4":  # E2M1 has a variance of 7 by itself, and a scale is a power of two
         middle = 127 - round(math.log2((7 * width) ** 0.5))
         values, scales = integers(width // 2, -128, 128), integers(width // mxfp4.BLOCK, middle - 1, middle + 2)
+    elif weights == "nvfp4":
+        values, scales = integers(width // 2, -128, 128), factors(nvfp4.BLOCK, 7**0.5).to(dtype)
     elif weights == "fp8":
         # The upper half of a sign's bytes, of which the last is NaN.
         values = integers(width, 64, 127) | (integers(width, 0, 2) << 7)

@@ -162,6 +162,8 @@ def dequantize_twin(weights: str, values: Tensor, scales: Tensor, dtype: torch.d
     """Values and scales of quantized weights to [...,D], made in float32 and rounded once."""
     if weights == "mxfp4":
         numbers, factors = _look_up(mxfp4.PAIRS, values), _look_up(mxfp4.SCALES, scales)
+    elif weights == "nvfp4":
+        numbers, factors = _look_up(mxfp4.PAIRS, values), scales.float()
     elif weights == "fp8":
         numbers, factors = _look_up(fp8.VALUES, values), scales
     else:

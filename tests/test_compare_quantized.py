@@ -135,6 +135,7 @@ KINDS = ("mxfp4", "fp8", "int4_g32_zeros", "int4_g128")
         *((name, kind) for name in NAMES for kind in ("mxfp4", "fp8")),
         ("qwen3_moe", "int4_g128"),
         ("gpt_oss", "int4_g32_zeros"),
+        ("qwen3_moe", "nvfp4"),
     ],
 )
 def test_every_form_gives_what_float_weights_give(name: str, kind: str, twins: Twins) -> None:

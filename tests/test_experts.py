@@ -345,8 +345,16 @@ def test_int4_is_what_the_format_says() -> None:
     assert matrix[:, [0, 1, 2, 62, 63]].tolist() == [[0.5, 1, 0, -32, -2], [0, 3, -3, 15, 0]]
 
 
-@pytest.mark.parametrize("weights", [name for name in FORMATS if name.startswith("int4")])
-def test_experts_in_int4_are_those_of_their_dequantized_weights(weights: str) -> None:
+def test_nvfp4_is_what_the_format_says() -> None:
+    # By hand: 0x21 is 0.5 and 1, 0xF0 is 0 and -6.
+    values = np.zeros((1, 16), np.uint8)
+    values[:, 0], values[:, 15] = 0x21, 0xF0
+    matrix = FORMATS["nvfp4"].dequantize(values.view(np.int8), np.array([[0.5, 0.25]], np.float16))
+    assert matrix[0, [0, 1, 2, 30, 31]].tolist() == [0.25, 0.5, 0, 0, -1.5]
+
+
+@pytest.mark.parametrize("weights", [name for name in FORMATS if FORMATS[name].scale_type == "float"])
+def test_experts_in_int4_and_nvfp4_are_those_of_their_dequantized_weights(weights: str) -> None:
     rng, stored = np.random.default_rng(9), FORMATS[weights]
     block, inputs = stored.block, {}
     for name, rows, width in (("gate_up", 4 * block, block), ("down", block, 2 * block)):

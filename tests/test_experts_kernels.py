@@ -19,7 +19,7 @@ from torch import Tensor
 from lynx_trt import fp8, mxfp4
 from lynx_trt.experts import ACTIVATIONS, ExpertsForm
 from lynx_trt.experts import experts as experts_ref
-from lynx_trt.plugins import execute, experts_fp8, experts_int4, experts_mxfp4
+from lynx_trt.plugins import execute, experts_fp4, experts_fp8, experts_int4
 from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
@@ -289,9 +289,9 @@ def test_given_metadata() -> None:
 MXFP4, FP8 = ExpertsForm(weights="mxfp4"), ExpertsForm(weights="fp8")
 GPT_OSS_ROWS = replace(GPT_OSS, transposed=False)
 # H and I, which are multiples of no deeper tile: three and five blocks of 32; two, three and one of 128. Of int4 the
-# other two combinations of blocks and zero points are run once.
+# other two combinations of blocks and zero points are run once, and so is NVFP4, which is MXFP4 but for its scales.
 SIZES = {"mxfp4": (96, 160), "fp8": (256, 128), "int4_g32_zeros": (160, 96), "int4_g128": (384, 128)}
-ALL_SIZES = SIZES | {"int4_g32": SIZES["int4_g32_zeros"], "int4_g128_zeros": SIZES["int4_g128"]}
+ALL_SIZES = SIZES | {"int4_g32": SIZES["int4_g32_zeros"], "int4_g128_zeros": SIZES["int4_g128"], "nvfp4": (80, 112)}
 _DEEP = replace(_TILE, block_d=128)
 QUANTIZED_LAUNCHES = {
     **{name: LAUNCHES[name] for name in ("decode", "swapped", "split", "prefill")},
@@ -315,8 +315,10 @@ def test_quantized_weights(dtype: torch.dtype, launch: str, weights: str) -> Non
 
 
 @pytest.mark.parametrize("weights", sorted(ALL_SIZES.keys() - SIZES.keys()))
-def test_other_blocks_and_zero_points(weights: str) -> None:
-    _check_layer(_quantized_layer(20, weights, dtype=torch.float16), QUANTIZED_LAUNCHES["deep"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_blocks_and_scales(dtype: torch.dtype, weights: str) -> None:
+    for launch in ("deep", "prefill_swapped"):
+        _check_layer(_quantized_layer(20, weights, dtype=dtype), QUANTIZED_LAUNCHES[launch])
 
 
 @pytest.mark.parametrize("weights", SIZES)
@@ -400,7 +402,7 @@ def _execute(assembly: str, given: str, word: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("module", "given", "table"), [(experts_mxfp4, "$4", mxfp4.PAIRS), (experts_fp8, "$2", fp8.VALUES[:, None])]
+    ("module", "given", "table"), [(experts_fp4, "$4", mxfp4.PAIRS), (experts_fp8, "$2", fp8.VALUES[:, None])]
 )
 def test_instructions(module: ModuleType, given: str, table: NDArray[np.float32], dtype: torch.dtype) -> None:
     """The interpreter has another way than these instructions: each byte, among others that must not matter."""

@@ -375,9 +375,10 @@ def _quantized_inputs(
             inputs[name] = rng.integers(-128, 128, shape).astype(np.int8)
         if form.weights == "mxfp4":
             inputs[f"{name}_scale"] = rng.integers(118, 129, scales).astype(np.uint8).view(np.int8)
-        elif form.weights.startswith("int4"):
+        elif stored.scale_type == "float":
             points = [rng.integers(0, int4.LARGEST_ZERO + 1, scales)] if stored.zeros else []
-            beside = [rng.uniform(-0.2, 0.2, scales), *points]
+            most = 0.5 if form.weights == "nvfp4" else 0.2  # its values are smaller
+            beside = [rng.uniform(-most, most, scales), *points]
             inputs[f"{name}_scale"] = np.concatenate(beside, axis=-1).astype(dtype)
         else:  # 127 is NaN, and with a sign too
             inputs[name] = (rng.integers(0, 127, shape) + rng.choice([0, 128], shape)).astype(np.uint8).view(np.int8)
@@ -407,7 +408,9 @@ def _check_quantized(form: ExpertsForm, inputs: dict[str, Array], got: Array) ->
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "form", [f for kind in ("mxfp4", "fp8", "int4_g32", "int4_g128_zeros") for f in QUANTIZED_FORMS[kind]], ids=str
+    "form",
+    [f for kind in ("mxfp4", "fp8", "nvfp4", "int4_g32", "int4_g128_zeros") for f in QUANTIZED_FORMS[kind]],
+    ids=str,
 )
 def test_quantized_experts_equal_the_reference(form: ExpertsForm, bias: bool) -> None:
     inputs = _quantized_inputs(form, bias)

@@ -271,14 +271,14 @@ def test_quantized_weights(kind):
         EXPERTS_CONTRACT.check_types(["float16", *types[1:]])
     with pytest.raises(ValueError, match="LynxExperts has 5 inputs; it takes 7 or 9"):
         node.check_types(["float16", "int64", "float32", "float16", "float16"])
-    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4, fp8, int4_g32, "):
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float, mxfp4, fp8, nvfp4, int4_g32, "):
         EXPERTS_CONTRACT.parse_fields({"weights": "int4"})
     with pytest.raises(ValueError, match=f"LynxExperts: transposed is 1, and weights in {kind}"):
         EXPERTS_CONTRACT.parse_fields(values | {"transposed": 1})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("int4")])
-def test_scales_of_int4_are_of_the_graphs_precision(kind):
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].scale_type == "float"])
+def test_scales_of_int4_and_nvfp4_are_of_the_graphs_precision(kind):
     node = EXPERTS_CONTRACT.of_node({"dispatch": 0, "weights": kind})
     types = ["bfloat16", "int64", "float32", "int8", "int8", "bfloat16", "bfloat16"]
     node.check_types(types)

@@ -47,6 +47,7 @@ QUANTIZED = {
     ExpertsForm(weights="mxfp4"): {"hidden": 64, "intermediate": 96},
     ExpertsForm(weights="fp8"): {"hidden": 128, "intermediate": 256},
     ExpertsForm(weights="int4_g32_zeros"): {"hidden": 64, "intermediate": 96},
+    ExpertsForm(weights="nvfp4"): {"hidden": 48, "intermediate": 80},
 }
 
 
@@ -272,8 +273,9 @@ def test_quantized_weights(tmp_path, dtype, bias, form):
         assert data[weight.offset : weight.offset + weight.length] == values[weight.name]
     size = sum(weights[name].length for name in quantized)
     numbers = 2 * 8 * 3 * 512 * 128
-    assert size == numbers * {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 4 / 128, "int4_g32_zeros": 5 / 8}[form.weights]
-    assert size == numbers * stored.bytes_a_value
+    each = {"mxfp4": 1 / 2 + 1 / 32, "fp8": 1 + 4 / 128, "nvfp4": 1 / 2 + 2 / 16, "int4_g32_zeros": 1 / 2 + 4 / 32}
+    assert size == numbers * each[form.weights]
+    assert each[form.weights] == stored.bytes_a_value
     assert 0.9 * size < inside.plan_bytes - outside.plan_bytes < 1.1 * size
     build(path)
     inside_plan = path.with_suffix(".plan").read_bytes()
@@ -668,6 +670,9 @@ WRONG_WEIGHTS = {
         (retype("down_scale.0", onnx.TensorProto.BFLOAT16), r"down_scale is bfloat16; allowed: float16"),
         (set_attribute(EXPERTS, "weights", "int4_g32"), r"gate_up_scale has G = 4, and 32 G has to be H, which is 64"),
         (set_attribute(EXPERTS, "weights", "mxfp4"), r"gate_up_scale is float16; allowed: int8"),
+    ],
+    "nvfp4": [
+        (set_attribute(EXPERTS, "weights", "int4_g32"), r"gate_up_scale has G = 3, and 32 G has to be H, which is 48"),
     ],
 }
 

@@ -62,7 +62,7 @@ class GraphMaker:
         if weights == "mxfp4":  # scales from 2^-9 to 2
             arrays[f"{name}{end}"] = self.random.integers(-128, 128, values).astype(np.int8)
             arrays[f"{name}_scale{end}"] = self.random.integers(118, 129, scales).astype(np.uint8).view(np.int8)
-        elif weights.startswith("int4"):
+        elif stored.scale_type == "float":
             arrays[f"{name}{end}"] = self.random.integers(-128, 128, values).astype(np.int8)
             beside = self.random.uniform(0, 0.01, scales)
             if stored.zeros:

@@ -34,19 +34,21 @@ def dequantized(edit: GraphEdit, kind: str, values: str, scales: str) -> str:
     if kind == "fp8":
         inputs = [edit.viewed(values, TensorProto.FLOAT8E4M3FN, dims), scales]
     elif kind == "mxfp4":
-        inputs = _mxfp4(edit, values, scales, dims)
+        halved = edit.add("Gather", [edit.constant(mxfp4.SCALES / 2), _place(edit, scales)], axis=0)
+        inputs = [_doubled(edit, values, dims), halved]
+    elif kind == "nvfp4":
+        inputs = [_doubled(edit, values, dims), edit.add("Mul", [scales, edit.constant(np.array(0.5, np.float32))])]
     else:
         inputs = _int4(edit, edit.viewed(values, TensorProto.UINT4, dims), scales, stored.zeros)
     return edit.add("DequantizeLinear", inputs, axis=len(rows), block_size=stored.block)
 
 
-def _mxfp4(edit: GraphEdit, values: str, scales: str, dims: list[int]) -> list[str]:
-    """Twice the values as int8, and half the scales."""
+def _doubled(edit: GraphEdit, values: str, dims: list[int]) -> str:
+    """Twice the values of 4-bit floats, as int8."""
     # A negative place counts from the end of a table, so two bytes are an int16 and index as many values as there are.
     fours = edit.viewed(values, TensorProto.INT16, [*dims[:-1], dims[-1] // 4])
     looked_up = edit.add("Gather", [_fours(edit), _place(edit, fours)], axis=0)
-    doubled = edit.add("Reshape", [looked_up, edit.integers(dims)])
-    return [doubled, edit.add("Gather", [edit.constant(mxfp4.SCALES / 2), _place(edit, scales)], axis=0)]
+    return edit.add("Reshape", [looked_up, edit.integers(dims)])
 
 
 def _int4(edit: GraphEdit, values: str, scales: str, zeros: bool) -> list[str]:

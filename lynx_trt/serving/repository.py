@@ -45,6 +45,7 @@ MODULES = (
     "int4.py",
     "machine.py",
     "mxfp4.py",
+    "nvfp4.py",
     "preflight.py",
     "selection.py",
 )

@@ -57,9 +57,10 @@ struct Format {
     DataType scale;
 };
 
-constexpr std::array<Format, 6> kFormats{{
+constexpr std::array<Format, 7> kFormats{{
     {"mxfp4", 2, 32, 1, false, DataType::kINT8},
     {"fp8", 1, 128, 1, false, DataType::kFLOAT},
+    {"nvfp4", 2, 16, 1, true, DataType::kFLOAT},
     {"int4_g32", 2, 32, 1, true, DataType::kFLOAT},
     {"int4_g32_zeros", 2, 32, 2, true, DataType::kFLOAT},
     {"int4_g128", 2, 128, 1, true, DataType::kFLOAT},

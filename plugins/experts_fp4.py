@@ -1,4 +1,4 @@
-"""Weights in MXFP4 (lynx_trt/mxfp4.py), made into numbers of the activations' type on their way to the dot.
+"""Weights in MXFP4 and NVFP4, made into numbers of the activations' type on their way to the dot.
 
 A byte has two values that lie next to each other in the sum. They are not put side by side again, which would be an
 exchange for each weight: there is a product of the first of each byte with the activations at even places, and one of
@@ -74,15 +74,18 @@ BIAS_BFLOAT16, BIAS_FLOAT16 = tl.constexpr(126), tl.constexpr(14)
 
 
 @triton.jit
-def dequantize_mxfp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Bytes [ROWS, BLOCK_D / 2] and scales [ROWS, BLOCK_D / 32] to the values of the lower halves, and of the upper.
+def dequantize_fp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Bytes [ROWS, BLOCK_D / 2] to the values of the lower halves, and of the upper.
 
-    Scales up to mxfp4.LARGEST_SCALE: with bfloat16's bias they have an exponent of 254 then. In float16, values too
-    small for it are rounded as a cast would.
+    Scales are [ROWS, blocks], of MXFP4 int8 and of NVFP4 of type DTYPE. Up to both formats' LARGEST_SCALE what bits are
+    multiplied by here is a number of DTYPE. In float16, values too small for it are rounded as a cast would.
     """
     bias: tl.constexpr = BIAS_BFLOAT16 if DTYPE.is_bf16() else BIAS_FLOAT16
     low, high = take_apart(packed, DTYPE, _TO_BFLOAT16, _TO_FLOAT16)
-    # A byte of scale is the exponent of a float32.
-    factor = (((scale.to(tl.int32) & 255) + bias) << 23).to(tl.float32, bitcast=True).to(DTYPE)
+    if scale.dtype == tl.int8:
+        # A byte of scale is the exponent of a float32.
+        factor = (((scale.to(tl.int32) & 255) + bias) << 23).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        factor = scale * tl.full([], 2.0**bias, tl.float32).to(DTYPE)
     factor = over_bytes(factor, ROWS, BLOCK_D)
     return low * factor, high * factor
