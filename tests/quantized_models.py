@@ -133,6 +133,113 @@ def merged_fp8(folder: Path, target: Path) -> Path:
     return edit(copied, change)
 
 
+def nvfp4(folder: Path, target: Path, form: str, *, full: bool = False) -> Path:
+    """NVFP4: of compressed-tensors, of modelopt, or modelopt's older one with a file of its own beside config.json.
+
+    Args:
+        folder: a checkpoint.
+        target: where the quantized one goes.
+        form: compressed-tensors, modelopt or hf_quant_config.
+        full: not packed, but what it means, in float32.
+    """
+    config = None if full or form == "hf_quant_config" else NVFP4_CONFIGS[form]
+    copied = copy_of(folder, target, config)
+    if form == "hf_quant_config" and not full:
+        (copied / "hf_quant_config.json").write_text(json.dumps(NVFP4_CONFIGS[form]))
+
+    def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        blocks = weight.float().unflatten(1, (-1, 16))
+        largest = blocks.abs().amax(-1)
+        factor = largest.max() / (6 * FP8_MAX)
+        stored = factor if form != "compressed-tensors" else (1 / factor).reshape(1)
+        scales = (largest / 6 / factor).to(torch.float8_e4m3fn)
+        multiplier = scales.float() / stored if form == "compressed-tensors" else scales.float() * stored
+        codes = (blocks / multiplier[..., None]).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
+        if full:
+            return {".weight": (E2M1[codes] * multiplier[..., None]).flatten(1)}
+        codes = codes.flatten(1).to(torch.uint8)
+        packed = codes[:, 0::2] | codes[:, 1::2] << 4
+        if form == "compressed-tensors":
+            activations = {".input_global_scale": torch.tensor([3.0])}
+            return {".weight_packed": packed, ".weight_scale": scales, ".weight_global_scale": stored, **activations}
+        return {
+            ".weight": packed,
+            ".weight_scale": scales,
+            ".weight_scale_2": stored,
+            ".input_scale": torch.tensor(3.0),
+        }
+
+    quantized = quantize_linears(copied, quantize)
+    return quantized if full else edit(quantized, _scales_of_caches)
+
+
+NVFP4_CONFIGS: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "tensor_group",
+                    "group_size": 16,
+                    "scale_dtype": "torch.float8_e4m3fn",
+                },
+                "input_activations": {"num_bits": 4, "type": "float", "dynamic": "local", "group_size": 16},
+            }
+        },
+        "ignore": ["lm_head", "re:.*gate$"],
+    },
+    "modelopt": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}
+        },
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "ignore": ["lm_head"],
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+    },
+    "hf_quant_config": {
+        "producer": {"name": "modelopt", "version": "0.29.0"},
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": "FP8",
+            "group_size": 16,
+            "exclude_modules": ["lm_head"],
+        },
+    },
+}
+
+
+def _scales_of_caches(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if "k_proj" in key or "v_proj" in key]:
+        name = key.rpartition(".")[0]
+        tensors[f"{name}.{name[-6]}_scale"] = torch.tensor(0.5)
+
+
+def modelopt_fp8(folder: Path, target: Path, scale: str = "tensor") -> Path:
+    """Modelopt's FP8: `scale` is tensor, or row, whose scales have one dimension."""
+    copied = fp8(folder, target, None, scale)
+    algorithm = {"tensor": "FP8", "row": "FP8_PER_CHANNEL_PER_TOKEN"}[scale]
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    path.write_text(json.dumps(config))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            scales = tensors.pop(key)
+            tensors[key.removesuffix("_inv")] = scales.flatten() if scale == "row" else scales
+            tensors[key.replace("weight_scale_inv", "input_scale")] = torch.tensor(0.5)
+        _scales_of_caches(tensors)
+
+    return edit(copied, change)
+
+
 def expanded(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """The scale of each element."""
     rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]

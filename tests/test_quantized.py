@@ -413,7 +413,7 @@ def groups(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
         ("mxfp4", CheckpointError, {}, ["_blocks", "no quantization_config"]),
         ("fp8-qwen3", CheckpointError, {"weight_block_size": [8, 16]}, ["without quant_method"]),
         ("fp8-qwen3", CheckpointError, ["fp8"], ["without quant_method"]),
-        ("fp8-qwen3", UnsupportedModelError, {"quant_method": "modelopt"}, ["(modelopt)", "mxfp4, fp8"]),
+        ("fp8-qwen3", UnsupportedModelError, {"quant_method": "bitsandbytes"}, ["(bitsandbytes)", "mxfp4, fp8"]),
         ("fp8-qwen3", CheckpointError, {"quant_method": "fp8"}, ["_scale_inv", "config.json has no size of blocks"]),
         ("awq", UnsupportedModelError, {"quant_method": "awq", "version": "gemv"}, ["(awq)", "gemv", "gemm", WAY_OUT]),
         ("gptq", UnsupportedModelError, {"quant_method": "gptq", "checkpoint_format": "marlin"}, ["(gptq)", "marlin"]),

@@ -1,4 +1,4 @@
-"""compressed-tensors (llm-compressor): FP8 and int8 weights as they are, int4 and int8 packed into int32.
+"""compressed-tensors (llm-compressor): FP8 and int8 weights as they are, int4 and int8 packed into int32; NVFP4.
 
 `config_groups` say how weights are quantized, each group for its `targets`; which weights are is seen by their scales.
 
@@ -6,6 +6,7 @@
 - pack-quantized: `NAME_packed` int32 [R,C*bits/32], the first value in the lowest bits, each plus 2^(bits-1);
   `NAME_scale` [R,G]; `NAME_zero_point` int32 [R*bits/32,G], packed down the rows the same way; `NAME_g_idx` [C], the
   group of each column, where columns were reordered.
+- nvfp4-pack-quantized: `NAME_packed` uint8, `NAME_scale` float8_e4m3, `NAME_global_scale` float32 (nvfp4.py).
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import torch
 
 from lynx_trt import int4
 from lynx_trt.errors import CheckpointError, UnsupportedModelError
+from lynx_trt.export.quantized import nvfp4
 from lynx_trt.export.quantized.computed import ANOTHER, ComputedTensor, Index, beside, fields_of, refuse_misfits
 from lynx_trt.export.quantized.packed import unpack
-from lynx_trt.export.quantized.scaled import FP8, ScaledTensor, block_size, fitting_block, grid_of
+from lynx_trt.export.quantized.scaled import FLOATS, FP8, ScaledTensor, block_size, fitting_block, grid_of
 from lynx_trt.export.stored import Shards, StoredTensor
 
-_SCALE, _PACKED, _ZEROS, _ORDER = "_scale", "_packed", "_zero_point", "_g_idx"
-_FLOATS = ("F32", "BF16", "F16")
+_SCALE, _PACKED, _ZEROS, _ORDER, _FACTOR = "_scale", "_packed", "_zero_point", "_g_idx", "_global_scale"
 _BITS = (4, 8)
+_NVFP4 = "nvfp4-pack-quantized"
 # Formats, and the types of values that each may have.
 _FORMATS = {
     "float-quantized": (FP8,),
     "int-quantized": ("I8",),
     "naive-quantized": (FP8, "I8"),
     "pack-quantized": ("I32",),
+    _NVFP4: ("U8",),
 }
 _STRATEGIES = ("tensor", "channel", "group", "block")
 
@@ -123,18 +126,23 @@ def _scheme(group: dict[str, Any], form: Any) -> _Scheme:
     weights, targets = group["weights"], group.get("targets")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy") or "tensor", weights.get("group_size")
     formats = tuple(_FORMATS)  # of what json holds, not all has a hash
-    if form not in formats or strategy not in _STRATEGIES or bits not in (_BITS if form == "pack-quantized" else (8,)):
+    if form == _NVFP4:
+        known = (bits, weights.get("type"), size) == (4, "float", nvfp4.BLOCK) and weights.get("symmetric", True)
+    else:
+        known = form in formats and strategy in _STRATEGIES and bits in (_BITS if form == "pack-quantized" else (8,))
+    if not known:
+        of_so_many = f" of {size}" if size else ""
         raise UnsupportedModelError(
             f"the checkpoint is quantized (compressed-tensors) in the format {form!r}, {bits} bits with a scale a "
-            f"{strategy}, which this version can't read; it can {', '.join(_FORMATS)}, in 4 (packed) or 8 bits "
-            f"with a scale a {', '.join(_STRATEGIES)}; {ANOTHER}"
+            f"{strategy}{of_so_many}, which this version can't read; it can {', '.join(_FORMATS)}, in 4 (packed) or 8 "
+            f"bits with a scale a {', '.join(_STRATEGIES)}, in NVFP4 one for {nvfp4.BLOCK} floats of 4 bits; {ANOTHER}"
         )
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"quantization_config has targets {targets!r}, which has to be a list of names")
     block = None
     if strategy == "block":
         block = block_size(weights.get("block_structure"), "block_structure")
-    elif strategy == "group":
+    elif strategy == "group" and form != _NVFP4:
         if type(size) is not int or size < 1:
             raise CheckpointError(f"quantization_config has group_size {size!r}, which has to be a number above 0")
         block = (1, size)
@@ -172,14 +180,17 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _plain(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
-    values = beside(tensors, name, _FORMATS[scheme.format])
-    parts = {"values": values, "scales": beside(tensors, name + _SCALE, _FLOATS)}
+    values = beside(tensors, name + _PACKED if scheme.format == _NVFP4 else name, _FORMATS[scheme.format])
+    parts = {"values": values, "scales": beside(tensors, name + _SCALE, FLOATS)}
     if name + _ZEROS in tensors and values.dtype != FP8:
         parts["zeros"] = beside(tensors, name + _ZEROS, ("I8",))
     return ScaledTensor(**fields_of(name, values.shape, parts), block=_block(parts, values.shape, scheme))
 
 
 def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
+    if scheme.format == _NVFP4:
+        names = {"values": name + _PACKED, "scales": name + _SCALE, "factor": name + _FACTOR}
+        return nvfp4.tensor_of(tensors, name, names, divides=True)
     if scheme.format != "pack-quantized":
         raise CheckpointError(
             f"{name}{_PACKED} is packed, but quantization_config says {scheme.format} for it; copy config.json again "
@@ -193,7 +204,7 @@ def _packed(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> 
             f"{name}{_ORDER} reorders the columns of a packed weight (actorder group), which this version can't read; "
             "quantize with actorder weight or without"
         )
-    parts = {"values": values, "scales": beside(tensors, name + _SCALE, _FLOATS)}
+    parts = {"values": values, "scales": beside(tensors, name + _SCALE, FLOATS)}
     shape = (*values.shape[:-1], values.shape[-1] * 32 // scheme.bits)
     block = _block(parts, shape, scheme)
     if name + _ZEROS in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,7 +24,11 @@ METHODS = {
     "compressed-tensors": "compressed",
     "gptq": "gptq",
     "awq": "awq",
+    "modelopt": "modelopt",
+    "modelopt_fp4": "modelopt",
 }
+# Where modelopt's older checkpoints say how they are quantized, beside a config.json that doesn't.
+_MODELOPT = "hf_quant_config.json"
 # The way out for what is quantized in a form that nobody here can read.
 DEQUANTIZE = "load it in transformers with dequantize=True and save_pretrained() it in bf16 first"
 # Endings of names that only parts of a quantized weight have.
@@ -33,6 +38,7 @@ _LEFT_ASIDE = (
     "weight_shape",
     "weight_zero_point",
     "input_scale",
+    "input_global_scale",
     "input_zero_point",
     "activation_scale",
     "output_scale",
@@ -73,7 +79,7 @@ class Quantization:
 
 
 def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """What config.json says of how the weights are quantized; None of weights that are not.
+    """What config.json, or modelopt's file beside it, says of how the weights are quantized; None if they are not.
 
     Raises:
         CheckpointError: it is no object, or doesn't say by which method.
@@ -81,6 +87,8 @@ def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | Non
     """
     text = raw.get("text_config")
     config = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if not config:
+        config = _modelopt_config(path.with_name(_MODELOPT))
     if not config:
         return None
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
@@ -95,6 +103,21 @@ def quantization_config(raw: dict[str, Any], path: Path) -> dict[str, Any] | Non
             + DEQUANTIZE
         )
     return config
+
+
+def _modelopt_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("quantization"), dict):
+        raise CheckpointError(
+            f"{path} has no object quantization, which says how the weights are stored; copy it again from where the "
+            "checkpoint came from"
+        )
+    return {**config, "quant_method": "modelopt"}
 
 
 def _finder(method: str) -> Finder:

@@ -13,7 +13,8 @@ from lynx_trt.export.quantized.computed import ComputedTensor, Index, e8m0, piec
 from lynx_trt.export.stored import Shards, StoredTensor
 
 FP8 = "F8_E4M3"
-SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+FLOATS = ("F32", "BF16", "F16")
+SCALES = (*FLOATS, "F8_E8M0", "U8")
 # Each byte's value: a look-up is four times as fast as torch's conversion.
 _FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 
@@ -44,9 +45,7 @@ class ScaledTensor(ComputedTensor):
     def values(self, shards: Shards, index: Index) -> torch.Tensor:
         """The stored values of a piece, in float32."""
         values = shards.piece(self.parts["values"], index)
-        if self.parts["values"].dtype != FP8:
-            return values.to(torch.float32)
-        return torch.from_numpy(np.take(_FP8, values.view(torch.uint8).numpy()))
+        return from_fp8(values) if self.parts["values"].dtype == FP8 else values.to(torch.float32)
 
     def zeros(self, shards: Shards) -> torch.Tensor | None:
         """Zero points in float32, for each block."""
@@ -81,6 +80,11 @@ class ScaledTensor(ComputedTensor):
         """One for each block, whichever shape they are stored in."""
         grid = grid_of(self.shape, self.block)
         return stored.reshape(grid) if stored.numel() == torch.Size(grid).numel() else stored.reshape(-1).expand(grid)
+
+
+def from_fp8(stored: torch.Tensor) -> torch.Tensor:
+    """Values of FP8 in float32."""
+    return torch.from_numpy(np.take(_FP8, stored.view(torch.uint8).numpy()))
 
 
 def over_block(grid: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> torch.Tensor:
