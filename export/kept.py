@@ -1,6 +1,6 @@
 """Experts whose weights an artifact keeps as the checkpoint stores them.
 
-Formats are modules: MXFP4 (kept_mxfp4.py), FP8 (kept_fp8.py), int4 (kept_int4.py).
+Formats are modules: MXFP4 (kept_mxfp4.py), NVFP4 (kept_nvfp4.py), FP8 (kept_fp8.py), int4 (kept_int4.py).
 
 The parameters that hold such a weight in full stay in the model, where its shapes are read, or give their place to the
 stored values if these have their name; scales are buffers beside them. LynxExperts is given what is stored.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from lynx_trt.export import kept_fp8, kept_int4, kept_mxfp4, moe
+from lynx_trt.export import kept_fp8, kept_int4, kept_mxfp4, kept_nvfp4, moe
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,7 +53,7 @@ class _Format(Protocol):
         """What LynxExperts takes in the place of that parameter, with such `weights`."""
 
 
-_FORMATS: tuple[_Format, ...] = (kept_mxfp4, kept_fp8, kept_int4)
+_FORMATS: tuple[_Format, ...] = (kept_mxfp4, kept_nvfp4, kept_fp8, kept_int4)
 
 
 def keep_experts(

@@ -12,7 +12,6 @@ import torch
 from lynx_trt import fp8
 from lynx_trt.export import kept_rows
 from lynx_trt.export.finite import refuse_not_finite
-from lynx_trt.export.kept_rows import SCALE, RowsPart
 from lynx_trt.export.quantized.computed import pieces_of
 from lynx_trt.export.quantized.scaled import FP8, ScaledTensor
 
@@ -52,17 +51,8 @@ def weights(sources: Mapping[str, Source]) -> str:
 
 
 def parts(name: str, source: Source, model: PreTrainedModel, weights: str) -> Mapping[str, Part]:
-    """What LynxExperts takes of parameter `name`: values by its own name, scales by a name like it.
-
-    Raises:
-        CheckpointError: the stored tensors together have another shape than the parameter.
-    """
-    shape = experts, rows, columns = kept_rows.shape_of(name, source, model)
-    scales = (experts, rows, columns // fp8.BLOCK)
-    return {
-        name: RowsPart(shape, torch.int8, name, source, model, _values),
-        name + SCALE: RowsPart(scales, torch.float32, name, source, model, _scales),
-    }
+    """See kept_rows.py."""
+    return kept_rows.parts(name, source, model, weights, _values, _scales)
 
 
 def _values(tensor: ScaledTensor, shards: Shards, chosen: slice) -> torch.Tensor:

@@ -15,7 +15,6 @@ import torch
 from lynx_trt import int4
 from lynx_trt.experts import FORMATS
 from lynx_trt.export import kept_rows
-from lynx_trt.export.kept_rows import SCALE, RowsPart
 from lynx_trt.export.quantized.compressed import PackedTensor
 from lynx_trt.export.quantized.gptq import GroupedTensor
 from lynx_trt.export.stored import Shards
@@ -64,18 +63,10 @@ def weights(sources: Mapping[str, Source]) -> str:
 
 
 def parts(name: str, source: Source, model: PreTrainedModel, weights: str) -> Mapping[str, Part]:
-    """What LynxExperts takes of parameter `name`: values by its own name, scales and zero points by a name like it.
-
-    Raises:
-        CheckpointError: the stored tensors together have another shape than the parameter.
-    """
-    experts, rows, columns = kept_rows.shape_of(name, source, model)
-    form, dtype = FORMATS[weights], model.get_parameter(name).dtype
-    scales = partial(_scales, block=form.block, zeros=form.zeros, dtype=dtype)
-    return {
-        name: RowsPart((experts, rows, columns // form.per_byte), torch.int8, name, source, model, _values),
-        name + SCALE: RowsPart((experts, rows, form.scales(columns)), dtype, name, source, model, scales),
-    }
+    """See kept_rows.py; zero points are behind scales."""
+    form = FORMATS[weights]
+    scales = partial(_scales, block=form.block, zeros=form.zeros)
+    return kept_rows.parts(name, source, model, weights, _values, scales)
 
 
 def _tensors(source: Source) -> list[GroupedTensor | PackedTensor]:
@@ -87,9 +78,7 @@ def _values(tensor: GroupedTensor | PackedTensor, shards: Shards, _: slice) -> t
     return tensor.pairs(shards)
 
 
-def _scales(
-    tensor: GroupedTensor | PackedTensor, shards: Shards, _: slice, *, block: int, zeros: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """Its scales, rounded to `dtype`, and its zero points behind them; `obstacle` has seen that they are numbers."""
+def _scales(tensor: GroupedTensor | PackedTensor, shards: Shards, _: slice, *, block: int, zeros: bool) -> torch.Tensor:
+    """Its scales, and its zero points behind them; `obstacle` has seen that they are numbers."""
     scales = tensor.scales_of_rows(shards, block)
-    return (torch.cat([scales, tensor.zeros_of_rows(shards, block)], dim=1) if zeros else scales).to(dtype)
+    return torch.cat([scales, tensor.zeros_of_rows(shards, block)], dim=1) if zeros else scales

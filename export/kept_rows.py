@@ -1,4 +1,4 @@
-"""Experts that are kept in FP8 or int4: what both have in common, rows of stored tensors that are put together.
+"""Experts that are kept in FP8, NVFP4 or int4: what these have in common, rows of stored tensors that are put together.
 
 The hub's checkpoints have a tensor for each expert and projection. What is made of the rows of each (values, and scales
 once they are repeated) is put together by the rule that puts together the weights in full.
@@ -6,13 +6,14 @@ once they are repeated) is put together by the rule that puts together the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lynx_trt.errors import CheckpointError
+from lynx_trt.experts import FORMATS
 from lynx_trt.export.parts import Part
 from lynx_trt.export.quantized.gptq import GroupedTensor
 from lynx_trt.export.quantized.scaled import ScaledTensor
@@ -69,11 +70,61 @@ def shape_of(name: str, source: Source, model: PreTrainedModel) -> tuple[int, in
     return shape
 
 
+def parts(
+    name: str,
+    source: Source,
+    model: PreTrainedModel,
+    weights: str,
+    values: Callable[[Any, Shards, slice], torch.Tensor],
+    scales: Callable[[Any, Shards, slice], torch.Tensor],
+) -> Mapping[str, Part]:
+    """What LynxExperts takes of parameter `name`: values by its own name, what is beside them by a name like it.
+
+    Args:
+        name: of the parameter.
+        source: what it is made of.
+        model: whose parameter it is.
+        weights: the form's, one of FORMATS.
+        values: see `of` of RowsPart; int8.
+        scales: the same, rounded here to the type that scales have in that form.
+
+    Raises:
+        CheckpointError: the stored tensors together have another shape than the parameter.
+    """
+    experts, rows, columns = shape_of(name, source, model)
+    form = FORMATS[weights]
+    dtype = torch.float32 if form.scale_type == "float32" else model.get_parameter(name).dtype
+
+    def rounded(tensor: Any, shards: Shards, chosen: slice) -> torch.Tensor:
+        return scales(tensor, shards, chosen).to(dtype)
+
+    return {
+        name: RowsPart((experts, rows, columns // form.per_byte), torch.int8, name, source, model, values),
+        name + SCALE: RowsPart((experts, rows, form.scales(columns)), dtype, name, source, model, rounded),
+    }
+
+
 def obstacle_of_layer(layer: MoeLayer, called: str) -> str | None:
     """Why a layer can't have weights of the format that is called so, a clause; None if it can."""
     if not layer.form.transposed:
         return None
     return f"{layer.name} sums over the rows of its matrices, and LynxExperts over the columns of those in {called}"
+
+
+def obstacle_of_shape(name: str, shape: tuple[int, int, int] | None, called: str, block: int) -> str | None:
+    """Why a parameter whose stored rows have that shape together can't be kept, a clause; None if it can.
+
+    Args:
+        name: of the parameter.
+        shape: experts, rows, columns; None: it is made of them in another way.
+        called: the format.
+        block: the fewest columns that share a scale in it.
+    """
+    if shape is None:
+        return f"{name} is made of its stored tensors in another way than by putting rows below each other"
+    if shape[2] % block:
+        return f"{name} sums over {shape[2]} columns, and LynxExperts has weights in {called} of multiples of {block}"
+    return None
 
 
 def obstacle(name: str, source: Source, dtype: torch.dtype, called: str, block: int, largest: int) -> str | None:
@@ -93,10 +144,9 @@ def obstacle(name: str, source: Source, dtype: torch.dtype, called: str, block: 
         CheckpointError: a scale is no finite number.
     """
     shape, tensors = source.rows_of_experts(), tensors_of(source)
-    if shape is None:
-        return f"{name} is made of its stored tensors in another way than by putting rows below each other"
-    if shape[2] % block:
-        return f"{name} sums over {shape[2]} columns, and LynxExperts has weights in {called} of multiples of {block}"
+    why = obstacle_of_shape(name, shape, called, block)
+    if why or shape is None:
+        return why
     with Shards() as shards:  # of one parameter: what is read is small
         for tensor in tensors:
             columns = tensor.columns_a_scale(shards)
