@@ -16,7 +16,7 @@ import torch
 from quantized_models import NVFP4_CONFIGS, copy_of, edit
 from safetensors.torch import load_file, save_file
 from test_architectures import Batch
-from test_quantized import EXPERT, LINEAR, put, refused, replace, same_bits, say, weights_of
+from test_quantized import put, refused, replace, same_bits, say, weights_of
 
 from lynx_trt.artifact import Artifact
 from lynx_trt.calibration import source
@@ -33,19 +33,26 @@ Build = Callable[..., Artifact]
 Make = Callable[[str], Path]
 
 FORMS = tuple(NVFP4_CONFIGS)
-# Linear layers of the model: four of attention and three of each expert, in two layers.
-LINEARS = 2 * (4 + 8 * 3)
+# Linear layers of the model of one layer: four of attention and three of each expert.
+LINEARS = 4 + 8 * 3
+LINEAR = "model.layers.0.mlp.experts.5.up_proj"
+EXPERT = f"{LINEAR}.weight"
 WEIGHTS = "weights.safetensors"
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 @pytest.fixture(scope="session")
-def stored(workspace: Path, checkpoint: Make) -> Callable[..., Path]:
+def in_full(workspace: Path) -> Path:
+    return tiny_models.save(tiny_models.random_model("qwen3_moe", num_hidden_layers=1), workspace / "nvfp4" / "full")
+
+
+@pytest.fixture(scope="session")
+def stored(workspace: Path, in_full: Path) -> Callable[..., Path]:
     """A checkpoint in NVFP4 by its form, or what it means in full."""
 
     def make(form: str, *, full: bool = False) -> Path:
         folder = workspace / "nvfp4" / f"{form}-{full}"
-        return folder if folder.exists() else quantized_models.nvfp4(checkpoint("qwen3_moe"), folder, form, full=full)
+        return folder if folder.exists() else quantized_models.nvfp4(in_full, folder, form, full=full)
 
     return make
 
@@ -153,8 +160,8 @@ def test_what_compare_runs_beside_an_artifact(form: str, stored: Callable[..., P
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row"])
-def test_fp8_of_modelopt(scale: str, checkpoint: Make, tmp_path: Path) -> None:
-    folder = quantized_models.modelopt_fp8(checkpoint("qwen3_moe"), tmp_path / "fp8", scale)
+def test_fp8_of_modelopt(scale: str, in_full: Path, tmp_path: Path) -> None:
+    folder = quantized_models.modelopt_fp8(in_full, tmp_path / "fp8", scale)
     tensors = load_file(folder / "model.safetensors")
     opened = open_checkpoint(folder)
     assert opened.quantization is not None
@@ -169,19 +176,19 @@ def test_fp8_of_modelopt(scale: str, checkpoint: Make, tmp_path: Path) -> None:
 
 def test_experts_in_fp8_of_modelopt_stay(build_quietly: Build, tmp_path: Path) -> None:
     """Their bytes, and the scale of each tensor repeated."""
-    model = tiny_models.random_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128, num_experts=4)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 4}
+    model = tiny_models.random_model("qwen3_moe", **sizes)
     folder = quantized_models.modelopt_fp8(tiny_models.save(model, tmp_path / "full"), tmp_path / "fp8")
     built = build_quietly(folder, tmp_path / "out", precision="bf16")
     assert {layer.quantized for layer in built.manifest.model.moe_layers} == {"fp8"}
     kept, tensors = load_file(built.folder / WEIGHTS), load_file(folder / "model.safetensors")
-    for layer in range(2):
-        experts = f"model.layers.{layer}.mlp.experts"
-        for expert in range(4):
-            both = [f"{experts}.{expert}.{name}_proj.weight" for name in ("gate", "up")]
-            values = torch.cat([tensors[key].view(torch.int8) for key in both])
-            scales = torch.cat([tensors[f"{key}_scale"].expand(128, 2) for key in both])
-            assert torch.equal(kept[f"{experts}.gate_up_proj"][expert], values)
-            assert torch.equal(kept[f"{experts}.gate_up_proj_scale"][expert], scales)
+    experts = "model.layers.0.mlp.experts"
+    for expert in range(4):
+        both = [f"{experts}.{expert}.{name}_proj.weight" for name in ("gate", "up")]
+        values = torch.cat([tensors[key].view(torch.int8) for key in both])
+        scales = torch.cat([tensors[f"{key}_scale"].expand(128, 2) for key in both])
+        assert torch.equal(kept[f"{experts}.gate_up_proj"][expert], values)
+        assert torch.equal(kept[f"{experts}.gate_up_proj_scale"][expert], scales)
 
 
 def without(key: str) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -241,7 +248,7 @@ def test_broken_parts(form: str, change: Any, words: list[str], own: Make) -> No
 def test_factor_of_zero(own: Make) -> None:
     """By which scales are multiplied: a number, and a weight of zeros."""
     folder = edit(own("modelopt"), filled(f"{EXPERT}_scale_2", 0))
-    merged = weights_of(folder, torch.float32)["model.layers.1.mlp.experts.gate_up_proj"]
+    merged = weights_of(folder, torch.float32)["model.layers.0.mlp.experts.gate_up_proj"]
     assert not merged[5, 32:].any()
     assert merged[5, :32].any()
 
@@ -320,9 +327,9 @@ def test_file_beside_config_that_says_something_else(
     refused(LynxError, folder, build_quietly, *words)
 
 
-def test_file_beside_config_of_caches_alone(checkpoint: Make, tmp_path: Path) -> None:
+def test_file_beside_config_of_caches_alone(in_full: Path, tmp_path: Path) -> None:
     """And config.json goes before it."""
-    folder = copy_of(checkpoint("qwen3_moe"), tmp_path / "full", None)
+    folder = copy_of(in_full, tmp_path / "full", None)
     file = folder / "hf_quant_config.json"
     file.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
     opened = open_checkpoint(folder)
