@@ -144,7 +144,7 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
     Args:
         checkpoint: an opened checkpoint.
         precision: fp32, fp16 or bf16: the dtype of weights, activations and cache.
-        dequantize: all weights, also experts that can stay in MXFP4, FP8 or int4 (`kept.py`).
+        dequantize: all weights, also experts that can stay in MXFP4, NVFP4, FP8 or int4 (`kept.py`).
 
     Raises:
         CheckpointError: the weights are not those of the config, or a scale of such experts is no number.
