@@ -566,8 +566,8 @@ def main(
         typer.Option(
             "--dequantize",
             help="Dequantize all weights, also experts in MXFP4 (gpt-oss), FP8 (DeepSeek-V3, Qwen3), NVFP4 and int4 "
-            "(GPTQ, AWQ, compressed-tensors, QMoE), which in fp16 and bf16 stay as they are stored, a quarter or half of the "
-            "size; weights quantized by another method always are.",
+            "(GPTQ, AWQ, compressed-tensors, QMoE), which in fp16 and bf16 stay as they are stored, a quarter or half "
+            "of the size; weights quantized by another method always are.",
         ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON; no progress.")] = False,
