@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lynx_trt import mxfp4
+from lynx_trt import mxfp4, nvfp4
 from lynx_trt.errors import CheckpointError
 from lynx_trt.export.quantized.computed import ComputedTensor, Index, beside, fields_of, pieces_of, refuse_misfits
 from lynx_trt.export.quantized.packed import both_of_a_byte
 from lynx_trt.export.quantized.scaled import FP8, from_fp8
 from lynx_trt.export.stored import Shards, StoredTensor
 
-# Values that share a scale.
-BLOCK = 16
+BLOCK = nvfp4.BLOCK
 # Both values of each byte, as the 8 bytes of two float32.
 _PAIRS = mxfp4.PAIRS.view(np.int64)[:, 0]
 
