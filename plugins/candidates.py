@@ -133,8 +133,11 @@ def _decode(spec: ExpertsSpec, tokens: int, rows_a_value: int, summed: int, part
     pairs: Iterable[int] = [each for each in (16, 32, 64) if each <= most]
     for block_t, rows, depth, stages in itertools.product(pairs, (32, 64, 128), _depths(spec, summed), (3, 4, 6)):
         one_tile = tokens <= block_t
-        for warps, swap in ((4, False), (8, False), (4, True)):
+        for warps, swap in ((2, False), (4, False), (8, False), (4, True)):
             if (warps == 8 and rows < 128) or (swap and rows < 64):
+                continue
+            # The fewer warps a tile has, the more rows each arranges the pairs for, which is much beside 4 or 8 bits.
+            if warps == 2 and not (spec.form.quantized and rows == 64):
                 continue
             # A thread holds its part of quantized weights as numbers, two a register.
             if rows * depth > 128 * 32 * warps if spec.form.quantized else swap and depth > 128:
@@ -148,7 +151,7 @@ def _decode(spec: ExpertsSpec, tokens: int, rows_a_value: int, summed: int, part
 def _depths(spec: ExpertsSpec, summed: int) -> tuple[int, ...]:
     """How much of the sum a decode tile takes: of 4 bits a quarter of the bytes, of FP8 no more than shares a scale."""
     if spec.form.quantized:
-        return (64, 128) if spec.form.weights == "fp8" else (128, 256, 512)
+        return (64, 128) if spec.form.weights == "fp8" else (64, 128, 256)
     return tuple(depth for depth in (64, 128, 256) if summed % depth == 0) or (64,)
 
 

@@ -77,8 +77,8 @@ BIAS_BFLOAT16, BIAS_FLOAT16 = tl.constexpr(126), tl.constexpr(14)
 def dequantize_fp4(packed, scale, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Bytes [ROWS, BLOCK_D / 2] to the values of the lower halves, and of the upper.
 
-    Scales are [ROWS, blocks], of MXFP4 int8 and of NVFP4 of type DTYPE. Up to both formats' LARGEST_SCALE what bits are
-    multiplied by here is a number of DTYPE. In float16, values too small for it are rounded as a cast would.
+    Scales are [ROWS, blocks] or [ROWS], of MXFP4 int8 and of NVFP4 of type DTYPE; up to both formats' LARGEST_SCALE, so
+    that what they become is a number of DTYPE. In float16, values too small for it are rounded as a cast would.
     """
     bias: tl.constexpr = BIAS_BFLOAT16 if DTYPE.is_bf16() else BIAS_FLOAT16
     low, high = take_apart(packed, DTYPE, _TO_BFLOAT16, _TO_FLOAT16)

@@ -48,7 +48,7 @@ def dequantize_int4(
 ):
     """Bytes [ROWS, BLOCK_D / 2] to the values of the lower halves, and of the upper.
 
-    Scales and zero points are [ROWS, blocks], of type DTYPE; without ZEROS the latter are not read.
+    Scales and zero points are [ROWS, blocks] or [ROWS], of type DTYPE; without ZEROS the latter are not read.
     """
     large: tl.constexpr = LARGE_BFLOAT16 if DTYPE.is_bf16() else LARGE_FLOAT16
     low, high = take_apart(packed, DTYPE, _TO_BFLOAT16, _TO_FLOAT16)

@@ -18,11 +18,20 @@ def load_scales(
     ZEROS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scales and zero points of some rows' blocks from `start` on, [ROWS, blocks]; without ZEROS the scales twice."""
+    """Scales and zero points of some rows' blocks from `start` on, [ROWS, blocks]; without ZEROS the scales twice.
+
+    Of one block they are [ROWS]: a dimension of 1 made the compiler send the tile through shared memory.
+    """
     EACH: tl.constexpr = D // BLOCK
-    block = start // BLOCK + tl.arange(0, (BLOCK_D + BLOCK - 1) // BLOCK)
-    mask = valid[:, None] & (block < EACH)[None, :]
-    at = scales + rows[:, None] * (2 * EACH if ZEROS else EACH) + block[None, :]
+    first = scales + rows * (2 * EACH if ZEROS else EACH)
+    if BLOCK_D <= BLOCK:
+        block = start // BLOCK
+        mask = valid & (block < EACH)
+        at = first + block
+    else:
+        block = start // BLOCK + tl.arange(0, BLOCK_D // BLOCK)
+        mask = valid[:, None] & (block < EACH)[None, :]
+        at = first[:, None] + block[None, :]
     scale = tl.load(at, mask=mask, other=0)
     zero = scale
     if ZEROS:
@@ -49,11 +58,11 @@ def take_apart(packed, DTYPE: tl.constexpr, TO_BFLOAT16: tl.constexpr, TO_FLOAT1
 
 @triton.jit
 def over_bytes(each, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A number for each block of a row, [ROWS, blocks], as one for each byte, [ROWS, BLOCK_D / 2]."""
-    blocks: tl.constexpr = each.shape[1]
-    if blocks == 1:
-        wide = tl.broadcast_to(each, [ROWS, BLOCK_D // 2])
+    """A number for each block of a row, [ROWS, blocks] or [ROWS], as one for each byte, [ROWS, BLOCK_D / 2]."""
+    if len(each.shape) == 1:
+        wide = tl.broadcast_to(each[:, None], [ROWS, BLOCK_D // 2])
     else:
+        blocks: tl.constexpr = each.shape[1]
         wide = tl.broadcast_to(each[:, :, None], [ROWS, blocks, BLOCK_D // 2 // blocks])
         wide = tl.reshape(wide, [ROWS, BLOCK_D // 2])
     return wide

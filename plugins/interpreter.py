@@ -114,15 +114,15 @@ def _meet() -> None:
 def _dequantize_fp4(packed: Any, scale: Any, dtype: Any, *_sizes: Any) -> tuple[Any, Any]:
     data = packed.handle.data.view(np.int8)
     if scale.dtype.scalar == tl.int8:
-        values = mxfp4.dequantize(data, scale.handle.data.view(np.int8))
+        values = mxfp4.dequantize(data, scale.handle.data.view(np.int8).reshape(len(data), -1))
     else:
-        values = nvfp4.dequantize(data, _numbers(scale))
+        values = nvfp4.dequantize(data, _numbers(scale).reshape(len(data), -1))
     return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)
 
 
 def _dequantize_int4(packed: Any, scale: Any, zero: Any, dtype: Any, zeros: Any, *_sizes: Any) -> tuple[Any, Any]:
-    beside = [_numbers(scale), _numbers(zero)] if zeros else [_numbers(scale)]
     data = packed.handle.data.view(np.int8)
+    beside = [_numbers(each).reshape(len(data), -1) for each in ((scale, zero) if zeros else (scale,))]
     block = 2 * data.shape[1] // beside[0].shape[1]
     values = int4.dequantize(data, np.concatenate(beside, axis=1), block=block, zeros=bool(zeros))
     return _rounded(values[:, 0::2], dtype), _rounded(values[:, 1::2], dtype)

@@ -165,12 +165,15 @@ def experts_estimate(
 def _quantized_estimate(bucket: int, dtype: str, sm: int, weights: str) -> ExpertsLaunch:
     """Of weights that become numbers on their way. MXFP4's rows are whole 16 bytes, so a tile may reach past them."""
     if bucket < PREFILL_BUCKET:
-        # A row of a tile is 128 bytes; the activations are the left operand, in which the assembler's code for SM 90
-        # has a seventh fewer instructions than with the weights there (of MXFP4, 4.3 and 5 of a thread for a weight).
-        # With 32 pairs such a tile of MXFP4 spills; half of it does not.
-        deep = 256 if weights != "fp8" and bucket <= 8 else 128
-        launch = MatmulLaunch(16 if bucket <= 8 else 32, 64, deep, warps=4, stages=4)
-        reason = f"decode: 64 rows a program, 3 tiles of 8 kB of {weights} in flight"
+        # The activations are the left operand, in which the assembler's code for SM 90 has a seventh fewer instructions
+        # than with the weights there. All warps arrange all of them for the matrix units, so that two warps of a tile
+        # have a tenth fewer instructions a weight than four (at 16 pairs 3.2 and 3.5 of int4, 4.0 and 4.4 of MXFP4, 4.3
+        # and 5.1 of FP8), and a third fewer at 32, where deeper tiles of so few warps take all registers.
+        pairs = 16 if bucket <= 8 else 32
+        launch = MatmulLaunch(pairs, 64, 128, warps=2, stages=5)
+        if pairs == 32:
+            launch = replace(launch, warps=4, stages=4) if weights == "fp8" else replace(launch, block_d=64)
+        reason = f"decode: {weights} with few instructions a weight, and 16 kB in flight a program"
     else:
         # Hopper takes a left operand from registers, where the weights come to be; the others take both. With 128 pairs
         # MXFP4's gate_up spills 72 bytes on SM 120, and FP8's down 1004 on SM 100.
