@@ -167,10 +167,11 @@ def dequantize_twin(weights: str, values: Tensor, scales: Tensor, dtype: torch.d
     elif weights == "fp8":
         numbers, factors = _look_up(fp8.VALUES, values), scales
     else:
-        numbers, factors, zeros = _look_up(int4.PAIRS, values), scales.float(), torch.tensor(float(int4.ZERO))
+        factors = scales.float()
+        zeros = factors.new_tensor(int4.ZERO)
         if FORMATS[weights].zeros:
             factors, zeros = factors.chunk(2, dim=-1)
-        numbers = numbers.reshape(*factors.shape, -1) - zeros[..., None]
+        numbers = _look_up(int4.PAIRS, values).reshape(*factors.shape, -1) - zeros[..., None]
     matrix = numbers.reshape(*factors.shape, FORMATS[weights].block) * factors[..., None]
     return matrix.reshape(*values.shape[:-1], -1).to(dtype)
 

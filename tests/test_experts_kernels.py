@@ -24,7 +24,7 @@ from lynx_trt.plugins.launch import ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.specs import ExpertsSpec
 from lynx_trt.plugins.tune import random_quantized
-from lynx_trt.plugins.twins import combine_twin, dispatch_twin, down_twin, experts_twin, gate_up_twin
+from lynx_trt.plugins.twins import combine_twin, dequantize_twin, dispatch_twin, down_twin, experts_twin, gate_up_twin
 
 SWIGLU = ExpertsForm()
 GPT_OSS = ExpertsForm(transposed=True, interleaved=True, alpha=1.702, limit=1.5, up_offset=1.0)
@@ -437,3 +437,13 @@ def test_instructions_of_int4(dtype: torch.dtype, zero: int) -> None:
         bits = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)], dtype=torch.int32)
         found = bits.to(torch.int16).view(dtype) - torch.tensor(large + zero, dtype=dtype)
         assert found.tolist() == [(each & 15) - zero for each in four] + [(each >> 4) - zero for each in four]
+
+
+@pytest.mark.parametrize("weights", ALL_SIZES)
+def test_the_twin_stays_on_the_device_of_its_tensors(weights: str) -> None:
+    """On a GPU a tensor of the host beside it is an error, as it is on the device that has no memory."""
+    layer = _quantized_layer(2, weights, dtype=torch.bfloat16)
+    assert layer.gate_up_scale is not None
+    matrix = dequantize_twin(weights, layer.gate_up.to("meta"), layer.gate_up_scale.to("meta"), torch.bfloat16)
+    assert matrix.device.type == "meta"
+    assert matrix.shape == (5, 2 * ALL_SIZES[weights][1], ALL_SIZES[weights][0])
