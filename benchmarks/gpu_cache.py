@@ -21,11 +21,7 @@ from gpu_layer import MODELS
 from lynx_trt.console import Progress
 from lynx_trt.plugins.aot import compile_each, compile_for
 from lynx_trt.plugins.launch import SHARED_MEMORY
-from lynx_trt.plugins.specs import DrawSpec, Op
 from lynx_trt.plugins.tune import TOKENS, compile_candidates
-
-# Those of tests/gpu, and batches in which they are drawn.
-VOCABULARIES, DRAWN = (32_000, 151_936), ((1, 32),)
 
 
 def main() -> None:
@@ -36,10 +32,9 @@ def main() -> None:
     chosen = parser.parse_args()
     models = tuple(chosen.model or MODELS)
     # The tuner's last: the others can be run without them.
-    ops = [*wanted(models, dry=False), *(Op(DrawSpec(size, True), DRAWN) for size in VOCABULARIES)]
     clusters = [step.kernel for plan in cluster_plans(chosen.sm) for step in plan.steps]
     with Progress() as bars:
-        compile_for(ops, [chosen.sm], progress=bars.phase("What the parts launch"))
+        compile_for(wanted(models, dry=False), [chosen.sm], progress=bars.phase("What the parts launch"))
         compile_each(clusters, chosen.sm, progress=bars.phase("Clusters for the tests"))
     compile_candidates(models, "bfloat16", TOKENS, chosen.sm)
 

@@ -48,9 +48,7 @@ def obstacle(name: str, source: Source, dtype: torch.dtype) -> str | None:
         return why
     with Shards() as shards:  # of one parameter: what is read is small
         for tensor in _tensors(source):
-            tensor.refuse_faults(shards)
-            scales = tensor.scales_of_rows(shards)
-            largest = scales.abs().max().item() if scales.numel() else 0.0
+            largest = kept_rows.largest_of(tensor, tensor.scales_of_rows(shards), shards)
             if largest > nvfp4.LARGEST_SCALE:
                 return (
                     f"{tensor.key} has the scale {largest:.6g}, and the GPU kernels take scales up to "

@@ -6,6 +6,7 @@ once they are repeated) is put together by the rule that puts together the weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from lynx_trt.errors import CheckpointError
 from lynx_trt.experts import FORMATS
 from lynx_trt.export.parts import Part
+from lynx_trt.export.quantized.computed import ComputedTensor
 from lynx_trt.export.quantized.gptq import GroupedTensor
 from lynx_trt.export.quantized.scaled import ScaledTensor
 from lynx_trt.export.sources import disagrees
@@ -166,12 +168,23 @@ def obstacle(name: str, source: Source, dtype: torch.dtype, called: str, block: 
 def _too_large(tensors: list[ScaledTensor | GroupedTensor], shards: Shards, most: float, largest: int) -> str | None:
     """A clause if one of the scales allows weights beyond `most`: those are looked at one by one."""
     for tensor in tensors:
-        tensor.refuse_faults(shards)
         for key, scales in tensor.scales(shards):
-            scale = scales.abs().max().item() if scales.numel() else 0.0
+            scale = largest_of(tensor, scales, shards)
             if scale > most / largest:
                 return (
                     f"{key} holds the scale {scale:.6g}, with which weights can be beyond {most:.6g}, the largest "
                     "number of the precision"
                 )
     return None
+
+
+def largest_of(tensor: ComputedTensor, scales: torch.Tensor, shards: Shards) -> float:
+    """The largest of a tensor's scales, whatever their sign.
+
+    Raises:
+        CheckpointError: one is no finite number.
+    """
+    largest = scales.abs().max().item() if scales.numel() else 0.0
+    if not math.isfinite(largest):  # of NaN too
+        tensor.refuse_faults(shards)
+    return largest

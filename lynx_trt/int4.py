@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BLOCKS = (32, 128)
 # The zero point where none is stored.
 ZERO = 8
-# Zero points are 0 to this: GPTQ's first form stores them less one.
+# Zero points are 0 to this, one more than a value can be: GPTQ's first form stores them less one.
 LARGEST_ZERO = 16
 # Both values of each byte.
 PAIRS = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(np.float32)

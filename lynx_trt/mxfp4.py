@@ -29,7 +29,11 @@ LARGEST_SCALE = 128
 
 def dequantize(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:
     """[...,D/2] and [...,D/32], bytes of either sign, to [...,D]."""
-    pairs = PAIRS[values.view(np.uint8)]
-    blocks = pairs.reshape(*scales.shape, BLOCK) * SCALES[scales.view(np.uint8)][..., None]
+    return scaled(values, SCALES[scales.view(np.uint8)])
+
+
+def scaled(values: NDArray[Any], factors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[...,D/2] bytes of either sign, and a factor for each block of a row [...,blocks], to [...,D]."""
+    blocks = PAIRS[values.view(np.uint8)].reshape(*factors.shape, -1) * factors[..., None]
     matrix: NDArray[np.float32] = blocks.reshape(*values.shape[:-1], 2 * values.shape[-1])
     return matrix

@@ -25,7 +25,4 @@ LARGEST_SCALE = 2.0
 
 def dequantize(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:
     """[...,D/2] bytes of either sign and [...,D/16] floats to [...,D]."""
-    factors = np.asarray(scales).astype(np.float32)
-    blocks = mxfp4.PAIRS[values.view(np.uint8)].reshape(*factors.shape, BLOCK) * factors[..., None]
-    matrix: NDArray[np.float32] = blocks.reshape(*values.shape[:-1], 2 * values.shape[-1])
-    return matrix
+    return mxfp4.scaled(values, np.asarray(scales).astype(np.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,23 @@ def in_bf16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.bfloat16() for key, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-@pytest.fixture(scope="session")
-def built(workspace: Path, stored: Path, build_quietly: Build) -> Callable[..., Artifact]:
-    """The artifact by its options."""
+def built_once(folder: Path, build: Build) -> Callable[..., Artifact]:
+    """The artifact of a checkpoint by its options, all in a folder, each made once."""
     made: dict[tuple[Any, ...], Artifact] = {}
 
-    def make(**options: Any) -> Artifact:
-        key = tuple(options.items())
+    def make(checkpoint: Path, **options: Any) -> Artifact:
+        key = (checkpoint, *options.items())
         if key not in made:
-            made[key] = build_quietly(stored, workspace / "kept" / str(len(made)), **{"precision": None, **options})
+            made[key] = build(checkpoint, folder / str(len(made)), **{"precision": None, **options})
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def built(workspace: Path, stored: Path, build_quietly: Build) -> Callable[..., Artifact]:
+    """The artifact by its options."""
+    return partial(built_once(workspace / "kept", build_quietly), stored)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quantized_models import edit
 from safetensors.torch import load_file
 from test_architectures import Batch
-from test_kept_experts import arrays_of, dequantized_for, form_of, graph_of, nodes_of
+from test_kept_experts import arrays_of, built_once, dequantized_for, form_of, graph_of, nodes_of
 from test_quantized import auto_fp8
 
 from lynx_trt import inspect
@@ -91,16 +91,8 @@ def stored(workspace: Path) -> Make:
 @pytest.fixture(scope="session")
 def built(workspace: Path, stored: Make, build_quietly: Build) -> Callable[..., Artifact]:
     """The artifact of a form by its options."""
-    made: dict[tuple[Any, ...], Artifact] = {}
-
-    def make(form: str, **options: Any) -> Artifact:
-        key = (form, *options.items())
-        if key not in made:
-            output = workspace / "fp8-forms" / "built" / str(len(made))
-            made[key] = build_quietly(stored(form), output, **{"precision": None, **options})
-        return made[key]
-
-    return make
+    make = built_once(workspace / "fp8-forms" / "built", build_quietly)
+    return lambda form, **options: make(stored(form), **options)
 
 
 @pytest.fixture

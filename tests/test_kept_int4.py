@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from quantized_models import edit
 from safetensors.torch import load_file
-from test_kept_experts import arrays_of, dequantized_for, form_of, graph_of, greedy, nodes_of
+from test_kept_experts import arrays_of, built_once, dequantized_for, form_of, graph_of, greedy, nodes_of
 
 from lynx_trt import inspect
 from lynx_trt.artifact import Artifact
@@ -84,16 +84,8 @@ def own(stored: Make, tmp_path: Path) -> Callable[[str, Change], Path]:
 @pytest.fixture(scope="session")
 def built(workspace: Path, stored: Make, build_quietly: Build) -> Callable[..., Artifact]:
     """The artifact of a form by its options."""
-    made: dict[tuple[Any, ...], Artifact] = {}
-
-    def make(form: str, **options: Any) -> Artifact:
-        key = (form, *options.items())
-        if key not in made:
-            output = workspace / "int4" / "built" / str(len(made))
-            made[key] = build_quietly(stored(form), output, **{"precision": None, **options})
-        return made[key]
-
-    return make
+    make = built_once(workspace / "int4" / "built", build_quietly)
+    return lambda form, **options: make(stored(form), **options)
 
 
 def said_of(source: Source) -> str:

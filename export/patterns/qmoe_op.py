@@ -98,6 +98,11 @@ class _Quantized:
         blocked = values.reshape(*scales.shape, -1).astype(np.float32)
         return ((blocked - zeros[:, :, None]) * scales[:, :, None]).reshape(len(values), self.columns)
 
+    @property
+    def _blocks(self) -> int:
+        """How many scales a row has."""
+        return self.scales.shape[2] if len(self.scales.shape) == 3 else 1
+
     def _scales(self, number: int) -> Any:
         """[N,blocks] float32 of one expert."""
         scales = self.scales.select(0, number).read().astype(np.float32)
@@ -105,7 +110,7 @@ class _Quantized:
 
     def _zeros(self, number: int) -> Any:
         """[N,blocks] float32 of one expert."""
-        rows, blocks = self.weights.shape[1], self.scales.shape[2] if len(self.scales.shape) == 3 else 1
+        rows, blocks = self.weights.shape[1], self._blocks
         if self.zero_points is None:
             return np.full((rows, blocks), 1 << (self.bits - 1), np.float32)
         packed = self.zero_points.select(0, number).read()
@@ -114,12 +119,11 @@ class _Quantized:
 
     def _kept(self) -> Int4:
         """As LynxExperts takes them; its zero points are looked at once."""
-        blocks = self.scales.shape[2] if len(self.scales.shape) == 3 else 1
         usual = self.zero_points is None or all(
             (self._zeros(number) == int4.ZERO).all() for number in range(self.weights.shape[0])
         )
         return Int4(
-            self.columns // blocks,
+            self.columns // self._blocks,
             self.weights.tensor,
             self._scales,
             None if usual else self._zeros,

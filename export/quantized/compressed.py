@@ -100,7 +100,8 @@ def find(tensors: Mapping[str, StoredTensor], config: dict[str, Any]) -> Iterato
         elif key.endswith(f".weight{_SCALE}"):
             name = key.removesuffix(_SCALE)
             if name + _PACKED not in tensors:
-                yield _plain(tensors, name, _scheme_of(name, schemes))
+                scheme = _scheme_of(name, schemes)
+                yield (_packed if scheme.format == _NVFP4 else _plain)(tensors, name, scheme)
 
 
 def _schemes(config: dict[str, Any]) -> list[_Scheme]:
@@ -180,7 +181,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _plain(tensors: Mapping[str, StoredTensor], name: str, scheme: _Scheme) -> ComputedTensor:
-    values = beside(tensors, name + _PACKED if scheme.format == _NVFP4 else name, _FORMATS[scheme.format])
+    values = beside(tensors, name, _FORMATS[scheme.format])
     parts = {"values": values, "scales": beside(tensors, name + _SCALE, FLOATS)}
     if name + _ZEROS in tensors and values.dtype != FP8:
         parts["zeros"] = beside(tensors, name + _ZEROS, ("I8",))
