@@ -182,6 +182,32 @@ def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
         )
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Which of transformers' auto classes makes the model: of text, or of text and images or sound.
+
+    The second kind is taken whole: its language model is what runs where it is given tokens alone.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    text, more = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
+    return AutoModelForMultimodalLM if type(config) in more and type(config) not in text else AutoModelForCausalLM
+
+
+def language_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters and stored buffers that text goes through: all, but for those of what sees or hears."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    own = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own}
+
+
+def language_parameters(model: PreTrainedModel) -> int:
+    """How many parameters text goes through, ties counted once."""
+    import torch
+
+    own = {id(tensor): tensor for tensor in language_tensors(model).values()}
+    return sum(tensor.numel() for tensor in own.values() if isinstance(tensor, torch.nn.Parameter))
+
+
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model of the config with parameters on the `meta` device and computed buffers for real.
 
@@ -193,15 +219,16 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         UnsupportedModelError: the config is of no causal language model, or transformers can't build it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_activation(checkpoint.config, checkpoint.folder / "config.json")
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
-            ).eval()
+            model = (
+                auto_class(checkpoint.config)
+                .from_config(checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
+                .eval()
+            )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         check_rope(checkpoint.config, checkpoint.folder / "config.json")
         kind = checkpoint.config.model_type

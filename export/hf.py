@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache
 
 from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
 from lynx_trt.export import attention, moe, ops
-from lynx_trt.export.checkpoint import Checkpoint, empty_model
+from lynx_trt.export.checkpoint import Checkpoint, empty_model, language_parameters
 from lynx_trt.export.kept import keep_experts
 from lynx_trt.export.longrope import use_traceable_longrope
 from lynx_trt.export.native import native_rotary, use_native_norms
@@ -75,7 +75,8 @@ class Source:
     precision: str
     fake: FakeTensorMode
     quantization: Quantization | None  # of the checkpoint, and how much of it is kept
-    parameters: int  # of the model, also of what is kept
+    parameters: int  # of the language model, also of what is kept
+    left_out: int  # parameters of what a model has beside its language model, for images and sound
 
 
 @dataclass
@@ -163,10 +164,11 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
             caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, sum(cache.size for cache in caches[layer]))]
-    quantization, parameters = checkpoint.quantization, model.num_parameters()
+    quantization, parameters = checkpoint.quantization, language_parameters(model)
+    left_out = model.num_parameters() - parameters
     if quantization and not dequantize:
         quantization = keep_experts(model, layers, weights, quantization, precision, fake)
-    return Source(model, weights, layers, caches, precision, fake, quantization, parameters)
+    return Source(model, weights, layers, caches, precision, fake, quantization, parameters, left_out)
 
 
 def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:

@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lynx_trt.errors import CheckpointError
-from lynx_trt.export.checkpoint import Checkpoint, empty_model
+from lynx_trt.export.checkpoint import Checkpoint, auto_class, empty_model
 from lynx_trt.export.stored import Shards
 from lynx_trt.machine import memory_bytes
 
@@ -36,7 +36,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> Pr
         )
     if not checkpoint.quantization:
         options.update(use_safetensors=True, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code)
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, **options)
+        return auto_class(checkpoint.config).from_pretrained(checkpoint.folder, dtype=dtype, **options)
     weights = {key: _Readable(stored, dtype) for key, stored in checkpoint.tensors.items()}
     kind = type(empty_model(checkpoint, dtype))
     return kind.from_pretrained(None, config=checkpoint.config, state_dict=weights, dtype=dtype, **options)

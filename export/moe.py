@@ -72,15 +72,16 @@ def tracing(step: MoeStep) -> Iterator[None]:
 
 
 def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
-    """Every MoE block of `model`, with hooks on the routers that keep their logits.
+    """Every MoE block of the language model of `model`, with hooks on the routers that keep their logits.
 
     Raises:
         UnsupportedModelError: no MoE block, or one that the ops can't express; the message names the module.
     """
     recorder = _router_recorder(model)
     layers: list[MoeLayer] = []
+    language = set(model.get_decoder().modules())  # what sees and hears may have experts as well
     for name, module in model.named_modules():
-        if not _is_experts(module):
+        if not _is_experts(module) or module not in language:
             continue
         block_name, _, experts_name = name.rpartition(".")
         block = model.get_submodule(block_name)
@@ -135,7 +136,7 @@ def _refuse_without_experts(model: PreTrainedModel) -> None:
 
 def _router_recorder(model: PreTrainedModel) -> tuple[type[nn.Module], int] | None:
     """Class of the router and the place of the logits in its output, as the model itself declares them."""
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
         if recorded is not None and not isinstance(recorded, (list, tuple)):
             return recorded.target_class, recorded.index
@@ -265,6 +266,8 @@ def _select(
         # Fetched now and not kept: while it traces, torch.export puts its own tensors in the modules' places.
         bias = None if rule.bias is None else _tensor(layer.block, rule.bias).float().reshape(-1)
         choice, combine = rule.choice_and_combine(logits, bias)
+        if rule.expert_scale:
+            weight = rule.weights(combine, index)
     else:  # Only the chosen experts' weights are known: they rank and weigh, and the selection only drops.
         rule = Rule("identity", renormalize=False)
         choice = combine = torch.zeros(hidden.shape[0], layer.experts).scatter(1, index, weight)
@@ -280,7 +283,15 @@ def _select(
         version=ops.VERSION,
     )
     step.active[layer.position] = active
-    return index, weight
+    return index, scaled(layer, rule, index, weight)
+
+
+def scaled(layer: MoeLayer, rule: Rule, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weights [T,K] of a selection times their experts' numbers, where the rule has some; index [T,K], -1: none."""
+    if not rule.expert_scale:
+        return weight
+    numbers = _tensor(layer.block, rule.expert_scale).float().reshape(-1)
+    return weight * numbers.index_select(0, index.clamp(min=0).reshape(-1)).reshape(index.shape)
 
 
 def register() -> None:

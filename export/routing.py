@@ -12,7 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Rule:
     """How a router ranks and weighs experts. Paths are relative to the MoE block.
 
     scores = softmax | sigmoid | identity of the logits; choice = scores + bias, outside of the `groups_used` best of
-    `groups` groups never; combine = scores, over their sum among the chosen if `renormalize`, times `scale`.
+    `groups` groups never; combine = scores, over their sum among the chosen if `renormalize`, times `scale`; a chosen
+    expert's weight is then multiplied by its number in `expert_scale` (Gemma 4), behind the selection.
     """
 
     scores: str
@@ -47,6 +48,7 @@ class Rule:
     group_score: str = "none"  # none | best | best_two
     renormalize: bool = True
     scale: float = 1.0
+    expert_scale: str | None = None
 
     def __str__(self) -> str:
         """The rule in a few words."""
@@ -55,6 +57,7 @@ class Rule:
         parts += [f"{self.groups_used} of {self.groups} groups"] if self.groups > 1 else []
         parts += ["renormalised"] if self.renormalize else []
         parts += [f"x {self.scale:g}"] if self.scale != 1.0 else []
+        parts += ["x a number an expert"] if self.expert_scale else []
         return ", ".join(parts)
 
     def choice_and_combine(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +72,13 @@ class Rule:
         used = torch.zeros_like(best).scatter(1, best.topk(self.groups_used, dim=-1).indices, 1.0)
         allowed = used.unsqueeze(-1).expand(-1, -1, experts // self.groups).reshape(-1, experts) > 0
         return torch.where(allowed, choice, NEVER), combine
+
+    def weights(self, combine: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Combine [..,E], index [..,K] -> [..,K]: what those experts weigh, before `expert_scale`."""
+        weight = combine.gather(-1, index)
+        if self.renormalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return weight * self.scale
 
 
 @dataclass(frozen=True)
@@ -134,13 +144,24 @@ def _run(block: nn.Module, experts_name: str, router_class: type[nn.Module] | No
     size = int(experts.gate_up_proj.shape[1 if experts.is_transposed else 2]) if experts.has_gate else 0
     size = size or int(experts.up_proj.shape[1 if experts.is_transposed else 2])
     hidden = torch.randn(1, PROBE_TOKENS, size, generator=torch.Generator().manual_seed(0))
-    probe(hidden)
+    try:
+        probe(hidden)
+    except Exception:  # whatever a model's own code may raise
+        if len(routers) != 1:
+            raise
+        captured["index"], captured["weight"] = _routed(routers[0](hidden[0]))
     logits = captured["logits"].float().reshape(PROBE_TOKENS, -1) if "logits" in captured else None
     count = logits.shape[-1] if logits is not None else 0
     state = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
     biases = {n: t.reshape(-1) for n, t in state.items() if t.numel() == count and not n.startswith(experts_name)}
     attributes = [v for m in probe.modules() for v in vars(m).values() if isinstance(v, float)]
     return _Seen(logits, captured["index"], captured["weight"].float(), biases, attributes)
+
+
+def _routed(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and weight [T,K] in a router's output: for a block that is a whole decoder layer, and can't run alone."""
+    index = next(each for each in output if not each.is_floating_point())
+    return index, next(each for each in output if each.is_floating_point() and each.shape == index.shape)
 
 
 def _with_random_weights(block: nn.Module, experts_name: str) -> Any:
@@ -169,6 +190,8 @@ def _candidates(block: nn.Module, seen: _Seen, logits: torch.Tensor) -> Iterator
         groupings, (None, *seen.biases), (True, False), tuple(SCORES)
     ):
         yield Rule(scores, bias, *grouping, renormalize=renormalize)
+    for scale, renormalize, scores in itertools.product(seen.biases, (True, False), tuple(SCORES)):
+        yield Rule(scores, renormalize=renormalize, expert_scale=scale)
 
 
 def _group_sizes(block: nn.Module) -> set[tuple[int, int]]:
@@ -189,12 +212,12 @@ def _fit(rule: Rule, seen: _Seen, logits: torch.Tensor) -> Rule | None:
     ranked = choice.topk(seen.index.shape[-1], dim=-1).indices
     if not torch.equal(ranked.sort(-1).values, seen.index.sort(-1).values):
         return None
-    weight = combine.gather(1, seen.index)
-    if rule.renormalize:
-        weight = weight / weight.sum(-1, keepdim=True)
+    weight = rule.weights(combine, seen.index)
+    if rule.expert_scale:
+        weight = weight * seen.biases[rule.expert_scale][seen.index]
     scale = float((seen.weight.sum() / weight.sum()).item())
     # The model's own number, if it has one, and not its float32 reconstruction.
     scale = next((value for value in (1.0, *seen.attributes) if abs(value - scale) < 1e-5 * abs(scale)), scale)
     if not torch.allclose(weight * scale, seen.weight, rtol=1e-4, atol=1e-6):
         return None
-    return Rule(rule.scores, rule.bias, rule.groups, rule.groups_used, rule.group_score, rule.renormalize, scale)
+    return replace(rule, scale=scale)

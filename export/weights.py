@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynx_trt.errors import CheckpointError
+from lynx_trt.export.checkpoint import language_tensors
 from lynx_trt.export.quantized.methods import DEQUANTIZE
 from lynx_trt.export.sources import Source, disagrees
 from lynx_trt.export.stored import Shards
@@ -64,6 +65,7 @@ class CheckpointWeights:
         """
         self._model = model
         self._wanted = dict(model.state_dict(keep_vars=True))
+        self._language = language_tensors(model)
         self._kept: dict[str, Part] = {}  # what stands in the place of parameters, by names of its own
         self._stray: dict[str, str] = {}  # stored tensors that the model has no place for, and what they would be in it
         self._sources, self._targets = self._plan(checkpoint)
@@ -143,7 +145,7 @@ class CheckpointWeights:
 
     def keep(self, name: str, parts: Mapping[str, Part]) -> None:
         """From now on have `parts`, by their names, in the place of parameter `name`: its bytes as they are stored."""
-        del self._wanted[name], self._sources[name], self._targets[name]
+        del self._wanted[name], self._language[name], self._sources[name], self._targets[name]
         self._kept.update(parts)
 
     def resolve(self, name: str) -> str | None:
@@ -173,7 +175,7 @@ class CheckpointWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters and stored buffers in the model's dtype or as they are kept, ties counted once."""
-        full: int = sum(self._wanted[name].nbytes for name in self._targets if name in self._wanted)
+        full: int = sum(tensor.nbytes for name, tensor in self._language.items() if name in self._targets)
         return full + sum(part.nbytes for part in self._kept.values())
 
     def load(self, name: str) -> torch.Tensor:

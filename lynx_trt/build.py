@@ -112,6 +112,11 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         where: ExpertWeights = "external" if source.weights.nbytes >= OUTSIDE_FROM else "engine"
         options = replace(options, precision=precision, expert_weights=options.expert_weights or where)
         build_record: dict[str, Any] = {"options": _plain(options), "seconds": seconds}
+        if source.left_out:
+            note(
+                f"the artifact takes text alone: the {source.left_out / 1e6:,.1f} M parameters of {options.model} for "
+                "images or sound are left out"
+            )
         if source.quantization:
             now, before = size(source.weights.nbytes), size(checkpoint.nbytes)
             sizes = f"all weights take {now}{f' instead of {before}' if now != before else ''}"

@@ -22,6 +22,7 @@ from lynx_trt.runtime.ort import OrtBackend
 PROMPTS = (9, 5, 12)
 STEPS = 8
 LATENT = ("deepseek_v2", "deepseek_v3")
+SEEING = ("gemma4", "qwen3_vl_moe", "glm4v_moe", "mistral3", "kimi_k25")
 PROMISED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "deepseek_v3", "gpt_oss")
 
 
@@ -63,7 +64,7 @@ def exported_logits(artifact: Any, batch: Batch, budgets: list[int] | None = Non
     return np.stack(outputs).astype(np.float64)
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("name", (*PROMISED, *SEEING))
 def test_logits_equal_eager(name: str, artifact: Any) -> None:
     batch = Batch.random()
     reference = eager_logits(tiny_models.random_model(name).double(), batch)

@@ -48,6 +48,11 @@ def glm(logits: torch.Tensor, router: Any) -> Scores:
     return scores + router.e_score_correction_bias, scores
 
 
+def given(probabilities: torch.Tensor, _: Any) -> Scores:
+    """Gemma 4: what its router tells are probabilities already."""
+    return probabilities, probabilities
+
+
 def nothing(logits: torch.Tensor, _: Any) -> Scores:
     raise AssertionError("PhiMoE's rule is not known")
 
@@ -59,6 +64,7 @@ RULES: dict[str, tuple[Callable[[torch.Tensor, Any], Scores], bool, float, str]]
     "glm4_moe": (glm, True, 1.0, "Glm4MoeTopkRouter"),
     "deepseek_v3": (deepseek, True, 2.5, "DeepseekV3TopkRouter"),
     "gpt_oss": (softmax, True, 1.0, "GptOssTopKRouter"),
+    "gemma4": (given, True, 1.0, "Gemma4TextRouter"),
     "phimoe": (nothing, False, 1.0, "PhimoeTopKRouter"),
 }
 
@@ -97,19 +103,23 @@ class ByHand:
             choice = combine = torch.zeros_like(self.logits).scatter(1, index, weight.float())
         else:
             choice, combine = self.scores(self.logits, self.router)
+        # Gemma 4's weights are multiplied last, by a number of each expert: the selection has them before.
+        numbers = getattr(self.router, "per_expert_scale", torch.ones(choice.shape[1])).detach().float()
+        weight = weight.float() / numbers[index]
         chosen = select(
             self.selection,
             choice.numpy(),
             combine.numpy(),
             index.numpy(),
-            weight.float().numpy(),
+            weight.numpy(),
             budget=self.budget,
             floor=self.floor,
             renormalize=self.renormalize,
             scale=self.scale,
         )
         self.active.append(len(chosen.kept))
-        return torch.from_numpy(chosen.index), torch.from_numpy(chosen.weight)
+        index = torch.from_numpy(chosen.index)
+        return index, torch.from_numpy(chosen.weight) * numbers[index.clamp(min=0)]
 
     @torch.no_grad()
     def run(self, batch: Batch) -> np.ndarray[Any, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from lynx_trt.export.checkpoint import auto_class
+
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -29,6 +31,25 @@ GROUPED: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
+}
+
+_LATENT: dict[str, Any] = {
+    **GROUPED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_shared_experts": 1,
+}
+_SIGHT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIGHT_OF_QWEN: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "out_hidden_size": 64,
 }
 
 # One line on why each is here. The nine that the project promises come first.
@@ -113,16 +134,101 @@ CONFIGS: dict[str, Any] = {
     "gpt_oss": lambda: transformers.GptOssConfig(
         **COMMON, head_dim=16, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=8
     ),
+    # --- Models of text and images, of which the language model is taken.
+    # a router in the decoder layer, a number an expert behind it; a dense MLP beside the experts; heads of two sizes, of
+    # which the larger have the key as their value; norms without weights; logits with a soft cap
+    "gemma4": lambda: transformers.Gemma4Config(
+        text_config={
+            **COMMON,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 32,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 256,
+            "final_logit_softcapping": 30.0,
+        },
+        vision_config={**_SIGHT, "head_dim": 8, "num_key_value_heads": 4},
+        audio_config=None,
+    ),
+    # positions in three dimensions, which are the same of text
+    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeConfig(
+        text_config={
+            **COMMON,
+            "head_dim": 16,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={**_SIGHT_OF_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
+    # the same in another order, of half a head
+    "glm4v_moe": lambda: transformers.Glm4vMoeConfig(
+        text_config={
+            **COMMON,
+            **GROUPED,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+            },
+        },
+        vision_config={**_SIGHT_OF_QWEN, "image_size": 28, "patch_size": 14},
+    ),
+    # Mistral Small 4: latent attention, queries that grow with their position
+    "mistral3": lambda: transformers.Mistral3Config(
+        text_config={
+            **COMMON,
+            **_LATENT,
+            "model_type": "mistral4",
+            "head_dim": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.1,
+                "partial_rotary_factor": 1 / 3,
+            },
+        },
+        vision_config={**_SIGHT, "model_type": "pixtral", "head_dim": 8},
+    ),
+    # Kimi K2.5: DeepSeek-V3's layers
+    "kimi_k25": lambda: transformers.Kimi_K25Config(
+        text_config={**COMMON, **_LATENT, "model_type": "deepseek_v3", "head_dim": 8, "n_group": 1, "topk_group": 1},
+        vision_config=_SIGHT,
+    ),
 }
 
 
 def random_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of architecture `name` in eager mode; `changes` are set on its config."""
+    """A model of architecture `name` in eager mode; `changes` are set on the config of its language model."""
     config = CONFIGS[name]()
     for key, value in changes.items():
-        setattr(config, key, value)
+        setattr(config.get_text_config(), key, value)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model = auto_class(config).from_config(config, attn_implementation="eager").to(dtype).eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
         for key, parameter in model.named_parameters():

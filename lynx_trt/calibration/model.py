@@ -26,7 +26,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lynx_trt.budgets import Restriction
 from lynx_trt.calibration.groups import select_groups
-from lynx_trt.export.moe import MoeLayer, _router_recorder, _tensor, find_layers
+from lynx_trt.export.moe import MoeLayer, _router_recorder, _tensor, find_layers, scaled
 from lynx_trt.export.routing import Rule
 from lynx_trt.selection import Selection
 
@@ -113,8 +113,9 @@ class Probed:
                 _record_logits(layer, *recorder)
         ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
         model.set_experts_implementation(NAME)
-        self._base_forward: Callable[..., Any] = model.base_model.forward
-        model.base_model.forward = self._base_or_given
+        decoder: Any = model.get_decoder()  # within what has images or sound beside it
+        self._decoder_forward: Callable[..., Any] = decoder.forward
+        decoder.forward = self._decoder_or_given
         self.decoder_layers = _decoder_layers(model, self.layers)
         self.position = [_decoder_position(layer) for layer in self.layers]  # MoE layer -> decoder layer
         for number, block in enumerate(self.decoder_layers):
@@ -170,11 +171,20 @@ class Probed:
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def _base_or_given(self, *arguments: Any, **options: Any) -> Any:
+    def _decoder_or_given(self, *arguments: Any, **options: Any) -> Any:
         given = _head_input.get()
         if given is not None:
-            return MoeModelOutputWithPast(last_hidden_state=given)
-        return self._base_forward(*arguments, **options)
+            return _Given(last_hidden_state=given)
+        return self._decoder_forward(*arguments, **options)
+
+
+@dataclass
+class _Given(MoeModelOutputWithPast):
+    """A decoder's output that is nothing but hidden states; what else a model hands on of it (Gemma 4) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -266,6 +276,8 @@ def _restrict(
         bias = None if rule.bias is None else _tensor(layer.block, rule.bias).float().reshape(-1)
         choice, combine = rule.choice_and_combine(logits.flatten(0, 1), bias)
         choice, combine = choice.view(logits.shape), combine.view(logits.shape)
+        if rule.expert_scale:
+            own_weight = rule.weights(combine, own_index)
     else:  # As in the export: only the chosen experts' weights are known, and a token can only lose experts.
         rule, selection = Rule("identity", renormalize=False), replace(selection, remap=False)
         shape = (*own_index.shape[:2], layer.experts)
@@ -281,7 +293,8 @@ def _restrict(
         renormalize=rule.renormalize,
         scale=rule.scale,
     )
-    return from_groups(selected.index, index), from_groups(selected.weight, weight)
+    chosen = scaled(layer, rule, selected.index.flatten(0, 1), selected.weight.flatten(0, 1)).view_as(selected.weight)
+    return from_groups(selected.index, index), from_groups(chosen, weight)
 
 
 def run_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

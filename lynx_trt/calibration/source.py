@@ -10,7 +10,7 @@ import torch
 
 from lynx_trt.calibration.model import Probed
 from lynx_trt.errors import CheckpointError, UsageError
-from lynx_trt.export.checkpoint import Checkpoint, empty_model, open_checkpoint
+from lynx_trt.export.checkpoint import Checkpoint, empty_model, language_parameters, open_checkpoint
 from lynx_trt.export.hf import DTYPES
 from lynx_trt.export.weights import WEIGHTS_FILE, CheckpointWeights
 
@@ -54,7 +54,7 @@ def _differences(record: ModelRecord, model: PreTrainedModel) -> list[tuple[str,
         ("hidden size", int(config.hidden_size), record.hidden),
         ("vocabulary", int(config.vocab_size), record.vocabulary),
         ("number of layers", int(config.num_hidden_layers), record.layers),
-        ("number of parameters", model.num_parameters(), record.parameters),
+        ("number of parameters", language_parameters(model), record.parameters),
     ]
     return [(what, theirs, ours) for what, theirs, ours in pairs if theirs != ours]
 

@@ -14,6 +14,8 @@ from lynx_trt.runtime.selected import masked_log_probabilities, masked_log_proba
 
 def misfit(layer: Layer) -> str | None:
     """Why `com.microsoft.MoE` on the CPU can't compute these experts, a clause; None if it can."""
+    if layer.weight != layer.select.output[1]:
+        return "its weights are a softmax's, the model's are multiplied by a number of each expert"
     kind, limit = layer.form["activation"].decode(), float(layer.form["limit"])
     if layer.form["gated"]:
         return None if kind == "silu" else f"its gated activation is silu, the model's is {kind}"
