@@ -64,7 +64,7 @@ def exported_logits(artifact: Any, batch: Batch, budgets: list[int] | None = Non
     return np.stack(outputs).astype(np.float64)
 
 
-@pytest.mark.parametrize("name", (*PROMISED, *SEEING))
+@pytest.mark.parametrize("name", [*PROMISED, *SEEING])
 def test_logits_equal_eager(name: str, artifact: Any) -> None:
     batch = Batch.random()
     reference = eager_logits(tiny_models.random_model(name).double(), batch)

@@ -135,8 +135,8 @@ CONFIGS: dict[str, Any] = {
         **COMMON, head_dim=16, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=8
     ),
     # --- Models of text and images, of which the language model is taken.
-    # a router in the decoder layer, a number an expert behind it; a dense MLP beside the experts; heads of two sizes, of
-    # which the larger have the key as their value; norms without weights; logits with a soft cap
+    # a router in the decoder layer, a number an expert behind it; a dense MLP beside the experts; heads of two sizes,
+    # the larger of which have the key as their value; norms without weights; logits with a soft cap
     "gemma4": lambda: transformers.Gemma4Config(
         text_config={
             **COMMON,
