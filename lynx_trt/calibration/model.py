@@ -179,7 +179,7 @@ class Probed:
 
 
 @dataclass
-class _Given(MoeModelOutputWithPast):
+class _Given(MoeModelOutputWithPast):  # type: ignore[misc]
     """A decoder's output that is nothing but hidden states; what else a model hands on of it (Gemma 4) is None."""
 
     def __getattr__(self, name: str) -> None:
