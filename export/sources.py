@@ -57,6 +57,22 @@ class Source:
             return None
         return experts, sum(first.shape[0] for first in firsts), firsts[0].shape[1]
 
+    def turned_while_read(self, name: str, wanted: tuple[int, ...]) -> Source:
+        """Without the converter, where all it does is to turn the matrices of one tensor for parameter `name`.
+
+        Such a parameter, of all experts of a layer (Qwen3-VL), can then be read in pieces and kept in FP8.
+        """
+        from transformers.core_model_loading import Transpose
+
+        operations = self.converter.operations if self.converter else []
+        tensors = self.tensors()
+        if len(operations) != 1 or len(tensors) != 1 or not isinstance(operations[0], Transpose) or len(wanted) != 3:
+            return self
+        if operations[0].check_dims and tensors[0].shape == wanted:
+            return Source(None, {name: tensors})
+        turned = tensors[0].turn() if {operations[0].dim0 % 3, operations[0].dim1 % 3} == {1, 2} else None
+        return Source(None, {name: [turned]}) if turned and turned.shape == wanted else self
+
     def part(self, first: int, last: int) -> Source:
         """Of the experts first..last-1 alone."""
         return Source(self.converter, {pattern: tensors[first:last] for pattern, tensors in self.stored.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor of the checkpoint lies; `dtype` is safetensors' name (`BF16`, `F32`, ...)."""
+    """Where one tensor of the checkpoint lies; `dtype` is safetensors' name (`BF16`, `F32`, ...).
+
+    One that is `turned` has its last two dimensions the other way round on disk; `shape` is what it has here.
+    """
 
     file: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    turned: bool = field(default=False, kw_only=True)
+
+    def turn(self) -> StoredTensor | None:
+        """The same with its last two dimensions the other way round; None if it can't be read so."""
+        *leading, rows, columns = self.shape
+        return replace(self, shape=(*leading, columns, rows), turned=not self.turned)
 
     def read(self, shards: Shards, dtype: torch.dtype) -> torch.Tensor:
         """The tensor as it is stored. `dtype` is for those that are computed of others (export/quantized)."""
@@ -43,12 +52,15 @@ class Shards(ExitStack):
     def read(self, stored: StoredTensor) -> torch.Tensor:
         """A whole tensor, as it is stored."""
         tensor: torch.Tensor = self._file(stored).get_tensor(stored.key)
-        return tensor
+        return tensor.mT.contiguous() if stored.turned else tensor
 
     def piece(self, stored: StoredTensor, index: tuple[int | slice, ...]) -> torch.Tensor:
         """What `index` chooses of a tensor of one dimension or more; nothing else of it is read."""
+        if stored.turned:
+            every = [*index, *[slice(None)] * (len(stored.shape) - len(index))]
+            index = (*every[:-2], every[-1], every[-2])
         tensor: torch.Tensor = self._file(stored).get_slice(stored.key)[index]
-        return tensor
+        return tensor.mT.contiguous() if stored.turned else tensor
 
     def _file(self, stored: StoredTensor) -> Any:
         from safetensors import safe_open

@@ -95,6 +95,8 @@ class CheckpointWeights:
             source.stored.setdefault(pattern or name, []).append(checkpoint.tensors[key])
             for other in self._all_targets(name, converter):
                 targets[other] = name
+        for name, source in sources.items():
+            sources[name] = source.turned_while_read(name, tuple(self._wanted[name].shape))
         return sources, targets
 
     @staticmethod

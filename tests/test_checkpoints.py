@@ -25,7 +25,9 @@ def weights(artifact: Artifact) -> dict[str, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "qwen3_vl_moe"]
+)
 def test_both_layouts_give_the_model_its_weights(name: str, build_quietly: Build, tmp_path: Path) -> None:
     """The hub's (a tensor an expert, in shards) and the merged one: bit for bit the parameters of the model."""
     model = tiny_models.random_model(name)

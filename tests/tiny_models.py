@@ -164,7 +164,7 @@ CONFIGS: dict[str, Any] = {
             **COMMON,
             "head_dim": 16,
             "intermediate_size": 128,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 48,  # stored turned, which must not be square
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,

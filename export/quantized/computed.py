@@ -33,6 +33,10 @@ class ComputedTensor(StoredTensor, ABC):
 
     parts: Mapping[str, StoredTensor]
 
+    def turn(self) -> StoredTensor | None:
+        """See StoredTensor: values that are packed along rows can't be read along columns."""
+        return None
+
     def read(self, shards: Shards, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype`, a float type, rounded once from float32.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,17 @@ class ScaledTensor(ComputedTensor):
     """
 
     block: tuple[int, int]
+
+    def turn(self) -> StoredTensor | None:
+        """See StoredTensor. Scales a row, or one in all, are of columns then, or one in all, as they are."""
+        grid, parts = grid_of(self.shape, self.block), dict(self.parts)
+        for kind, part in self.parts.items():
+            turned = part.turn() if kind == "values" or part.shape == grid else part
+            if turned is None:
+                return None
+            parts[kind] = turned
+        *leading, rows, columns = self.shape
+        return replace(self, parts=parts, shape=(*leading, columns, rows), block=self.block[::-1])
 
     def pieces(self, shards: Shards) -> Iterator[tuple[Index, torch.Tensor]]:
         """See ComputedTensor."""
