@@ -109,21 +109,38 @@ def _rotation(interleaved: bool, take: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _equal_rotation(original: Rotate, embedding: nn.Module) -> Rotate | None:
-    """The candidate whose attention logits and norms are those of the model's own rotation.
+    """The candidates whose attention logits and norms are those of the model's own rotation; that where none is.
 
-    Logits and not values: a model that permutes a head's entries on the way is served as well.
+    Logits and not values: a model that permutes a head's entries on the way is served as well. What is asked is one
+    size of heads after the other, in multiples of what is rotated: what holds for one says nothing of another.
     """
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), suppress(Exception):
         cos, sin = embedding(torch.zeros(1, 3, 8), position_ids=torch.tensor([[3, 11, 40]]))
-        for multiple in (1, 2):
-            shape = (1, 2, 3, cos.shape[-1] * multiple)
-            q, k = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-            for candidate in _candidates():
-                with suppress(Exception):
-                    if _same_rotation(original(q, k, cos, sin), candidate(q, k, cos, sin)):
-                        return candidate
+        found = {multiple: _rotation_of(original, cos, sin, multiple) for multiple in (1, 2, 4)}
+        if any(found.values()):
+            return _by_size(found, original)
     return None
+
+
+def _rotation_of(original: Rotate, cos: torch.Tensor, sin: torch.Tensor, multiple: int) -> Rotate | None:
+    """The candidate for heads of so many times the size of `cos`."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, 3, cos.shape[-1] * multiple)
+    q, k = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    for candidate in _candidates():
+        with suppress(Exception):
+            if _same_rotation(original(q, k, cos, sin), candidate(q, k, cos, sin)):
+                return candidate
+    return None
+
+
+def _by_size(found: dict[int, Rotate | None], original: Rotate) -> Rotate:
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *others: Any, **named: Any) -> Any:
+        multiple, rest = divmod(q.shape[-1], cos.shape[-1])
+        native = None if rest or k.shape[-1] != q.shape[-1] else found.get(multiple)
+        return (native or original)(q, k, cos, *others, **named)
+
+    return rotate
 
 
 def _same_rotation(one: Any, other: Any) -> bool:

@@ -222,9 +222,46 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+# What a config of any architecture has under some of these names, made small.
+_SMALL: dict[str, Any] = {
+    **COMMON,
+    **GROUPED,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "moe_num_experts": 8,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_shared_expert_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "sliding_window": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def small_config(model_type: str) -> Any:
+    """Transformers' own config of an architecture, with small numbers in the places of large ones."""
+    config = transformers.CONFIG_MAPPING[model_type]().get_text_config()
+    names = {name for name in _SMALL if hasattr(config, name)}
+    changes = {name: _SMALL[name] for name in names}
+    if "kv_lora_rank" in names:  # latent attention: all heads have keys, of which this is the part with positions
+        changes |= {"num_key_value_heads": 4, "head_dim": 8}
+    return type(config)(**changes)
+
+
 def random_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of architecture `name` in eager mode; `changes` are set on the config of its language model."""
-    config = CONFIGS[name]()
+    config = CONFIGS[name]() if name in CONFIGS else small_config(name)
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
     torch.manual_seed(seed)
