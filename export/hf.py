@@ -51,6 +51,8 @@ DECODE_MAX_LENGTH = 1
 # Rows of a cache come in whole groups of so many: with heads of 16 values or more, each sequence's cache then begins at
 # a multiple of 256 bytes, which TensorRT asks of what it is given.
 ROWS_TOGETHER = 8
+# Types of layers, as configs name them, whose mask is a rule over positions.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _INPUTS = ("input_ids", "past_lengths", "lengths", "budgets", "floors")
 PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
 
@@ -255,11 +257,11 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[list[Cac
 def _refuse_layer_types(model: PreTrainedModel) -> None:
     """Models that mix attention with something else say so in their config; it makes the better message."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    other = [kind for kind in types if "attention" not in kind or "linear" in kind]
+    other = [kind for kind in types if kind not in ATTENTION]
     if other:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r} beside attention: "
-            "recurrent and hybrid models are not supported"
+            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r}: recurrent and hybrid models, and "
+            "attention that chooses what it attends to, are not supported"
         )
 
 

@@ -124,7 +124,8 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _refuse_without_experts(model: PreTrainedModel) -> None:
-    count = next((c for n in EXPERTS if (c := getattr(model.config, n, None))), None)
+    config = model.config.get_text_config()
+    count = next((c for n in EXPERTS if (c := getattr(config, n, None))), None)
     kind = f"{type(model).__name__} (model_type {model.config.model_type!r})"
     if count:
         raise UnsupportedModelError(

@@ -149,6 +149,22 @@ def test_recurrent_layers(build_quietly: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("minimax_m3_vl", "layers of type 'minimax_m3_sparse'"),  # a language model within
+        ("deepseek_v4", "layers of type 'heavily_compressed_attention'"),
+        pytest.param("lfm2_moe", "layers of type 'conv'", marks=pytest.mark.slow),
+        pytest.param("hy_v4", "layers of type 'indexed_attention'", marks=pytest.mark.slow),
+        pytest.param("llama4", "experts interface", marks=pytest.mark.slow),
+    ],
+)
+def test_attention_of_another_kind(name: str, reason: str, build_quietly: Build, tmp_path: Path) -> None:
+    """It would be right while all of the past is attended to, and wrong beyond."""
+    folder = tiny_models.save(tiny_models.random_model(name), tmp_path / name)
+    refuse(build_quietly, UnsupportedModelError, folder, tmp_path, reason)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"num_local_experts": 0}, ["num_local_experts 0", "1 expert or more"]),

@@ -214,6 +214,22 @@ CONFIGS: dict[str, Any] = {
         },
         vision_config={**_SIGHT, "model_type": "pixtral", "head_dim": 8},
     ),
+    # attention to some blocks of the past, chosen by an indexer
+    "minimax_m3_vl": lambda: transformers.MiniMaxM3VLConfig(
+        text_config={
+            **small_config("minimax_m3_vl").to_dict(),
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        },
+        vision_config={**_SIGHT, "head_dim": 8},
+    ),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **COMMON,
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=8,
+    ),
     # Kimi K2.5: DeepSeek-V3's layers
     "kimi_k25": lambda: transformers.Kimi_K25Config(
         text_config={**COMMON, **_LATENT, "model_type": "deepseek_v3", "head_dim": 8, "n_group": 1, "topk_group": 1},
