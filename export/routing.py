@@ -36,9 +36,10 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Rule:
     """How a router ranks and weighs experts. Paths are relative to the MoE block.
 
-    scores = softmax | sigmoid | identity of the logits; choice = scores + bias, outside of the `groups_used` best of
-    `groups` groups never; combine = scores, over their sum among the chosen if `renormalize`, times `scale`; a chosen
-    expert's weight is then multiplied by its number in `expert_scale` (Gemma 4), behind the selection.
+    scores = softmax | sigmoid | identity of the logits; choice = scores + bias (the logits themselves + bias if
+    `by_logits`), outside of the `groups_used` best of `groups` groups never; combine = scores, over their sum among the
+    chosen if `renormalize`, times `scale`; a chosen expert's weight is then multiplied by its number in `expert_scale`
+    (Gemma 4), behind the selection.
     """
 
     scores: str
@@ -49,10 +50,12 @@ class Rule:
     renormalize: bool = True
     scale: float = 1.0
     expert_scale: str | None = None
+    by_logits: bool = False
 
     def __str__(self) -> str:
         """The rule in a few words."""
         parts = [self.scores]
+        parts += ["ranked by logits"] if self.by_logits else []
         parts += ["+ correction bias"] if self.bias else []
         parts += [f"{self.groups_used} of {self.groups} groups"] if self.groups > 1 else []
         parts += ["renormalised"] if self.renormalize else []
@@ -63,7 +66,8 @@ class Rule:
     def choice_and_combine(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T,E] f32, bias [E] f32 -> choice [T,E] f32, combine [T,E] f32."""
         combine = SCORES[self.scores](logits)
-        choice = combine if bias is None else combine + bias
+        ranked = logits if self.by_logits else combine
+        choice = ranked if bias is None else ranked + bias
         if self.group_score == "none":
             return choice, combine
         experts = logits.shape[-1]
@@ -192,6 +196,8 @@ def _candidates(block: nn.Module, seen: _Seen, logits: torch.Tensor) -> Iterator
         yield Rule(scores, bias, *grouping, renormalize=renormalize)
     for scale, renormalize, scores in itertools.product(seen.biases, (True, False), tuple(SCORES)):
         yield Rule(scores, renormalize=renormalize, expert_scale=scale)
+    for bias, renormalize, scores in itertools.product(seen.biases, (True, False), ("sigmoid", "softmax")):
+        yield Rule(scores, bias, renormalize=renormalize, by_logits=True)
 
 
 def _group_sizes(block: nn.Module) -> set[tuple[int, int]]:

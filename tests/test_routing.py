@@ -48,6 +48,10 @@ def glm(logits: torch.Tensor, router: Any) -> Scores:
     return scores + router.e_score_correction_bias, scores
 
 
+def kolibri(logits: torch.Tensor, router: Any) -> Scores:
+    return logits + router.e_score_correction_bias, torch.sigmoid(logits)
+
+
 def given(probabilities: torch.Tensor, _: Any) -> Scores:
     """Gemma 4: what its router tells are probabilities already."""
     return probabilities, probabilities
@@ -64,6 +68,7 @@ RULES: dict[str, tuple[Callable[[torch.Tensor, Any], Scores], bool, float, str]]
     "glm4_moe": (glm, True, 1.0, "Glm4MoeTopkRouter"),
     "deepseek_v3": (deepseek, True, 2.5, "DeepseekV3TopkRouter"),
     "gpt_oss": (softmax, True, 1.0, "GptOssTopKRouter"),
+    "kolibri1": (kolibri, False, 1.0, "Kolibri1TopKRouter"),
     "gemma4": (given, True, 1.0, "Gemma4TextRouter"),
     "phimoe": (nothing, False, 1.0, "PhimoeTopKRouter"),
 }
