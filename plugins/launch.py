@@ -332,7 +332,8 @@ def select_estimate(tokens: int, experts: int, experts_per_token: int) -> Select
         block = max(fewest, 64)
     block_t = min(block, max(TILE_VALUES // row, 1))
     reason = "blocks: tokens in parallel on many multiprocessors"
-    return SelectLaunch(0, block_t, 8 if block * row > TILE_VALUES else 4, block, reason)
+    narrow = 8 if row > 256 else 4  # 4 warps add up tables of 512 experts (Kimi K2) with 1.4 kB of spills
+    return SelectLaunch(0, block_t, 8 if block * row > TILE_VALUES else 4, block, reason, narrow=narrow)
 
 
 def row_of(experts: int) -> int:
