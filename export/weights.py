@@ -70,6 +70,9 @@ class CheckpointWeights:
         self._stray: dict[str, str] = {}  # stored tensors that the model has no place for, and what they would be in it
         self._sources, self._targets = self._plan(checkpoint)
         self._check(checkpoint)
+        of_text = [source for name, source in self._sources.items() if name in self._language]
+        # Bytes of what the checkpoint has for the language model.
+        self.stored_bytes = sum(tensor.nbytes for source in of_text for tensor in source.tensors())
 
     def _plan(self, checkpoint: Checkpoint) -> tuple[dict[str, Source], dict[str, str]]:
         """Sources by the name of their first target, and each parameter's first target."""
@@ -177,8 +180,8 @@ class CheckpointWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters and stored buffers in the model's dtype or as they are kept, ties counted once."""
-        full: int = sum(tensor.nbytes for name, tensor in self._language.items() if name in self._targets)
-        return full + sum(part.nbytes for part in self._kept.values())
+        full = {id(tensor): tensor.nbytes for name, tensor in self._language.items() if name in self._targets}
+        return sum(full.values()) + sum(part.nbytes for part in self._kept.values())
 
     def load(self, name: str) -> torch.Tensor:
         """Parameter `name`, in the model's dtype, or what is kept by that name.

@@ -118,7 +118,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
                 "images or sound are left out"
             )
         if source.quantization:
-            now, before = size(source.weights.nbytes), size(checkpoint.nbytes)
+            now, before = size(source.weights.nbytes), size(source.weights.stored_bytes)
             sizes = f"all weights take {now}{f' instead of {before}' if now != before else ''}"
             note(f"{source.quantization.in_words(precision)}; {sizes}")
             build_record["quantization"] = asdict(source.quantization)
