@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lynx_trt.console import Progress, new_app, print_json, run, size
-from lynx_trt.errors import UsageError
+from lynx_trt.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -61,11 +61,16 @@ def generate_text(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    chat: bool = False,
+    system: str | None = None,
+    chat_options: Mapping[str, Any] | None = None,
     threads: int | None = None,
     backend: Name = "auto",
     on_text: Any = None,
 ) -> tuple[list[Generated], Statistics]:
     """Continue `prompts` as one batch, on the engine or in ONNX Runtime (`runtime.open`).
+
+    With `chat` each is a user's message, behind the message `system` if there is one, and what comes is the answer.
 
     Raises:
         LynxError: the artifact, a prompt or a setting doesn't fit; the message says which.
@@ -80,6 +85,8 @@ def generate_text(
     tokenizer = Tokenizer(artifact.path(TOKENIZER))
     if not prompts:
         raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
+    if chat:
+        prompts = _as_chat(artifact, prompts, system, chat_options)
     return generate(
         open_backend(artifact, len(prompts), threads=threads, name=backend),
         tokenizer,
@@ -89,8 +96,24 @@ def generate_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         stop=stop,
+        special=not chat,
         on_text=on_text,
     )
+
+
+def _as_chat(
+    artifact: Artifact, prompts: Sequence[str], system: str | None, options: Mapping[str, Any] | None
+) -> list[str]:
+    from lynx_trt.runtime.chat import ChatTemplate
+
+    template = ChatTemplate.find(artifact.folder)
+    if template is None:
+        raise ArtifactError(
+            f"{artifact.folder} has no chat template: its checkpoint had none, or it was built by an older version; "
+            "leave --chat out, or build it again"
+        )
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [template.render([*before, {"role": "user", "content": prompt}], options) for prompt in prompts]
 
 
 def expert_bytes_a_token(manifest: Manifest, statistics: Statistics) -> float:
@@ -129,6 +152,15 @@ def main(
     top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: no limit.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the draws; each prompt has its own generator.", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End a sequence before this text; repeatable.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a message to a chat model: its own template is put around it."),
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the message of the system before it.")] = None,
+    chat_options: Annotated[
+        str | None,
+        typer.Option(help="With --chat: what the template takes beside, as JSON ('{\"enable_thinking\": false}')."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores].", min=1)] = None,
     backend: Annotated[
         Literal["auto", "onnxruntime", "tensorrt"],
@@ -140,16 +172,21 @@ def main(
     """Generate text from an artifact: with its engine on a GPU, or with ONNX Runtime on the CPU."""
     from lynx_trt.artifact import open_artifact
     from lynx_trt.machine import check_threads
+    from lynx_trt.runtime.chat import parse_options
     from lynx_trt.runtime.sampling import Sampling
 
     check_threads(threads)
     if any(not text for text in stop or []):
         raise UsageError("--stop is empty; an empty text would end every sequence at once")
+    for name, value in (("--system", system), ("--chat-options", chat_options)):
+        if value is not None and not chat:
+            raise UsageError(f"{name} is for chat models' templates; add --chat, or leave it out")
+    options = None if chat_options is None else parse_options(chat_options)
     prompts = prompt or []
     sampling = Sampling(temperature, top_p, seed, top_k)
     with Progress(quiet=json_output) as progress:
         opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
-    with _Screen(prompts, quiet=json_output) as screen:
+    with _Screen([""] * len(prompts) if chat else prompts, quiet=json_output) as screen:
         sequences, statistics = generate_text(
             opened,
             prompts,
@@ -158,6 +195,9 @@ def main(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop or (),
+            chat=chat,
+            system=system,
+            chat_options=options,
             threads=threads,
             backend=backend,
             on_text=screen.show,

@@ -170,7 +170,7 @@ def test_what_does_not_fit(
 
 def test_an_empty_prompt_is_none_with_any_tokenizer(text_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every text begins with a token."""
-    monkeypatch.setattr(Tokenizer, "encode", lambda _, text: [1, *text.encode()])
+    monkeypatch.setattr(Tokenizer, "encode", lambda _, text, **__: [1, *text.encode()])
     with pytest.raises(GenerationError, match="prompt 2 is empty: there is nothing to continue"):
         generate_text(text_artifact, ["x", ""])
 

@@ -20,6 +20,7 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.errors import LynxError, UsageError
 from lynx_trt.generate import generate_text
 from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.chat import ChatTemplate
 from lynx_trt.runtime.open import limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
@@ -89,7 +90,8 @@ class Served:
 
     def __init__(self, artifact: Artifact, settings: Settings, dial_file: Path | None = None) -> None:
         dial = Dial.of(artifact.manifest)
-        self.parser = Parser(Tokenizer(artifact.path(TOKENIZER)), limits_of(artifact.manifest), dial, settings)
+        tokenizer, template = Tokenizer(artifact.path(TOKENIZER)), ChatTemplate.find(artifact.folder)
+        self.parser = Parser(tokenizer, limits_of(artifact.manifest), dial, settings, template)
         self.sink = Sink()
         layers = [layer.name for layer in artifact.manifest.model.moe_layers]
         self.backend = open_backend(artifact, settings.slots, threads=1)
@@ -227,7 +229,7 @@ def test_mistakes_are_told_at_once(values: dict[str, Any], words: str, served: S
 
 def test_empty_prompt_of_a_tokenizer_that_begins_every_text(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """As lynx-tiny's does: there is a token, but no text."""
-    monkeypatch.setattr(Tokenizer, "encode", lambda *_: [1])
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: [1])
     assert served.ask(text_input="").error == ("invalid", "the prompt is empty: there is nothing to continue")
 
 
@@ -315,7 +317,7 @@ def test_defect_is_told_to_one_client(
 ) -> None:
     served = serve()
     with monkeypatch.context() as broken:
-        broken.setattr(Tokenizer, "encode", lambda *_: 1 / 0)
+        broken.setattr(Tokenizer, "encode", lambda *_, **__: 1 / 0)
         reply = served.ask(text_input="x", max_tokens=5)
     assert reply.error == ("internal", "an internal error ended this request; see the server's log")
     assert "ZeroDivisionError" in capfd.readouterr().err

@@ -49,9 +49,12 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
+    special: bool = True,
     on_text: Callable[[int, str], None] | None = None,
 ) -> tuple[list[Generated], Statistics]:
     """Continue `prompts` as one batch; `on_text(sequence, piece)` is called as text appears.
+
+    `special`: the tokenizer puts around a prompt what it puts around texts; a chat template has done that itself.
 
     Raises:
         UsageError: no prompt, or max_new_tokens below 1.
@@ -66,7 +69,7 @@ def generate(
         # As the server does, and said of the text: some tokenizers begin every one with a token.
         if not prompt:
             raise GenerationError(f"prompt {number + 1} is empty: there is nothing to continue")
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt, special=special)
         check_prompt(ids, limits, f"prompt {number + 1}")
         request = Request(max_new_tokens, sampling, number, tuple(stop))
         sequences.append(Generated(ids, request, tokenizer.stream(), _to(on_text, number)))

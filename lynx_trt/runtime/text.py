@@ -34,8 +34,8 @@ class Tokenizer:
         """Tokens, as the vocabulary spells them, and their ids."""
         return dict(self._tokenizer.get_vocab())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with whatever the tokenizer puts before and after a text.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`, with whatever the tokenizer puts before and after a text if `special`.
 
         Raises:
             GenerationError: it holds bytes that were no UTF-8, as an argument of a command can.
@@ -44,7 +44,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise GenerationError(f"the text {text[:32]!r} is no valid UTF-8; give it in that encoding") from None
-        return list(self._tokenizer.encode(text).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def stream(self) -> Stream:
         """A decoder for one sequence."""

@@ -67,7 +67,13 @@ class Environment:
 
 def requirements() -> list[str]:
     """What the model needs, at the versions of this environment where it has them, so that both compute the same."""
-    names = {"onnx": ">=1.22", "onnxruntime": ">=1.32", "tokenizers": ">=0.21", "pydantic": ">=2.7"}
+    names = {
+        "jinja2": ">=3.1",
+        "onnx": ">=1.22",
+        "onnxruntime": ">=1.32",
+        "tokenizers": ">=0.21",
+        "pydantic": ">=2.7",
+    }
     return ["numpy>=1.26,<2", *(f"{name}{_pin(name, least)}" for name, least in names.items())]
 
 
@@ -137,7 +143,10 @@ def _make(folder: Path, wanted: list[str], *, server: bool, phase: Callable[[str
         _pip(folder, ["--no-deps", SERVER_WHEEL])
         _place_stub(Environment(folder))
         update(1.0)
-    _run([str(folder / "bin" / "python"), "-c", "import onnx, onnxruntime, tokenizers, pydantic"], "its own check")
+    _run(
+        [str(folder / "bin" / "python"), "-c", "import jinja2, onnx, onnxruntime, tokenizers, pydantic"],
+        "its own check",
+    )
     (folder / MARKER).touch()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lynx_trt.errors import GenerationError
 from lynx_trt.runtime.backend import Array
+from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import check_prompt
@@ -32,6 +33,7 @@ class Parser:
     limits: Limits
     dial: Dial
     settings: Settings
+    template: ChatTemplate | None = None  # of messages, where the model has one
 
     def read(self, values: Mapping[str, Array], parameters: str = "{}") -> tuple[Generated, bool]:
         """(the sequence, whether its pieces are to be streamed).
@@ -45,10 +47,7 @@ class Parser:
             UsageError: a sampling value is out of its range.
         """
         _refuse_parameters(parameters)
-        text = _text(values, "text_input")
-        if text is None:
-            raise GenerationError("text_input is missing: there is nothing to continue")
-        prompt = self._prompt(text)
+        prompt = self._prompt(values)
         sampling = Sampling(
             temperature=float(_one(values, "temperature", 0.0)),
             top_p=float(_one(values, "top_p", 1.0)),
@@ -65,10 +64,32 @@ class Parser:
         )
         return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))
 
-    def _prompt(self, text: str) -> list[int]:
+    def _prompt(self, values: Mapping[str, Array]) -> list[int]:
+        text, messages, options = (_text(values, name) for name in ("text_input", "messages", "chat_options"))
+        if messages is None:
+            if options is not None:
+                raise GenerationError("chat_options is for messages, and there are none; leave it out")
+            if text is None:
+                raise GenerationError("text_input is missing: there is nothing to continue (nor are there messages)")
+            return self._tokens(text, special=True)
+        if text is not None:
+            raise GenerationError("there are text_input and messages; give one of them")
+        if self.template is None:
+            raise GenerationError("messages need a chat template, and this model has none; give text_input instead")
+        self._check_length(messages)
+        rendered = self.template.render(parse_messages(messages), parse_options(options or "{}"))
+        return self._tokens(rendered, special=False)
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
         # Said here and not of its tokens: some tokenizers begin every text with one.
         if not text:
             raise GenerationError("the prompt is empty: there is nothing to continue")
+        self._check_length(text)
+        prompt = self.tokenizer.encode(text, special=special)
+        check_prompt(prompt, self.limits)
+        return prompt
+
+    def _check_length(self, text: str) -> None:
         # A text that can't fit even in the longest of tokens isn't tokenized at all: that would take seconds.
         most = self.limits.max_length * self.tokenizer.longest
         if len(text) > most:
@@ -76,9 +97,6 @@ class Parser:
                 f"the prompt has {len(text)} characters, and {self.limits.max_length} tokens, which is what the model "
                 f"takes, can't hold more than {most}: shorten it"
             )
-        prompt = self.tokenizer.encode(text)
-        check_prompt(prompt, self.limits)
-        return prompt
 
     @staticmethod
     def _at_least(values: Mapping[str, Array], name: str, default: int, least: int) -> int:

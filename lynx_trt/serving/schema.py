@@ -17,7 +17,9 @@ class Tensor:
 
 
 INPUTS = (
-    Tensor("text_input", "TYPE_STRING", (1,), False, "text to continue"),
+    Tensor("text_input", "TYPE_STRING", (1,), True, "text to continue"),
+    Tensor("messages", "TYPE_STRING", (1,), True, "or messages to a chat model, as JSON: a list of role and content"),
+    Tensor("chat_options", "TYPE_STRING", (1,), True, "what its template takes beside the messages, as a JSON object"),
     Tensor("max_tokens", "TYPE_INT32", (1,), True, "new tokens to write, at most"),
     Tensor("temperature", "TYPE_FP32", (1,), True, "0 is greedy, higher is more random"),
     Tensor("top_p", "TYPE_FP32", (1,), True, "draw from the likeliest tokens that reach this probability"),

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lynx_trt.artifact import TOKENIZER, read
 from lynx_trt.machine import cores
+from lynx_trt.runtime.chat import ChatTemplate
 from lynx_trt.runtime.open import Name, limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
@@ -51,5 +52,6 @@ def start_service(
     print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
-    parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings)
+    template = ChatTemplate.find(opened.folder)
+    parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings, template)
     return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)

@@ -1,0 +1,201 @@
+"""Chat templates: the text that transformers renders, in a sandbox, for `generate --chat` and served `messages`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_serve_service import Served, tensors
+from transformers.utils.chat_template_utils import render_jinja_template
+from typer.testing import CliRunner
+
+from lynx_trt.artifact import MANIFEST, TOKENIZER, Artifact, record_files
+from lynx_trt.artifact import read as read_artifact
+from lynx_trt.errors import ArtifactError, GenerationError
+from lynx_trt.generate import app, generate_text
+from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
+from lynx_trt.runtime.text import Tokenizer
+from lynx_trt.serving.settings import Settings
+
+MESSAGES = [
+    {"role": "system", "content": "Short & <b>clear</b>, s'il vous plaît."},
+    {"role": "user", "content": "def add(a, b):"},
+]
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+# What published templates do, each of it in one of these.
+TEMPLATES = {
+    "roles": (
+        "{% for message in messages %}\n"
+        "    {{- '<|im_start|>' + message.role + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}\n"
+        "{% endfor %}\n"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "begins with a token": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set messages = messages[1:] %}{% endif %}[INST] {{ system }}\n\n{{ messages[0]['content'] }} [/INST]"
+    ),
+    "namespaces and loop controls": (
+        "{%- set seen = namespace(count=0) -%}{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "{% set seen.count = seen.count + 1 %}{{ loop.index0 }}{{ m.content }}{% if seen.count == 2 %}{% break %}"
+        "{% endif %}{% endfor %}{{ seen.count }}{{ eos_token }}"
+    ),
+    "json and macros": (
+        "{% macro show(m) %}{{ m | tojson }}{% endmacro %}{% for m in messages %}{{ show(m) }}\n{% endfor %}"
+        "{{ messages | tojson(indent=2) }}{{ tools is none }}{{ documents is none }}"
+    ),
+    "an option": (
+        "{{ messages[-1].content }}{% if enable_thinking is defined and enable_thinking is false %}<think></think>"
+        "{% endif %}{{ undefined_thing }}"
+    ),
+    "marked for training": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    ),
+    "methods of texts": (
+        "{{ messages[1].content.split('(')[0].strip() }}{{ messages[1]['content'].startswith('def') }}"
+        "{% for key, value in messages[0].items() %}{{ key ~ value | length }}{% endfor %}{{ strftime_now('%%') }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}])
+def test_as_transformers_renders_it(name: str, options: dict[str, Any]) -> None:
+    wanted, _ = render_jinja_template(
+        conversations=[MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=True, **TOKENS, **options
+    )
+    assert ChatTemplate(TEMPLATES[name], TOKENS).render(MESSAGES, options) == wanted[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ messages.append(1) }}", "refuses these messages"),  # what it is given can't be changed
+        ("{{ ''.__class__.__mro__ }}", "refuses these messages"),  # nor left
+        ("{{ messages[7].content.x }}", "refuses these messages"),
+        ("{% for i in range(10000000000) %}{% endfor %}", "refuses these messages"),
+        ("{{ 1 / 0 }}", "refuses these messages"),
+        ("{% include '/etc/passwd' %}", "refuses these messages"),
+        ("{{ messages[0].content + 3 }}", "refuses these messages"),
+    ],
+)
+def test_what_a_template_may_not_do(template: str, words: str) -> None:
+    with pytest.raises(GenerationError) as caught:
+        ChatTemplate(template, {}).render(MESSAGES)
+    assert words in str(caught.value)
+
+
+def test_no_template_at_all() -> None:
+    with pytest.raises(ArtifactError, match="can't be read"):
+        ChatTemplate("{% for %}", {})
+
+
+def test_where_a_template_lies(tmp_path: Path) -> None:
+    """A file of its own, then a processor's, then the tokenizer's config, of which there may be several by name."""
+    assert ChatTemplate.find(tmp_path) is None
+    config = {"bos_token": {"content": "<b>"}, "eos_token": None}
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(config))
+    assert ChatTemplate.find(tmp_path) is None
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d{{ eos_token }}"}]
+    path.write_text(json.dumps({**config, "chat_template": named}))
+    assert _rendered(tmp_path) == "<b>d"
+    path.write_text(json.dumps({**config, "chat_template": "{{ bos_token }}c"}))
+    assert _rendered(tmp_path) == "<b>c"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ bos_token }}p"}))
+    assert _rendered(tmp_path) == "<b>p"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}f")
+    assert _rendered(tmp_path) == "<b>f"
+    path.write_text("{")
+    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json can't be read as JSON"):
+        ChatTemplate.find(tmp_path)
+
+
+def _rendered(folder: Path) -> str:
+    template = ChatTemplate.find(folder)
+    assert template is not None
+    return template.render(MESSAGES)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '["x"]', '[{"content": "x"}]', '[{"role": 3}]', "[" * 100_000])
+def test_messages_that_are_none(text: str) -> None:
+    with pytest.raises(GenerationError, match=r'it has to be JSON like .*"role": "user"'):
+        parse_messages(text)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"messages": []}', '{"add_generation_prompt": false}'])
+def test_options_that_are_none(text: str) -> None:
+    with pytest.raises(GenerationError, match="the chat options"):
+        parse_options(text)
+
+
+@pytest.fixture(scope="module")
+def talking(text_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The artifact with a template, as that of a chat model is built."""
+    folder = tmp_path_factory.mktemp("chat") / "artifact"
+    shutil.copytree(text_artifact.folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if short %}...{% endif %}assistant:"
+    )
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {name: record.model_dump() for name, record in record_files(folder).items()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return read_artifact(folder)
+
+
+def _invoke(artifact: Artifact, *options: str) -> Any:
+    return CliRunner().invoke(app, [str(artifact.folder), "--max-new-tokens", "6", "--json", *options])
+
+
+def test_generate(talking: Artifact, text_artifact: Artifact) -> None:
+    """The rendered text and nothing else is continued, without what the tokenizer puts around texts."""
+    sequences, _ = generate_text(talking, ["hi"], chat=True, system="be", chat_options={"short": 1}, max_new_tokens=6)
+    tokenizer = Tokenizer(talking.path(TOKENIZER))
+    assert sequences[0].prompt == tokenizer.encode("system: be\nuser: hi\n...assistant:", special=False)
+    result = _invoke(talking, "--chat", "--system", "be", "--chat-options", '{"short": 1}', "--prompt", "hi")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["sequences"][0]
+    assert found["prompt"] == "hi"
+    assert found["tokens"] == sequences[0].tokens
+    plain = CliRunner().invoke(app, [str(talking.folder), "--max-new-tokens", "6", "--chat", "--prompt", "hi"])
+    assert "user" not in plain.stdout  # the answer alone
+    result = _invoke(text_artifact, "--chat", "--prompt", "hi")
+    assert isinstance(result.exception, ArtifactError)
+    assert "has no chat template" in str(result.exception)
+
+
+@pytest.mark.parametrize("option", ["--system", "--chat-options"])
+def test_options_of_chat_alone(option: str, text_artifact: Artifact) -> None:
+    result = _invoke(text_artifact, option, "{}", "--prompt", "hi")
+    assert "add --chat" in str(result.exception)
+
+
+def test_served(talking: Artifact) -> None:
+    served = Served(talking, Settings(slots=2, quality="max"))
+    try:
+        messages = json.dumps([{"role": "user", "content": "hi"}])
+        reply = served.ask(messages=messages, chat_options='{"short": true}', max_tokens=6).wait()
+        assert reply.error is None
+        sequences, _ = generate_text(
+            talking, ["hi"], chat=True, chat_options={"short": 1}, max_new_tokens=6, budget="8"
+        )
+        assert int(reply.responses[-1]["prompt_tokens"][0]) == len(sequences[0].prompt)
+        for values, words in (
+            ({"messages": messages, "text_input": "x"}, "give one of them"),
+            ({"messages": "hi"}, "messages can't be read"),
+            ({"messages": messages, "chat_options": "[]"}, "the chat options are []"),
+            ({"text_input": "x", "chat_options": "{}"}, "chat_options is for messages"),
+            ({"messages": " " * 10_000_000}, "10000000 characters"),
+        ):
+            refused = served.ask(**values)
+            assert refused.error is not None
+            assert words in refused.error[1]
+    finally:
+        served.service.close()
+    with pytest.raises(GenerationError, match="this model has none"):
+        replace(served.parser, template=None).read(tensors(messages=messages))
