@@ -2,6 +2,7 @@
 
 python examples/serving_client.py "def add(a, b):" --max-tokens 64
 python examples/serving_client.py "def add(a, b):" --grpc --quality fast --temperature 0.8 --seed 1
+python examples/serving_client.py "What is a mixture of experts?" --chat --model MODEL    # a chat model
 
 A server that `python -m lynx_trt.serve ARTIFACT --start` has started listens where this looks.
 """
@@ -18,14 +19,19 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def generate(address: str, model: str, text: str, **settings: Any) -> dict[str, Any]:
-    """One answer, when it is whole. `settings` are the model's inputs: max_tokens, quality, stop and so on.
+def message(text: str) -> dict[str, str]:
+    """What asks a chat model, to be among the settings in the place of a text."""
+    return {"messages": json.dumps([{"role": "user", "content": text}])}
+
+
+def generate(address: str, model: str, text: str | None, **settings: Any) -> dict[str, Any]:
+    """One answer, when it is whole. `settings` are the model's inputs: max_tokens, quality, stop, messages and so on.
 
     Raises:
         RuntimeError: the server refused the request; the message is its own.
     """
     connection = http.client.HTTPConnection(address)
-    connection.request("POST", f"/v2/models/{model}/generate", json.dumps({"text_input": text, **settings}), HEADERS)
+    connection.request("POST", f"/v2/models/{model}/generate", json.dumps(_inputs(text, settings)), HEADERS)
     response = connection.getresponse()
     body = response.read()
     connection.close()
@@ -37,6 +43,10 @@ def generate(address: str, model: str, text: str, **settings: Any) -> dict[str, 
     return answer
 
 
+def _inputs(text: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    return settings if text is None else {"text_input": text, **settings}
+
+
 def _error(body: bytes) -> str:
     """The server's own sentence, or the beginning of whatever else came."""
     try:
@@ -45,7 +55,7 @@ def _error(body: bytes) -> str:
         return f"no answer of a model: {body[:80]!r}"
 
 
-def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dict[str, Any]]:
+def stream(address: str, model: str, text: str | None, **settings: Any) -> Iterator[dict[str, Any]]:
     """Responses as they come; the last one has `finish_reason` and the request's statistics.
 
     Whoever stops to iterate closes the connection, and the server stops to generate.
@@ -54,7 +64,7 @@ def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dic
         RuntimeError: the server refused the request, or ended it; the message is its own.
     """
     connection = http.client.HTTPConnection(address)
-    body = json.dumps({"text_input": text, "stream": True, **settings})
+    body = json.dumps({"stream": True, **_inputs(text, settings)})
     connection.request("POST", f"/v2/models/{model}/generate_stream", body, HEADERS)
     try:
         response = connection.getresponse()
@@ -73,6 +83,8 @@ def stream(address: str, model: str, text: str, **settings: Any) -> Iterator[dic
 HEADERS = {"Content-Type": "application/json"}
 TYPES = {
     "text_input": "BYTES",
+    "messages": "BYTES",
+    "chat_options": "BYTES",
     "max_tokens": "INT32",
     "temperature": "FP32",
     "top_p": "FP32",
@@ -85,7 +97,7 @@ TYPES = {
 }
 
 
-def stream_grpc(address: str, model: str, text: str, **settings: Any) -> Iterator[dict[str, Any]]:
+def stream_grpc(address: str, model: str, text: str | None, **settings: Any) -> Iterator[dict[str, Any]]:
     """The same over gRPC; needs `pip install "lynx-trt[serve]"`.
 
     Raises:
@@ -95,7 +107,7 @@ def stream_grpc(address: str, model: str, text: str, **settings: Any) -> Iterato
     from tritonclient import grpc, utils
 
     inputs = []
-    for name, value in {"text_input": text, "stream": True, **settings}.items():
+    for name, value in {"stream": True, **_inputs(text, settings)}.items():
         values = [item.encode() if isinstance(item, str) else item for item in (value if name == "stop" else [value])]
         tensor = grpc.InferInput(name, [len(values)], TYPES[name])
         dtype = np.object_ if TYPES[name] == "BYTES" else utils.triton_to_np_dtype(TYPES[name])
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument("--model", default="lynx-tiny")
     parser.add_argument("--address", help="HOST:PORT [default: 127.0.0.1:8000, with --grpc 127.0.0.1:8001]")
     parser.add_argument("--grpc", action="store_true")
+    parser.add_argument("--chat", action="store_true", help="the text is a message to a chat model")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -142,10 +155,13 @@ def main() -> None:
     address = options.address or ("127.0.0.1:8001" if options.grpc else "127.0.0.1:8000")
     answer: dict[str, Any] = {}
     text_began = False
-    responses = (stream_grpc if options.grpc else stream)(address, options.model, options.text, **settings)
+    text = None if options.chat else options.text
+    if options.chat:
+        settings |= message(options.text)
+    responses = (stream_grpc if options.grpc else stream)(address, options.model, text, **settings)
     try:
         for answer in responses:
-            sys.stdout.write(answer["text_output"] if text_began else options.text + answer["text_output"])
+            sys.stdout.write(answer["text_output"] if text_began else (text or "") + answer["text_output"])
             sys.stdout.flush()
             text_began = True
     except RuntimeError as error:

@@ -141,6 +141,7 @@ def long_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[...
     folder = Path(shutil.copytree(byte_model, workspace / "long-bytes"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": MAX_LENGTH}))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}>")
     return build_quietly(folder, workspace / "long-artifact", preset="lynx", budget="2", max_length=MAX_LENGTH)
 
 
@@ -262,6 +263,16 @@ def test_example_runs_as_it_is_printed(protocol: str, server: Server, alone: Cal
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_example_chats(protocol: str, server: Server, alone: Callable[[str, int], str]) -> None:
+    """The model's template is around the message; the answer alone is printed."""
+    example = Path(__file__).parent.parent / "examples" / "serving_client.py"
+    where = ["--address", getattr(server, protocol), "--model", "tiny", *(["--grpc"] if protocol == "grpc" else [])]
+    command = [sys.executable, str(example), "hi", "--chat", "--max-tokens", "12", "--quality", "max", *where]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == alone("user:hi>", 12)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_example_says_what_is_wrong(protocol: str, server: Server) -> None:
     """No server there, no such model, and a request that is refused: a sentence each."""
     example = Path(__file__).parent.parent / "examples" / "serving_client.py"
@@ -357,6 +368,8 @@ MALFORMED: list[tuple[bytes, int, str]] = [
     (b'{"text_input": "x", "max_tokens": "many"}', 500, "attempt to access JSON non-signed-integer"),
     (b'{"text_input": "x", "max_tokens": 1e99}', 500, "attempt to access JSON non-signed-integer"),
     (b'{"max_tokens": 3}', 400, "text_input is missing"),
+    (b'{"messages": "hi"}', 400, "messages can't be read"),
+    (b'{"messages": [{"role": "user", "content": "hi"}]}', 500, "JSON"),
     (b'{"text_input": ""}', 400, "the prompt is empty"),
     (b'{"text_input": "x", "max_tokens": -1}', 400, "max_tokens is -1; it must be 1 or more"),
     (b'{"text_input": "x", "temperature": NaN}', 400, "temperature is nan"),
