@@ -20,7 +20,10 @@ def main(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, as python -m lynx_trt.build writes it.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text of the kind that is served; repeatable [default for lynx-tiny: its own]."),
+        typer.Option(
+            help="UTF-8 text of the kind that is served, or chats (.jsonl: docs/calibration.md); repeatable "
+            "[default for lynx-tiny: its own]."
+        ),
     ] = None,
     validation_text: Annotated[
         list[Path] | None,

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from test_serve_service import Served, tensors
 from transformers.utils.chat_template_utils import render_jinja_template
 from typer.testing import CliRunner
 
 from lynx_trt.artifact import MANIFEST, TOKENIZER, Artifact, record_files
 from lynx_trt.artifact import read as read_artifact
-from lynx_trt.errors import ArtifactError, GenerationError
+from lynx_trt.calibration.text import cut, read_text
+from lynx_trt.errors import ArtifactError, GenerationError, UsageError
 from lynx_trt.generate import app, generate_text
 from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
 from lynx_trt.runtime.text import Tokenizer
@@ -199,3 +201,53 @@ def test_served(talking: Artifact) -> None:
         served.service.close()
     with pytest.raises(GenerationError, match="this model has none"):
         replace(served.parser, template=None).read(tensors(messages=messages))
+
+
+CHATS = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "answer"}] for n in range(3)]
+
+
+def test_chats_to_calibrate_on(tmp_path: Path) -> None:
+    """A chat a line, whole, and no more special tokens than the template has."""
+    template = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}{{ '>' * add_generation_prompt }}", TOKENS
+    )
+    path = tmp_path / "chats.jsonl"
+    lines = [json.dumps({"messages": CHATS[0], "id": 7}), "", json.dumps(CHATS[1]), json.dumps({"messages": CHATS[2]})]
+    path.write_text("\n".join(lines))
+    plain = tmp_path / "plain.txt"
+    plain.write_text("text")
+    text = read_text([path, plain], template=template)
+    assert text.texts == (tuple(f"<s>question {n}|answer|" for n in range(3)), "text")
+    assert text.nbytes == 3 * len("<s>question 0|answer|") + 4
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("|", "isolated")
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    drawn = cut(text, tokenizer, separator=None, count=1, length=3 * 5 + 2, seed=0)
+    assert (drawn.ids == 0).sum() == 4  # one of each chat, and what the tokenizer puts before a text
+    assert drawn.nbytes.sum() == text.nbytes
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 of"),
+        ('{"text": "x"}', "messages is no list"),
+        ('{"messages": [{"content": "x"}]}', "has no role"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "no system here"),
+        ("[" * 100_000, "line 2 of"),
+    ],
+)
+def test_lines_that_are_no_chats(line: str, words: str, tmp_path: Path) -> None:
+    template = ChatTemplate(
+        "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system here') }}{% endfor %}", {}
+    )
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(CHATS[0]) + "\n" + line)
+    with pytest.raises(UsageError) as caught:
+        read_text([path], template=template)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(UsageError, match="the artifact has no chat template"):
+        read_text([path])

@@ -66,7 +66,7 @@ def read(options: CalibrateOptions, progress: Progress) -> Inputs:
         check_leaves_experts(given, selection, width)
         option.note_other_parameters(options, selection)
     folder, text = option.checkpoint_folder(options, artifact), option.text_of(options, artifact)
-    validation = option.validation_of(options, text)
+    validation = option.validation_of(options, artifact, text)
     device = source.choose_device(options.device)
     update = progress.phase("Text and model")
     checkpoint = source.open_source(artifact, folder, trust_remote_code=options.trust_remote_code)

@@ -1,8 +1,9 @@
-"""From text files to sequences: tokens that decode together, and how many bytes of text they stand for."""
+"""From files of text or chats to sequences: tokens that decode together, and how many bytes of text they stand for."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lynx_trt.calibration.intervals import Array
-from lynx_trt.errors import UsageError
+from lynx_trt.errors import GenerationError, UsageError
+from lynx_trt.runtime.chat import ChatTemplate, check_messages
 
 if TYPE_CHECKING:
     import tokenizers
@@ -38,22 +40,30 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Text:
-    """What was read: the texts, and a name, size and sum to recognise them by."""
+    """What was read: the texts, and a name, size and sum to recognise them by.
 
-    texts: tuple[str, ...]
+    A text is one string of a file, or the rendered chats of one, which have their special tokens in them.
+    """
+
+    texts: tuple[str | tuple[str, ...], ...]
     name: str
+
+    def strings(self) -> Iterator[tuple[str, bool]]:
+        """Each string, and whether it is of a chat."""
+        for text in self.texts:
+            yield from ((text, False),) if isinstance(text, str) else ((chat, True) for chat in text)
 
     @property
     def nbytes(self) -> int:
         """UTF-8 bytes of all texts."""
-        return sum(len(text.encode()) for text in self.texts)
+        return sum(len(string.encode()) for string, _ in self.strings())
 
     @property
     def sha256(self) -> str:
         """Hex digest of all texts, in order."""
         digest = hashlib.sha256()
-        for text in self.texts:
-            encoded = text.encode()
+        for string, _ in self.strings():
+            encoded = string.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return digest.hexdigest()
 
@@ -62,20 +72,21 @@ class Text:
         return {"name": self.name, "bytes": self.nbytes, "sha256": self.sha256}
 
 
-def read_text(paths: Sequence[Path], option: str = "--text") -> Text:
-    """Read UTF-8 files, given with `option`.
+def read_text(paths: Sequence[Path], option: str = "--text", template: ChatTemplate | None = None) -> Text:
+    """Read UTF-8 files, given with `option`: plain text, or .jsonl, which has a chat a line for `template`.
 
     Raises:
-        UsageError: a file is missing, empty, not UTF-8, or the same as another; the message names it.
+        UsageError: a file is missing, empty, not UTF-8, the same as another, or has a line that is no chat; the message
+            names it.
     """
-    texts: dict[str, Path] = {}
+    texts: dict[str | tuple[str, ...], Path] = {}
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{path} is a folder; give each of its text files with {option}")
         if not path.is_file():
             raise UsageError(f"no such text file: {path}; give plain text in UTF-8 with {option}")
         try:
-            text = path.read_text(encoding="utf-8")
+            text: str | tuple[str, ...] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; "
@@ -83,8 +94,11 @@ def read_text(paths: Sequence[Path], option: str = "--text") -> Text:
             ) from None
         except OSError as error:
             raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
+        assert isinstance(text, str)
         if not text.strip():
             raise UsageError(f"{path} is empty; give text of the kind that the model will be used on")
+        if path.suffix == ".jsonl":
+            text = _chats(path, text, template)
         if text in texts:
             raise UsageError(
                 f"{path} is the same text as {texts[text]}, and what was chosen on it would be checked on it; "
@@ -94,6 +108,25 @@ def read_text(paths: Sequence[Path], option: str = "--text") -> Text:
     names = [path.name for path in paths]
     named = ", ".join(names if len(names) <= NAMED else [*names[: NAMED - 1], f"and {len(names) - NAMED + 1} others"])
     return Text(tuple(texts), named)
+
+
+def _chats(path: Path, text: str, template: ChatTemplate | None) -> tuple[str, ...]:
+    """Each line's messages as the model was trained on them."""
+    if template is None:
+        raise UsageError(
+            f"{path} is a file of chats, and the artifact has no chat template for them; give plain text (.txt)"
+        )
+    chats = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            messages = check_messages(found.get("messages") if isinstance(found, dict) else found)
+            chats.append(template.render(messages, answer=False))
+        except (GenerationError, ValueError, RecursionError) as error:
+            raise UsageError(f'line {number} of {path} is no chat: {error}; a line is {{"messages": [...]}}') from None
+    return tuple(chats)
 
 
 def cut(
@@ -159,8 +192,8 @@ def split(
 
 
 def _tokens(text: Text, tokenizer: tokenizers.Tokenizer, separator: int | None) -> Iterator[tuple[Array, Array]]:
-    for string in text.texts:
-        encoding = tokenizer.encode(string)
+    for string, chat in text.strings():
+        encoding = tokenizer.encode(string, add_special_tokens=not chat)
         ids = np.array(encoding.ids, dtype=np.int64)
         sizes = _added_bytes(string, np.array([end for _, end in encoding.offsets], dtype=np.int64))
         if separator is not None and (len(ids) == 0 or ids[0] != separator):

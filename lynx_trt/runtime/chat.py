@@ -54,12 +54,15 @@ class ChatTemplate:
         tokens = {name: text for name in TOKENS if (text := _text(named.get(name))) is not None}
         return cls(source, tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None, *, answer: bool = True
+    ) -> str:
         """The text up to where the model's answer begins; special tokens are in it.
 
         Args:
             messages: {"role": ..., "content": ...}, the user's last.
             options: what the template takes beside them, such as {"enable_thinking": false}.
+            answer: an answer is to follow; False: the messages are all, the model's own among them.
 
         Raises:
             GenerationError: the template refuses them, or can't be rendered.
@@ -68,9 +71,12 @@ class ChatTemplate:
 
         given = {"tools": None, "documents": None, **self._tokens, **(options or {})}
         try:
-            return str(self._template.render(messages=messages, add_generation_prompt=True, **given))
+            return str(self._template.render(messages=messages, add_generation_prompt=answer, **given))
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise GenerationError(f"the model's chat template refuses these messages: {error}") from None
+
+
+_FORM = 'it has to be JSON like [{"role": "user", "content": "Hello"}]'
 
 
 def parse_messages(text: str) -> list[dict[str, Any]]:
@@ -79,16 +85,19 @@ def parse_messages(text: str) -> list[dict[str, Any]]:
     Raises:
         GenerationError: it is no list of objects that have a role, or has none.
     """
-    form = 'it has to be JSON like [{"role": "user", "content": "Hello"}]'
     try:
-        messages = json.loads(text)
+        return check_messages(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise GenerationError(f"messages can't be read: {error}; {form}") from None
+        raise GenerationError(f"messages can't be read: {error}; {_FORM}") from None
+
+
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """The same of what JSON holds."""
     if not isinstance(messages, list) or not messages:
-        raise GenerationError(f"messages is no list of one or more; {form}")
+        raise GenerationError(f"messages is no list of one or more; {_FORM}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise GenerationError(f"messages has {json.dumps(message)[:64]}, which has no role; {form}")
+            raise GenerationError(f"messages has {json.dumps(message)[:64]}, which has no role; {_FORM}")
     return messages
 
 
