@@ -71,7 +71,7 @@ def test_int4_of_kimi(build_quietly: Build, tmp_path: Path) -> None:
     _agree(built, build_quietly(stored, tmp_path / "full", precision="fp32", dequantize=True))
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gemma4"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", pytest.param("gemma4", marks=pytest.mark.slow)])
 def test_fp8_of_merged_experts(name: str, build_quietly: Build, tmp_path: Path) -> None:
     folder = tiny_models.save(tiny_models.random_model(name, **SIZES).bfloat16(), tmp_path / "plain")
     stored = quantized_models.merged_fp8(folder, tmp_path / "fp8")
