@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lynx_trt.console import Progress, new_app, print_json, run, size
+from lynx_trt.console import Progress, new_app, note, print_json, run, size
 from lynx_trt.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def main(
     """Generate text from an artifact: with its engine on a GPU, or with ONNX Runtime on the CPU."""
     from lynx_trt.artifact import open_artifact
     from lynx_trt.machine import check_threads
+    from lynx_trt.runtime.chat import FILE as CHAT_TEMPLATE
     from lynx_trt.runtime.chat import parse_options
     from lynx_trt.runtime.sampling import Sampling
 
@@ -186,6 +187,8 @@ def main(
     sampling = Sampling(temperature, top_p, seed, top_k)
     with Progress(quiet=json_output) as progress:
         opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
+    if not chat and not json_output and (opened.folder / CHAT_TEMPLATE).is_file():
+        note("the model has a chat template, which --chat puts around each prompt; this continues prompts as they are")
     with _Screen([""] * len(prompts) if chat else prompts, quiet=json_output) as screen:
         sequences, statistics = generate_text(
             opened,

@@ -164,8 +164,11 @@ def test_generate(talking: Artifact, text_artifact: Artifact) -> None:
     found = json.loads(result.stdout)["sequences"][0]
     assert found["prompt"] == "hi"
     assert found["tokens"] == sequences[0].tokens
-    plain = CliRunner().invoke(app, [str(talking.folder), "--max-new-tokens", "6", "--chat", "--prompt", "hi"])
+    command = [str(talking.folder), "--max-new-tokens", "6", "--prompt", "hi"]
+    plain = CliRunner().invoke(app, [*command, "--chat"])
     assert "user" not in plain.stdout  # the answer alone
+    assert "which --chat puts around" not in plain.stderr
+    assert "which --chat puts around" in CliRunner().invoke(app, command).stderr
     result = _invoke(text_artifact, "--chat", "--prompt", "hi")
     assert isinstance(result.exception, ArtifactError)
     assert "has no chat template" in str(result.exception)
