@@ -345,3 +345,11 @@ def test_half_precision_is_computed_in_float32(artifact: Callable[..., Artifact]
     got, _ = steps(built, "auto")[0]
     scale = np.abs(expected).max()
     assert np.median(np.abs(got - expected)) <= 8 * np.finfo(np.float16).eps * scale
+
+
+@pytest.mark.parametrize("form", ["baseline", "masked", "fused"])
+def test_weights_that_are_multiplied_have_no_fused_form(form: Form, artifact: Callable[..., Artifact]) -> None:
+    """Gemma 4: com.microsoft.MoE would leave each expert's number out."""
+    with pytest.raises(ArtifactError, match="multiplies each expert's weight by a number of its own"):
+        lower(artifact("gemma4"), form=form)
+    assert set(lower(artifact("gemma4"), form="auto").forms) == {"grouped"}

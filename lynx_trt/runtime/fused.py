@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from onnx import numpy_helper
 
-from lynx_trt.runtime.moe_layer import MICROSOFT, Layer, NoFitError
+from lynx_trt.runtime.moe_layer import MICROSOFT, SCALED, Layer, NoFitError
 from lynx_trt.runtime.selected import masked_log_probabilities, masked_log_probabilities_of_one
 
 
 def misfit(layer: Layer) -> str | None:
     """Why `com.microsoft.MoE` on the CPU can't compute these experts, a clause; None if it can."""
-    if layer.weight != layer.select.output[1]:
-        return "its weights are a softmax's, the model's are multiplied by a number of each expert"
+    if layer.scaled:
+        return SCALED
     kind, limit = layer.form["activation"].decode(), float(layer.form["limit"])
     if layer.form["gated"]:
         return None if kind == "silu" else f"its gated activation is silu, the model's is {kind}"

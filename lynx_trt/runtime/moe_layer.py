@@ -15,6 +15,7 @@ from lynx_trt.runtime.graph import GraphEdit
 # 92 kB; the next size that was measured, 6 MB, is far on the other side.
 SMALL_EXPERT = 256 << 10
 MICROSOFT = "com.microsoft"
+SCALED = "it weighs by softmax alone, and this model multiplies each expert's weight by a number of its own"
 
 
 class NoFitError(Exception):
@@ -71,12 +72,19 @@ class Layer:
         matrices = 3 if self.form["gated"] else 2
         return 0 < 4 * matrices * self.h * self.i <= SMALL_EXPERT
 
+    @property
+    def scaled(self) -> bool:
+        """Whether weights are multiplied behind the selection (Gemma 4's numbers of experts)."""
+        return bool(self.weight != self.select.output[1])
+
     def router_logits(self) -> str:
         """The logits [T,E] whose softmax ranks and weighs the experts.
 
         Raises:
             NoFitError: the routing rule is another.
         """
+        if self.scaled:
+            raise NoFitError(f"{MICROSOFT}.MoE does not fit: {SCALED}")
         softmax = self.edit.producer(self.select.input[0])
         same = self.select.input[0] == self.select.input[1]
         if not same or softmax is None or softmax.op_type != "Softmax":
