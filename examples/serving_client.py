@@ -155,9 +155,9 @@ def main() -> None:
     address = options.address or ("127.0.0.1:8001" if options.grpc else "127.0.0.1:8000")
     answer: dict[str, Any] = {}
     text_began = False
-    text = None if options.chat else options.text
+    text = options.text
     if options.chat:
-        settings |= message(options.text)
+        text, settings = None, settings | message(text)
     responses = (stream_grpc if options.grpc else stream)(address, options.model, text, **settings)
     try:
         for answer in responses:

@@ -41,11 +41,6 @@ class Checkpoint:
     quantization: Quantization | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
     def precision(self) -> Literal["fp16", "bf16"]:
         """That of an artifact, unless another one is asked for: what most of its 16-bit weights are stored in.
 

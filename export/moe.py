@@ -288,7 +288,7 @@ def _select(
 
 
 def scaled(layer: MoeLayer, rule: Rule, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The weights [T,K] of a selection times their experts' numbers, where the rule has some; index [T,K], -1: none."""
+    """The weights [..,K] of a selection times their experts' numbers, if the rule has some; index [..,K], -1: none."""
     if not rule.expert_scale:
         return weight
     numbers = _tensor(layer.block, rule.expert_scale).float().reshape(-1)

@@ -22,6 +22,7 @@ from lynx_trt.generate import app, generate_text
 from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
 from lynx_trt.runtime.text import Tokenizer
 from lynx_trt.serving.settings import Settings
+from lynx_trt.serving.start import _template
 
 MESSAGES = [
     {"role": "system", "content": "Short & <b>clear</b>, s'il vous plaît."},
@@ -211,15 +212,16 @@ CHATS = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "c
 
 def test_chats_to_calibrate_on(tmp_path: Path) -> None:
     """A chat a line, whole, and no more special tokens than the template has."""
-    template = ChatTemplate(
-        "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}{{ '>' * add_generation_prompt }}", TOKENS
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(TOKENS))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}{{ '>' * add_generation_prompt }}"
     )
     path = tmp_path / "chats.jsonl"
     lines = [json.dumps({"messages": CHATS[0], "id": 7}), "", json.dumps(CHATS[1]), json.dumps({"messages": CHATS[2]})]
     path.write_text("\n".join(lines))
     plain = tmp_path / "plain.txt"
     plain.write_text("text")
-    text = read_text([path, plain], template=template)
+    text = read_text([path, plain], artifact=tmp_path)
     assert text.texts == (tuple(f"<s>question {n}|answer|" for n in range(3)), "text")
     assert text.nbytes == 3 * len("<s>question 0|answer|") + 4
 
@@ -243,14 +245,33 @@ def test_chats_to_calibrate_on(tmp_path: Path) -> None:
     ],
 )
 def test_lines_that_are_no_chats(line: str, words: str, tmp_path: Path) -> None:
-    template = ChatTemplate(
-        "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system here') }}{% endfor %}", {}
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system here') }}{% endfor %}"
     )
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(CHATS[0]) + "\n" + line)
     with pytest.raises(UsageError) as caught:
-        read_text([path], template=template)
+        read_text([path], artifact=tmp_path)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 500
     with pytest.raises(UsageError, match="the artifact has no chat template"):
         read_text([path])
+
+
+def test_a_line_ends_at_its_end(tmp_path: Path) -> None:
+    """JSON may have what Python takes for ends of lines within a text."""
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    path = tmp_path / "chats.jsonl"
+    content = "a\u2028b\x85c\x0bd"
+    path.write_text(json.dumps([{"role": "user", "content": content}], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_text([path], artifact=tmp_path).texts == ((content,),)
+
+
+def test_a_broken_template_keeps_nothing_but_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text is served without it, and calibrated on."""
+    (tmp_path / "chat_template.jinja").write_text("{% unknown %}")
+    assert _template(tmp_path) is None
+    assert "the chat template can't be read" in capsys.readouterr().err
+    plain = tmp_path / "plain.txt"
+    plain.write_text("text")
+    assert read_text([plain], artifact=tmp_path).texts == ("text",)

@@ -240,8 +240,8 @@ CONFIGS: dict[str, Any] = {
 
 # What a config of any architecture has under some of these names, made small.
 _SMALL: dict[str, Any] = {
-    **COMMON,
-    **GROUPED,
+    **_LATENT,
+    **COMMON,  # last: its heads are not those of latent attention
     "num_hidden_layers": 3,
     "head_dim": 16,
     "num_experts": 8,
@@ -251,16 +251,10 @@ _SMALL: dict[str, Any] = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
-    "n_shared_experts": 1,
     "moe_shared_expert_intermediate_size": 48,
     "shared_expert_intermediate_size": 48,
     "shared_intermediate_size": 48,
     "sliding_window": 8,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
     "num_nextn_predict_layers": 0,
 }
 

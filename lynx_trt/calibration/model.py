@@ -293,7 +293,7 @@ def _restrict(
         renormalize=rule.renormalize,
         scale=rule.scale,
     )
-    chosen = scaled(layer, rule, selected.index.flatten(0, 1), selected.weight.flatten(0, 1)).view_as(selected.weight)
+    chosen = scaled(layer, rule, selected.index, selected.weight)
     return from_groups(selected.index, index), from_groups(chosen, weight)
 
 

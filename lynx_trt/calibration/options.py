@@ -222,10 +222,9 @@ def text_of(options: CalibrateOptions, artifact: Artifact) -> Text:
     """
     from lynx_trt.build import SHIPPED
     from lynx_trt.calibration.text import read_text
-    from lynx_trt.runtime.chat import ChatTemplate
 
     if options.text:
-        return read_text(options.text, template=ChatTemplate.find(artifact.folder))
+        return read_text(options.text, artifact=artifact.folder)
     if artifact.manifest.model.name != SHIPPED:
         raise UsageError("no text: give UTF-8 files of the kind that the model will be used on with --text")
     return shipped_text()
@@ -246,7 +245,6 @@ def validation_of(options: CalibrateOptions, artifact: Artifact, text: Text) -> 
         UsageError: it is no other text than `text`, can't be used, or there is nothing to check.
     """
     from lynx_trt.calibration.text import read_text
-    from lynx_trt.runtime.chat import ChatTemplate
 
     if not options.validation_text:
         return None
@@ -255,7 +253,7 @@ def validation_of(options: CalibrateOptions, artifact: Artifact, text: Text) -> 
             "--validation-text checks what a search chose, and with --budget or --floor nothing is searched for; "
             "give the text to measure on with --text"
         )
-    validation = read_text(options.validation_text, "--validation-text", ChatTemplate.find(artifact.folder))
+    validation = read_text(options.validation_text, "--validation-text", artifact.folder)
     shared = set(validation.texts) & set(text.texts)
     if shared:
         path = options.validation_text[validation.texts.index(shared.pop())]

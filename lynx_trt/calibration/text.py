@@ -72,12 +72,13 @@ class Text:
         return {"name": self.name, "bytes": self.nbytes, "sha256": self.sha256}
 
 
-def read_text(paths: Sequence[Path], option: str = "--text", template: ChatTemplate | None = None) -> Text:
-    """Read UTF-8 files, given with `option`: plain text, or .jsonl, which has a chat a line for `template`.
+def read_text(paths: Sequence[Path], option: str = "--text", artifact: Path | None = None) -> Text:
+    """Read UTF-8 files, given with `option`: plain text, or .jsonl, a chat a line for the template of `artifact`.
 
     Raises:
         UsageError: a file is missing, empty, not UTF-8, the same as another, or has a line that is no chat; the message
             names it.
+        ArtifactError: there are chats, and the template can't be read.
     """
     texts: dict[str | tuple[str, ...], Path] = {}
     for path in paths:
@@ -86,7 +87,7 @@ def read_text(paths: Sequence[Path], option: str = "--text", template: ChatTempl
         if not path.is_file():
             raise UsageError(f"no such text file: {path}; give plain text in UTF-8 with {option}")
         try:
-            text: str | tuple[str, ...] = path.read_text(encoding="utf-8")
+            string = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; "
@@ -94,11 +95,9 @@ def read_text(paths: Sequence[Path], option: str = "--text", template: ChatTempl
             ) from None
         except OSError as error:
             raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
-        assert isinstance(text, str)
-        if not text.strip():
+        if not string.strip():
             raise UsageError(f"{path} is empty; give text of the kind that the model will be used on")
-        if path.suffix == ".jsonl":
-            text = _chats(path, text, template)
+        text = _chats(path, string, artifact) if path.suffix == ".jsonl" else string
         if text in texts:
             raise UsageError(
                 f"{path} is the same text as {texts[text]}, and what was chosen on it would be checked on it; "
@@ -110,14 +109,16 @@ def read_text(paths: Sequence[Path], option: str = "--text", template: ChatTempl
     return Text(tuple(texts), named)
 
 
-def _chats(path: Path, text: str, template: ChatTemplate | None) -> tuple[str, ...]:
+def _chats(path: Path, lines: str, artifact: Path | None) -> tuple[str, ...]:
     """Each line's messages as the model was trained on them."""
+    template = ChatTemplate.find(artifact) if artifact else None
     if template is None:
         raise UsageError(
             f"{path} is a file of chats, and the artifact has no chat template for them; give plain text (.txt)"
         )
     chats = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines, which also splits at characters that a text in JSON may have.
+    for number, line in enumerate(lines.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -34,7 +34,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
-            raise ArtifactError(f"the chat template can't be read: {error}; leave --chat out") from None
+            raise ArtifactError(
+                f"the chat template can't be read: {error}; the model takes text, but no messages"
+            ) from None
         self._tokens = dict(tokens)
 
     @classmethod
@@ -154,7 +156,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} can't be read: {error}; copy it again, or leave --chat out") from None
+        raise ArtifactError(f"{path} can't be read: {error}; copy it again, or do without chat") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_read(path))
     except ValueError as error:
-        raise ArtifactError(f"{path} can't be read as JSON: {error}; copy it again, or leave --chat out") from None
+        raise ArtifactError(f"{path} can't be read as JSON: {error}; copy it again, or do without chat") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lynx_trt.artifact import TOKENIZER, read
+from lynx_trt.errors import ArtifactError
 from lynx_trt.machine import cores
 from lynx_trt.runtime.chat import ChatTemplate
 from lynx_trt.runtime.open import Name, limits_of, open_backend
@@ -52,6 +53,16 @@ def start_service(
     print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
-    template = ChatTemplate.find(opened.folder)
-    parser = Parser(Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings, template)
+    parser = Parser(
+        Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings, _template(opened.folder)
+    )
     return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)
+
+
+def _template(folder: Path) -> ChatTemplate | None:
+    """The model's chat template; one that can't be read is none, for text is served without it."""
+    try:
+        return ChatTemplate.find(folder)
+    except ArtifactError as error:
+        print(f"lynx: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return None
