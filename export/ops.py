@@ -1,4 +1,6 @@
-"""The two custom ops, domain `lynx`, version 1: names, inputs, outputs and attributes, in one place.
+"""The custom ops, domain `lynx`, version 1: names, inputs, outputs and attributes, in one place.
+
+Two for each MoE block:
 
     LynxSelect(choice[T,E] f32, combine[T,E] f32, topk_index[T,K] i64, topk_weight[T,K] f32,
                budget[] i32, floor[] f32, token_mask[T] bool)
@@ -17,6 +19,26 @@ int8, `gate_up_scale[E,2I,H/128]` and `down_scale[E,H,I/128]` float32 (fp8.py); 
 `down[E,H,I/2]` int8, `gate_up_scale[E,2I,H/32]` and `down_scale[E,H,I/32]` of the type of `hidden`; with "int4_g128" as
 many as H/128 and I/128; with "int4_g32_zeros" and "int4_g128_zeros" twice as many, zero points behind scales (int4.py);
 with "nvfp4" as in "int4_g32" with H/16 and I/16 (nvfp4.py).
+
+Two more for layers that keep a state of fixed size in place of keys and values (Gated DeltaNet, Kimi Delta Attention,
+Mamba-2, short convolutions); T = B S tokens, those of a sequence one behind the other, of which `lengths` are real:
+
+    LynxCausalConv(values[T,C], weight[C,W], past_state[B,W-1,C], lengths[B] i64 [, bias[C]])
+        -> (output[T,C], present_state[B,W-1,C])
+
+    LynxLinearAttention(query[T,G D], key[T,G D], value[T,N M], decay[T,N or N D] f32, beta[T,N] f32,
+                        past_state[B,N,D,M] f32, lengths[B] i64)
+        -> (output[T,N M], present_state[B,N,D,M] f32)
+
+LynxCausalConv is a convolution along each sequence, a channel at a time: the last of the W weights is the token's own,
+what lies before the sequence's first token here is the past state's rows, and `activation` (none or silu) comes after
+the bias. The present state is the last W-1 of the past state's rows and the real tokens' values.
+
+LynxLinearAttention has N states of D keys by M values; G = `key_heads` heads of queries and keys are shared by N / G of
+them each, in a row. With q and k divided by sqrt(sum of squares + `epsilon`) unless `epsilon` is 0, token after token:
+S = exp(decay) S, a factor for each key where there are N D; then with `update_rule` "gated" S = S + k (beta v)^T, with
+"gated_delta" S = S + k (beta (v - S^T k))^T; the output is `scale` S^T q. All in float32. Tokens that are not real
+change no state; their output is 0. (Names are those of ONNX' LinearAttention, opset 27, which has no lengths.)
 """
 
 from __future__ import annotations
@@ -29,6 +51,10 @@ VERSION = 1
 OPSET = 24
 SELECT = "LynxSelect"
 EXPERTS = "LynxExperts"
+CAUSAL_CONV = "LynxCausalConv"
+LINEAR_ATTENTION = "LynxLinearAttention"
+UPDATE_RULES = ("gated", "gated_delta")
+CONV_ACTIVATIONS = ("none", "silu")
 
 Attributes = dict[str, str | int | float]
 
@@ -63,5 +89,21 @@ def experts_attributes(form: ExpertsForm) -> Attributes:
         "limit": float(form.limit),
         "up_offset": float(form.up_offset),
         "weights": form.weights,
+        **PLUGIN,
+    }
+
+
+def causal_conv_attributes(activation: str) -> Attributes:
+    """Node attributes of a LynxCausalConv."""
+    return {"activation": activation, **PLUGIN}
+
+
+def linear_attention_attributes(*, key_heads: int, update_rule: str, scale: float, epsilon: float) -> Attributes:
+    """Node attributes of a LynxLinearAttention."""
+    return {
+        "key_heads": key_heads,
+        "update_rule": update_rule,
+        "scale": float(scale),
+        "epsilon": float(epsilon),
         **PLUGIN,
     }
