@@ -34,8 +34,8 @@ LynxCausalConv is a convolution along each sequence, a channel at a time: the la
 what lies before the sequence's first token here is the past state's rows, and `activation` (none or silu) comes after
 the bias. The present state is the last W-1 of the past state's rows and the real tokens' values.
 
-LynxLinearAttention has N states of D keys by M values; G = `key_heads` heads of queries and keys are shared by N / G of
-them each, in a row. With q and k divided by sqrt(sum of squares + `epsilon`) unless `epsilon` is 0, token after token:
+LynxLinearAttention has N = `value_heads` states of D keys by M values; G = `key_heads` heads of queries and keys are
+shared by N / G of them each, in a row. With q and k divided by sqrt(sum of squares + `epsilon`) unless `epsilon` is 0, token after token:
 S = exp(decay) S, a factor for each key where there are N D; then with `update_rule` "gated" S = S + k (beta v)^T, with
 "gated_delta" S = S + k (beta (v - S^T k))^T; the output is `scale` S^T q. All in float32. Tokens that are not real
 change no state; their output is 0. (Names are those of ONNX' LinearAttention, opset 27, which has no lengths.)
@@ -98,10 +98,13 @@ def causal_conv_attributes(activation: str) -> Attributes:
     return {"activation": activation, **PLUGIN}
 
 
-def linear_attention_attributes(*, key_heads: int, update_rule: str, scale: float, epsilon: float) -> Attributes:
+def linear_attention_attributes(
+    *, key_heads: int, value_heads: int, update_rule: str, scale: float, epsilon: float
+) -> Attributes:
     """Node attributes of a LynxLinearAttention."""
     return {
         "key_heads": key_heads,
+        "value_heads": value_heads,
         "update_rule": update_rule,
         "scale": float(scale),
         "epsilon": float(epsilon),
