@@ -321,18 +321,18 @@ def main(
 ) -> None:
     """Compile the kernels of known models ahead of time; no GPU is needed."""
     from lynx_trt.console import Progress
-    from lynx_trt.plugins.shapes import SHAPES, ops_of
+    from lynx_trt.plugins.shapes import SHAPES, STATES, ops_of
 
-    unknown = sorted(set(shape or ()) - set(SHAPES))
+    unknown = sorted(set(shape or ()) - {*SHAPES, *STATES})
     if unknown:
-        raise UsageError(f"unknown shape {_list(unknown)}: choose from {_list(SHAPES)}")
+        raise UsageError(f"unknown shape {_list(unknown)}: choose from {_list([*SHAPES, *STATES])}")
     if not report and output is None:
         raise UsageError("nothing to do: give --report, or --output FILE")
     try:
         sms = [int(word) for word in sm.split(",")]
     except ValueError:
         raise UsageError(f"--sm is {sm!r}: it has to be numbers separated by commas, as in 80,90") from None
-    ops = [op for name in shape or SHAPES for op in ops_of(name, dtype)]
+    ops = [op for name in shape or [*SHAPES, *STATES] for op in ops_of(name, dtype)]
     with Progress() as bars:
         kernels = compile_for(ops, sms, jobs=jobs, progress=bars.phase("Compiling kernels"))
     if output is not None:

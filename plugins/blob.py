@@ -1,6 +1,6 @@
 """The kernels that an engine carries: cubins and how to launch them, and the bytes in which they are stored.
 
-The blob is the line `lynx-kernels 3 BYTES`, BYTES of text, then the cubins one after another. The text is lines of
+The blob is the line `lynx-kernels 4 BYTES`, BYTES of text, then the cubins one after another. The text is lines of
 words separated by single spaces, so that a launcher in any language reads it with no parser to speak of:
 
     versions LYNX_TRT COMPILER
@@ -8,19 +8,19 @@ words separated by single spaces, so that a launcher in any language reads it wi
     op KEY
     plan SM MAX_TOKENS
     region NAME FIXED PER TOKENS
-    step CUBIN FIXED PER CAP SLOTS TIMES OVER PER_MULTIPROCESSOR HOW ARGUMENT...
+    step CUBIN FIXED PER CAP SLOTS TIMES OVER PER_MULTIPROCESSOR SEQUENCES HOW ARGUMENT...
 
 Cubins are numbered from 0 as they come; OFFSET is from the first cubin's first byte. A plan belongs to the op above
 it, a region and a step to the plan above. SHARED is the dynamic shared memory, and SCRATCH the global scratch memory
 of a program, both in bytes; HOW is 1 for a step that may start before the launch before it has ended, plus 2 for one
-whose programs are a cluster. A KEY is made by `specs.py`. Format 2 is the same without clusters.
+whose programs are a cluster. A KEY is made by `specs.py`. Formats 2 and 3 are the same without SEQUENCES.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from lynx_trt import __version__
@@ -28,7 +28,9 @@ from lynx_trt.errors import ArtifactError
 from lynx_trt.plugins.launch import SHARED_MEMORY, SMS
 from lynx_trt.plugins.plan import Grid, Plan, Region, Step
 
-FORMAT, BEFORE = "lynx-kernels 3", "lynx-kernels 2"
+FORMAT, BEFORE = "lynx-kernels 4", ("lynx-kernels 2", "lynx-kernels 3")
+# Numbers of a grid.
+GRID = len(fields(Grid))
 # Bits of HOW.
 PROGRAMMATIC, CLUSTER = 1, 2
 
@@ -138,8 +140,9 @@ def _list(values: Iterable[object]) -> str:
 def _read(data: bytes) -> Kernels:
     head, _, rest = data.partition(b"\n")
     name, _, size = head.decode().rpartition(" ")
-    if name not in (FORMAT, BEFORE):
+    if name not in (FORMAT, *BEFORE):
         raise ValueError(f"it begins with {head[:40]!r}, not with {FORMAT!r}")
+    numbers = GRID if name == FORMAT else GRID - 1
     text, images = rest[: int(size)].decode(), rest[int(size) :]
     cubins: list[Cubin] = []
     ops: dict[str, dict[int, list[tuple[int, list[Any], list[Any]]]]] = {}
@@ -159,9 +162,9 @@ def _read(data: bytes) -> Kernels:
         elif kind == "region":
             regions.append(Region(words[0], *map(int, words[1:4])))
         elif kind == "step":
-            grid, how = Grid(*map(int, words[1:8])), int(words[8])
+            grid, how = Grid(*map(int, words[1 : 1 + numbers])), int(words[1 + numbers])
             flags = bool(how & PROGRAMMATIC), bool(how & CLUSTER)
-            steps.append(Step(cubins[int(words[0])], grid, tuple(words[9:]), *flags))
+            steps.append(Step(cubins[int(words[0])], grid, tuple(words[2 + numbers :]), *flags))
         else:
             raise ValueError(f"it has a line {kind!r}")
     plans_of = {

@@ -1,4 +1,4 @@
-"""The build-time contract of the two TensorRT plugins, as plain data: what both launchers must agree on.
+"""The build-time contract of the TensorRT plugins, as plain data: what both launchers must agree on.
 
 A plugin is found by (name, version, namespace); its fields are the attributes of the ONNX node; TensorRT asks it
 for the types and shapes of its outputs, for the formats it takes and for its workspace. All of that is here, with
@@ -7,7 +7,9 @@ no TensorRT import, so that the Python plugin, the C++ plugin and the tests read
 Types are named as NumPy names them, plus "bfloat16". A tensor of type "float" has the graph's own precision: one of
 FLOAT_TYPES, the same for all such tensors of a node. Dimensions are symbols of the glossary (T tokens, E experts,
 K experts a token, H hidden, I expert intermediate; R is I times 2 with gated experts, I without; P and Q are H and I
-in bytes of two values, G and J in numbers beside their blocks; D is in COMPUTED). What is quantized is int8 for
+in bytes of two values, G and J in numbers beside their blocks; D is in COMPUTED; of the ops that keep states B are
+sequences, C channels, W weights a channel and V one less, N states of F by M values, A and U all keys and values of a
+token, Y its decays). What is quantized is int8 for
 its bits: of TensorRT for RTX 1.7.1 the parser makes int32 of uint8 constants, and the builder takes no uint8 input of
 a plugin.
 
@@ -23,7 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lynx_trt.experts import ACTIVATIONS, FORMATS, WEIGHTS, ExpertsForm
-from lynx_trt.export.ops import DOMAIN, EXPERTS, SELECT, VERSION
+from lynx_trt.export.ops import (
+    CAUSAL_CONV,
+    CONV_ACTIVATIONS,
+    DOMAIN,
+    EXPERTS,
+    LINEAR_ATTENTION,
+    SELECT,
+    UPDATE_RULES,
+    VERSION,
+)
 from lynx_trt.selection import VOTES
 
 FieldType = Literal["int32", "float32", "char", "int8"]
@@ -53,7 +64,7 @@ class Field:
 
 
 # Whether LynxSelect hands the metadata of `dispatch_kernel.py` to LynxExperts, which then does not make it: a field of
-# both nodes, of which one has one output more and the other one input more. No exporter writes it; `prepare` does.
+# these two nodes, of which one has one output more and the other one input more. No exporter writes it; `prepare` does.
 DISPATCH = "dispatch"
 _DISPATCH_FIELD = Field(DISPATCH, "int32", 0, (0, 1))
 
@@ -112,7 +123,7 @@ class Contract:
     fields: tuple[Field, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    hands_over: bool
+    hands_over: bool = False
     optional: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = tuple(Rule(symbol, 1, terms) for symbol, terms in COMPUTED.items())
     version: str = str(VERSION)
@@ -126,9 +137,12 @@ class Contract:
             weights, sizes = _weights_of(values)
             inputs = (*inputs[:place], *weights, *inputs[place + len(_WEIGHTS) :])
             rules = (*rules, *sizes)
-        if values[DISPATCH] and self.hands_over:
+        if self.name == LINEAR_ATTENTION:
+            heads = Rule("N", 1, ((int(values["value_heads"]),),))
+            rules = (*rules, heads, Rule("A", 1, ((int(values["key_heads"]), "F"),)))
+        if values.get(DISPATCH) and self.hands_over:
             outputs = (*outputs, _DISPATCH_TENSOR)
-        elif values[DISPATCH]:
+        elif values.get(DISPATCH):
             inputs = (*inputs, _DISPATCH_TENSOR)
         return replace(self, inputs=inputs, outputs=outputs, rules=rules)
 
@@ -136,6 +150,23 @@ class Contract:
     def stored_fields(self) -> tuple[Field, ...]:
         """All fields in the order in which they are stored: the attributes, then the kernels' two."""
         return (*self.fields, *KERNEL_FIELDS)
+
+    @property
+    def has_dispatch(self) -> bool:
+        """Whether nodes of this op have the field `dispatch`."""
+        return _DISPATCH_FIELD in self.fields
+
+    def counts(self, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """T and B of a step from its inputs' shapes; B is 0 for an op that knows of no sequences.
+
+        Raises ValueError: the tokens are not as many for each sequence.
+        """
+        tokens = shapes[0][0]
+        place = next((number for number, tensor in enumerate(self.inputs) if tensor.shape[:1] == ("B",)), None)
+        sequences = 0 if place is None else shapes[place][0]
+        if sequences and tokens % sequences:
+            raise ValueError(f"{self.name}: T = {tokens} is no multiple of B = {sequences}")
+        return tokens, sequences
 
     @property
     def input_counts(self) -> tuple[int, ...]:
@@ -369,9 +400,47 @@ EXPERTS_CONTRACT = Contract(
         Tensor("down_bias", "float", ("E", "H")),
     ),
     outputs=(Tensor("output", "float", ("T", "H")),),
-    hands_over=False,
     optional=("gate_up_bias", "down_bias"),
 )
 
+CAUSAL_CONV_CONTRACT = Contract(
+    name=CAUSAL_CONV,
+    fields=(Field("activation", "char", choices=CONV_ACTIVATIONS),),
+    inputs=(
+        Tensor("values", "float", ("T", "C")),
+        Tensor("weight", "float", ("C", "W")),
+        Tensor("past_state", "float", ("B", "V", "C")),
+        Tensor("lengths", "int64", ("B",)),
+        Tensor("bias", "float", ("C",)),
+    ),
+    outputs=(Tensor("output", "float", ("T", "C")), Tensor("present_state", "float", ("B", "V", "C"))),
+    optional=("bias",),
+    rules=(Rule("W", 1, (("V",), (1,))),),
+)
+
+LINEAR_ATTENTION_CONTRACT = Contract(
+    name=LINEAR_ATTENTION,
+    fields=(
+        Field("key_heads", "int32"),
+        Field("value_heads", "int32"),
+        Field("update_rule", "char", choices=UPDATE_RULES),
+        Field("scale", "float32"),
+        Field("epsilon", "float32"),
+    ),
+    inputs=(
+        Tensor("query", "float", ("T", "A")),
+        Tensor("key", "float", ("T", "A")),
+        Tensor("value", "float", ("T", "U")),
+        Tensor("decay", "float32", ("T", "Y")),
+        Tensor("beta", "float32", ("T", "N")),
+        Tensor("past_state", "float32", ("B", "N", "F", "M")),
+        Tensor("lengths", "int64", ("B",)),
+    ),
+    outputs=(Tensor("output", "float", ("T", "U")), Tensor("present_state", "float32", ("B", "N", "F", "M"))),
+    rules=(Rule("U", 1, (("N", "M"),)),),
+)
+
 # The workspace follows from the kernels that the engine carries (`launcher.workspace_bytes`); without any it is 0.
-CONTRACTS: dict[str, Contract] = {SELECT: SELECT_CONTRACT, EXPERTS: EXPERTS_CONTRACT}
+CONTRACTS: dict[str, Contract] = {
+    each.name: each for each in (SELECT_CONTRACT, EXPERTS_CONTRACT, CAUSAL_CONV_CONTRACT, LINEAR_ATTENTION_CONTRACT)
+}

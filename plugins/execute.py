@@ -19,8 +19,8 @@ from lynx_trt.plugins.blob import Cubin
 from lynx_trt.plugins.launch import ExpertsLaunch, SelectLaunch, power_of_two
 from lynx_trt.plugins.launcher import Driver, Launch, launches_of
 from lynx_trt.plugins.plan import MODULES, Kernel, Plan, Step
-from lynx_trt.plugins.plans import draw_plan, experts_plan, select_plan
-from lynx_trt.plugins.specs import DrawSpec, ExpertsSpec, SelectSpec
+from lynx_trt.plugins.plans import causal_conv_plan, draw_plan, experts_plan, linear_attention_plan, select_plan
+from lynx_trt.plugins.specs import CausalConvSpec, DrawSpec, ExpertsSpec, LinearAttentionSpec, SelectSpec
 
 _TYPES = {
     "*fp64": torch.float64,
@@ -135,15 +135,53 @@ def draw(
     return token
 
 
-def run(plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def causal_conv(
+    spec: CausalConvSpec,
+    values: Tensor,
+    weight: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """LynxCausalConv: the arguments are the op's inputs; [T,C] and [B,W-1,C]. in_place: into `past_state`."""
+    output, state = torch.empty_like(values), past_state if in_place else torch.empty_like(past_state)
+    tensors = {"values": values, "weight": weight, "past_state": past_state, "lengths": lengths}
+    tensors |= {"output": output, "present_state": state} | ({} if bias is None else {"bias": bias})
+    run(causal_conv_plan(spec, power_of_two(len(values))), tensors, len(values), len(lengths))
+    return output, state
+
+
+def linear_attention(
+    spec: LinearAttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """LynxLinearAttention: the arguments are the op's inputs; [T,N M] and [B,N,D,M]. in_place: into `past_state`."""
+    output, state = torch.empty_like(value), past_state if in_place else torch.empty_like(past_state)
+    tensors = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "past_state": past_state}
+    tensors |= {"lengths": lengths, "output": output, "present_state": state}
+    run(linear_attention_plan(spec, power_of_two(len(value))), tensors, len(value), len(lengths))
+    return output, state
+
+
+def run(plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int, sequences: int = 0) -> dict[str, Tensor]:
     """Launch a plan's steps on tensors by name; returns the regions of its workspace, as bytes."""
-    launch, regions = prepare(plan, tensors, tokens)
+    launch, regions = prepare(plan, tensors, tokens, sequences)
     launch()
     return regions
 
 
 def prepare(
-    plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int
+    plan: Plan[Kernel], tensors: Mapping[str, Tensor], tokens: int, sequences: int = 0
 ) -> tuple[Callable[[], None], dict[str, Tensor]]:
     """A function that launches a plan's steps, for timing or a CUDA graph, and the regions of its workspace.
 
@@ -157,14 +195,15 @@ def prepare(
         for region in plan.regions
     }
     everything = {**regions, **{name: tensor.contiguous() for name, tensor in tensors.items()}}
+    numbers = {"T": tokens, "B": sequences}
     launches: list[Callable[[], None]] = []
     for step in plan.steps:
-        programs = step.grid.programs(tokens, _multiprocessors(device))
+        programs = step.grid.programs(tokens, _multiprocessors(device), sequences)
         if programs and step.cluster and device.type == "cuda":
             launches.append(_prepare_cluster(step, everything, tokens))
         elif programs:
             arguments = [
-                _argument(everything, name, kind, tokens)
+                _argument(everything, name, kind, numbers)
                 for name, (_, kind) in zip(step.arguments, step.kernel.parameters, strict=True)
             ]
             launches.append(functools.partial(_launch, step, programs, arguments, device))
@@ -177,7 +216,7 @@ def prepare(
 
 
 def prepare_compiled(
-    plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver
+    plan: Plan[Cubin], tensors: Mapping[str, Tensor], tokens: int, driver: Driver, sequences: int = 0
 ) -> Callable[..., None]:
     """The same as `prepare`, of kernels compiled ahead of time: launched by the CUDA driver, on the current stream.
 
@@ -189,7 +228,7 @@ def prepare_compiled(
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
     addresses |= {name: workspace.data_ptr() + offset for name, offset in plan.offsets(tokens).items()}
-    launches = launches_of(plan, tokens, device, driver, addresses)
+    launches = launches_of(plan, tokens, device, driver, addresses, sequences)
     return functools.partial(_launch_compiled, driver, launches, (workspace, held))
 
 
@@ -213,9 +252,9 @@ def _prepare_cluster(step: Step[Kernel], tensors: Mapping[str, Tensor], tokens: 
     return functools.partial(_launch_compiled, driver, launches, tensors)
 
 
-def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, tokens: int) -> Tensor | int:
-    if name == "T":
-        return tokens
+def _argument(tensors: Mapping[str, Tensor], name: str, kind: str, numbers: Mapping[str, int]) -> Tensor | int:
+    if name in numbers:
+        return numbers[name]
     if name == "null":  # never read, but a tensor has to be there
         return torch.empty(1, dtype=_TYPES[kind], device=next(iter(tensors.values())).device)
     return tensors[name].view(_TYPES[kind])

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from lynx_trt.errors import ArtifactError
 from lynx_trt.experts import values_an_element
-from lynx_trt.export.ops import SELECT
+from lynx_trt.export.ops import CAUSAL_CONV, LINEAR_ATTENTION, SELECT
 from lynx_trt.plugins.blob import Cubin, Kernels, lookup
 from lynx_trt.plugins.contract import DISPATCH, WEIGHTS_FIELD, Contract
 from lynx_trt.plugins.plan import Plan, Step, find_plan
-from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec, Spec, Value
+from lynx_trt.plugins.specs import CausalConvSpec, ExpertsSpec, LinearAttentionSpec, SelectSpec, Spec, Value
 
 # Pointers are multiples of these, of tensors, of single values and of the workspace: the kernels are compiled for the
 # former and would fault on others, and the descriptors in the workspace want it.
@@ -53,7 +53,19 @@ def published(kernels_id: str) -> Kernels:
 
 
 def spec_of(op: str, values: Mapping[str, Value], shapes: Sequence[Sequence[int]], float_type: str) -> Spec:
-    """A node's spec from its fields and its inputs' shapes (T may be anything); `float_type` is that of `hidden`."""
+    """A node's spec from its fields and its inputs' shapes (T and B may be anything).
+
+    `float_type` is the graph's own precision. Raises UsageError: no kernel is made for such a node.
+    """
+    if op == CAUSAL_CONV:
+        channels, width = shapes[1]
+        bias = len(shapes) > 4
+        return CausalConvSpec.from_attributes(values, channels=channels, width=width, dtype=float_type, bias=bias)
+    if op == LINEAR_ATTENTION:
+        state = shapes[5]
+        return LinearAttentionSpec.from_attributes(
+            values, keys=state[2], values=state[3], dtype=float_type, decays=shapes[3][1]
+        )
     handed = bool(values[DISPATCH])
     if op == SELECT:
         return SelectSpec.from_attributes(
@@ -104,7 +116,7 @@ class Launch:
     """A kernel launch: function handle, programs, threads of each, dynamic shared memory in bytes, arguments.
 
     programmatic: it may start while the launch before it runs; cluster: its programs are one. Each argument lies in a
-    word of 8 bytes: pointers, null pointers, and T, an int32 in the lower half.
+    word of 8 bytes: pointers, null pointers, and T and B, an int32 in the lower half.
     """
 
     def __init__(self, function: int, step: Step[Cubin], programs: int, arguments: Sequence[int]) -> None:
@@ -145,9 +157,9 @@ class _Pointer:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The launches for one number of tokens."""
+    """The launches for one number of tokens and one of sequences."""
 
-    tokens: int
+    counts: tuple[int, int]
     launches: tuple[Launch, ...]
     pointers: tuple[_Pointer, ...]
 
@@ -169,13 +181,13 @@ class Prepared:
 
 
 def launches_of(
-    plan: Plan[Cubin], tokens: int, device: Device, driver: Driver, addresses: Mapping[str, int]
+    plan: Plan[Cubin], tokens: int, device: Device, driver: Driver, addresses: Mapping[str, int], sequences: int = 0
 ) -> list[Launch]:
-    """A plan's launches for T tokens, of inputs and outputs that lie at fixed addresses, and regions beside them."""
-    found = {**addresses, "T": tokens, "null": 0}
+    """A plan's launches for T tokens of B sequences, of tensors and regions that lie at fixed addresses."""
+    found = {**addresses, "T": tokens, "B": sequences, "null": 0}
     launches = []
     for step in plan.steps:
-        if programs := step.grid.programs(tokens, device.multiprocessors):
+        if programs := step.grid.programs(tokens, device.multiprocessors, sequences):
             cubin = step.kernel
             names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
             words = [found[name] for name in names]
@@ -194,8 +206,8 @@ class Launcher:
             for number, tensor in enumerate(tensors)
         }
 
-    def prepare(self, tokens: int) -> Prepared:
-        """Resolve the plan for T tokens on the current context's GPU, loading what is not loaded there yet.
+    def prepare(self, tokens: int, sequences: int = 0) -> Prepared:
+        """Resolve the plan for T tokens of B sequences on the current context's GPU, loading what is not there yet.
 
         Raises ArtifactError: no kernels for this GPU (the message names both SMs), this op or this many tokens.
         """
@@ -208,29 +220,30 @@ class Launcher:
         launches: list[Launch] = []
         pointers: list[_Pointer] = []
         for step in plan.steps:
-            programs = step.grid.programs(tokens, device.multiprocessors)
+            programs = step.grid.programs(tokens, device.multiprocessors, sequences)
             if programs:
-                self._add(step, programs, plan, tokens, device, launches, pointers)
-        return Prepared(tokens, tuple(launches), tuple(pointers))
+                self._add(step, programs, plan, (tokens, sequences), device, launches, pointers)
+        return Prepared((tokens, sequences), tuple(launches), tuple(pointers))
 
     def _add(
         self,
         step: Step[Cubin],
         programs: int,
         plan: Plan[Cubin],
-        tokens: int,
+        counts: tuple[int, int],
         device: Device,
         launches: list[Launch],
         pointers: list[_Pointer],
     ) -> None:
         cubin = step.kernel
         names = [*step.arguments, "scratch" if cubin.scratch else "null", "null"]
-        words = [tokens if name == "T" else 0 for name in names]
+        numbers = {"T": counts[0], "B": counts[1], "null": 0}
+        words = [numbers.get(name, 0) for name in names]
         launch = Launch(self._driver.load(cubin, device), step, programs, words)
         launches.append(launch)
-        offsets = plan.offsets(tokens)
+        offsets = plan.offsets(counts[0])
         for word, name in enumerate(names):
-            if name in ("T", "null"):
+            if name in numbers:
                 continue
             if name in offsets:
                 pointers.append(_Pointer(launch, word, "workspace", offsets[name], WORKSPACE_ALIGNMENT))

@@ -5,13 +5,13 @@ the TensorRT plugins (from the engine, where `aot.py` puts them) and `execute.py
 pure: nothing here needs a GPU or the compiler.
 
 To run a plan for T tokens: give each region of the workspace its bytes, one after another, each from a multiple of
-ALIGNMENT; then launch the steps in order on one stream, each with `grid.programs(T, multiprocessors)` programs (0:
+ALIGNMENT; then launch the steps in order on one stream, each with `grid.programs(T, multiprocessors, B)` programs (0:
 leave it out) of 32 x warps threads; a programmatic step with CUDA's attribute of that name, which lets it start while
 the one before it still runs, and the programs of a step that is a cluster as one thread block cluster. A step's
-arguments are, in order, pointers by name (an input, an output or a region; "null" is a null pointer) and "T", the
-number of tokens as int32; every pointer is a multiple of 16, but for those of SINGLE_VALUES, of 4. After them each
-kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else null), and one
-that is always null.
+arguments are, in order, pointers by name (an input, an output or a region; "null" is a null pointer), "T" and "B", the
+numbers of tokens and of sequences as int32; every pointer is a multiple of 16, but for those of SINGLE_VALUES, of 4.
+After them each kernel has two more pointers: global scratch memory (the region "scratch" if the kernel wants any, else
+null), and one that is always null.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ MODULES = {
     "combine_kernel": "combine_kernel",
     "draw_blocks_kernel": "draw_kernel",
     "draw_kernel": "draw_kernel",
+    "causal_conv_kernel": "causal_conv_kernel",
+    "linear_attention_kernel": "linear_attention_kernel",
 }
 
 
@@ -99,7 +101,7 @@ Other = TypeVar("Other")
 
 @dataclass(frozen=True)
 class Grid:
-    """A number of programs: per * (fixed + min(cap, T * slots) + ceil(T * times / over)).
+    """A number of programs: per * (fixed + min(cap, T * slots) + ceil(T * times / over) + B * sequences).
 
     With per_multiprocessor it is at most that many a multiprocessor, and at most MOST_PROGRAMS.
     """
@@ -111,10 +113,12 @@ class Grid:
     times: int = 0
     over: int = 1
     per_multiprocessor: int = 0
+    sequences: int = 0
 
-    def programs(self, tokens: int, multiprocessors: int) -> int:
-        """The number of programs for T tokens on a GPU."""
+    def programs(self, tokens: int, multiprocessors: int, sequences: int = 0) -> int:
+        """The number of programs for T tokens of B sequences on a GPU; B of an op that has no states is 0."""
         items = self.fixed + min(self.cap, tokens * self.slots) + -(-tokens * self.times // self.over)
+        items += sequences * self.sequences
         if not self.per_multiprocessor:
             return self.per * items
         return min(self.per * items, self.per_multiprocessor * multiprocessors, MOST_PROGRAMS)
@@ -136,7 +140,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Step(Generic[Launchable]):
-    """One launch: the arguments are names of inputs, outputs or regions, "null" or "T", as the kernel takes them.
+    """One launch: the arguments are names of inputs, outputs or regions, "null", "T" or "B", as the kernel takes them.
 
     programmatic: it may start while the launch before it still runs; its kernel waits itself. cluster: its programs
     run at the same time and wait for each other (cluster.py).

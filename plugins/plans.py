@@ -1,4 +1,4 @@
-"""The plans of each op: LynxSelect, LynxExperts, and the draw of the next tokens that follows an engine's logits.
+"""The plans of each op: LynxSelect, LynxExperts, LynxCausalConv, LynxLinearAttention, and the draw of the next tokens.
 
 Pure functions of a spec, an SM and a number of tokens; `plan.py` says what a plan is.
 """
@@ -26,7 +26,18 @@ from lynx_trt.plugins.launch import (
     select_launch,
 )
 from lynx_trt.plugins.plan import MODULES, SCRATCH_BYTES, Grid, Kernel, Plan, Region, Step
-from lynx_trt.plugins.specs import BYTES, POINTERS, DrawSpec, ExpertsSpec, MoeSpec, SelectSpec, Spec, Value
+from lynx_trt.plugins.specs import (
+    BYTES,
+    POINTERS,
+    CausalConvSpec,
+    DrawSpec,
+    ExpertsSpec,
+    LinearAttentionSpec,
+    MoeSpec,
+    SelectSpec,
+    Spec,
+    Value,
+)
 
 # Up to this many slots one program makes the dispatch metadata: each 128 of them are about a microsecond of its time.
 DISPATCH_SLOTS = 512
@@ -34,6 +45,8 @@ DISPATCH_SLOTS = 512
 KEEP_WARPS = 8
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
+# Up to so many tokens a batch is taken for one of decode.
+DECODE_TOKENS = 256
 # From this SM on a launch may start before the one before it has ended.
 PROGRAMMATIC_SM = 90
 
@@ -45,6 +58,10 @@ def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:
         make = lambda tokens: select_plan(spec, sm, tokens)  # noqa: E731
     elif isinstance(spec, DrawSpec):
         make = lambda tokens: draw_plan(spec, tokens)  # noqa: E731
+    elif isinstance(spec, CausalConvSpec):
+        make = lambda tokens: causal_conv_plan(spec, tokens)  # noqa: E731
+    elif isinstance(spec, LinearAttentionSpec):
+        make = lambda tokens: linear_attention_plan(spec, tokens)  # noqa: E731
     else:
         make = lambda tokens: experts_plan(spec, sm, tokens)  # noqa: E731
     result: list[Plan[Kernel]] = []
@@ -425,6 +442,48 @@ def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Ker
     return Plan(tokens, (first, second), tuple(regions))
 
 
+def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
+    """LynxCausalConv for up to `tokens` tokens.
+
+    Nothing of it is measured. A decode batch wants a value a thread; in a prefill, where the programs of a sequence are
+    few and long, they are to be more, and each to have much on its way at a time.
+    """
+    value = POINTERS[spec.dtype]
+    buffers = {"values": value, "weight": value, "past_state": value}
+    buffers |= {"lengths": "*i64", "bias": value, "output": value, "present_state": value}
+    most, rows = (128, 8) if tokens <= DECODE_TOKENS else (64, 32)
+    block = min(max(power_of_two(spec.channels), 16), most)
+    constants: dict[str, Value] = {"C": spec.channels, "W": spec.width, "ACTIVATION": spec.activation}
+    constants |= {
+        "HAS_BIAS": spec.bias,
+        "BLOCK_C": block,
+        "BLOCK_S": rows,
+        "ROWS": max(power_of_two(spec.width - 1), 2),
+    }
+    grid = Grid(per=-(-spec.channels // block), sequences=1)
+    names = {} if spec.bias else {"bias": "null"}
+    return Plan(tokens, (_step("causal_conv_kernel", grid, buffers, constants, 4, names=names),), ())
+
+
+def linear_attention_plan(spec: LinearAttentionSpec, tokens: int) -> Plan[Kernel]:
+    """LynxLinearAttention for up to `tokens` tokens.
+
+    Nothing of it is measured. A thread has 32 values of a state; eight columns at least are what a row's read is whole
+    with, and where one warp has all their rows, no sum has to go through shared memory.
+    """
+    value = POINTERS[spec.dtype]
+    buffers = {"query": value, "key": value, "value": value, "decay": "*fp32", "beta": "*fp32", "past_state": "*fp32"}
+    buffers |= {"lengths": "*i64", "output": value, "present_state": "*fp32"}
+    rows = max(power_of_two(spec.keys), 16)
+    columns = max(1024 // rows, 8)
+    constants: dict[str, Value] = {"N": spec.value_heads, "G": spec.key_heads, "D": spec.keys, "M": spec.values}
+    constants |= {"PER_KEY": spec.per_key, "DELTA": spec.update_rule == "gated_delta"}
+    constants |= {"SCALE": spec.scale, "EPSILON": spec.epsilon, "BLOCK_D": rows, "BLOCK_M": columns}
+    grid = Grid(per=spec.value_heads * -(-spec.values // columns), sequences=1)
+    step = _step("linear_attention_kernel", grid, buffers, constants, max(rows * columns // 1024, 1))
+    return Plan(tokens, (step,), ())
+
+
 def _step(
     function: str,
     grid: Grid,
@@ -436,13 +495,15 @@ def _step(
     *,
     programmatic: bool = True,
 ) -> Step[Kernel]:
-    """A launch whose parameters are `buffers` (name to type) in the kernel's order, then T where it takes it.
+    """A launch whose parameters are `buffers` (name to type) in the kernel's order, then T and B where it takes them.
 
     `names` gives the argument of a parameter that has another name. It is programmatic if its kernel can be.
     """
     parameters = dict(buffers)
     if MODULES[function].startswith(("select", "dispatch", "draw")):
         parameters["T"] = "i32"
+    if grid.sequences:
+        parameters |= {"T": "i32", "B": "i32"}
     kernel = Kernel(function, tuple(parameters.items()), tuple(sorted(constants.items())), warps, stages)
     arguments = tuple((names or {}).get(name, name) for name in parameters)
     return Step(kernel, grid, arguments, programmatic and kernel.waits)

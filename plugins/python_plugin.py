@@ -1,4 +1,4 @@
-"""The two plugins as Python `IPluginV3` objects: they build engines, and launch the kernels that an engine carries.
+"""The plugins as Python `IPluginV3` objects: they build engines, and launch the kernels that an engine carries.
 
 `register` puts their creators into TensorRT's registry, where the ONNX parser and a deserialized engine find them by
 name, version and namespace. What they answer comes from `contract.py`, what they launch from `launcher.py`. An engine
@@ -30,7 +30,7 @@ NO_KERNELS = (
 
 
 def register(trt: Any) -> None:
-    """Register the creators of both plugins with a TensorRT (`loader.load().module`); doing so twice is harmless.
+    """Register the creators of the plugins with a TensorRT (`loader.load().module`); doing so twice is harmless.
 
     A creator that somebody else has registered under the same name stays (the C++ plugin, once loaded).
 
@@ -215,7 +215,7 @@ class _Plugin:
                 return
             if self._launcher is None:
                 self._launcher = self._make_launcher(shapes, inputs[0].type)
-            self._prepared = self._launcher.prepare(shapes[0][0])
+            self._prepared = self._launcher.prepare(*self.contract.counts(shapes))
 
     def attach_to_context(self, context: Any) -> Any:
         return self._copy(building=False)
@@ -237,7 +237,8 @@ class _Plugin:
         with _refusing(self.node):
             if not self.kernels_id:
                 raise TensorRTError(NO_KERNELS.format(name=self.contract.name))
-            if self._prepared is None or self._prepared.tokens != input_descs[0].dims[0]:
+            counts = self.contract.counts([desc.dims for desc in input_descs])
+            if self._prepared is None or self._prepared.counts != counts:
                 self.on_shape_change(input_descs, output_descs)
             self._prepared.run(self.driver(), inputs, outputs, workspace, stream)
 

@@ -1,4 +1,7 @@
-"""The MoE layers of known models, by name: what the report, the tuner and the benchmarks run on."""
+"""The MoE layers of known models, by name: what the report, the tuner and the benchmarks run on.
+
+And layers of known models that keep a state, for the report.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lynx_trt.experts import ExpertsForm
-from lynx_trt.plugins.specs import ExpertsSpec, Op, SelectSpec
+from lynx_trt.plugins.specs import CausalConvSpec, ExpertsSpec, LinearAttentionSpec, Op, SelectSpec, StateSpec
 from lynx_trt.selection import DEFAULT_PRESET, PRESETS
 
 
@@ -33,6 +36,33 @@ SHAPES = {
     "qwen3-30b-a3b-fp8": Shape(128, 8, 2048, 768, ExpertsForm(weights="fp8")),
     "qwen3-30b-a3b-int4": Shape(128, 8, 2048, 768, ExpertsForm(weights="int4_g128")),
     "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """G, N, D and M of a layer with a state, C and W of its convolution, and what else the kernels differ by."""
+
+    key_heads: int
+    value_heads: int
+    keys: int
+    values: int
+    channels: int
+    width: int = 4
+    update_rule: str = "gated_delta"
+    epsilon: float = 1e-6
+    per_key: bool = False
+    bias: bool = False
+
+
+# The families' sizes as transformers' configurations have them; Kimi Linear has a convolution each of queries, keys and
+# values, the others one of all.
+STATES = {
+    "qwen3-next": State(16, 32, 128, 128, 8192),
+    "kimi-linear": State(32, 32, 128, 128, 4096, per_key=True),
+    "nemotron-h": State(8, 128, 128, 64, 10240, update_rule="gated", epsilon=0.0, bias=True),
+    "granite-4.0-h": State(1, 48, 128, 64, 3328, update_rule="gated", epsilon=0.0, bias=True),
+    "granite-4.0-h-256": State(1, 48, 256, 64, 3584, update_rule="gated", epsilon=0.0, bias=True),
 }
 
 # Decode batches and prefills that the reports and benchmarks cover.
@@ -70,9 +100,23 @@ def select_spec(name: str, preset: str = DEFAULT_PRESET, *, dispatch_taken: bool
     )
 
 
+def state_specs(name: str, dtype: str) -> tuple[StateSpec, StateSpec]:
+    """The LynxCausalConv and the LynxLinearAttention of a known model."""
+    it = STATES[name]
+    decays = it.value_heads * it.keys if it.per_key else it.value_heads
+    scale = it.keys**-0.5 if it.update_rule == "gated_delta" else 1.0
+    heads = it.key_heads, it.value_heads
+    return (
+        CausalConvSpec(it.channels, it.width, dtype, it.bias, "silu"),
+        LinearAttentionSpec(it.keys, it.values, dtype, decays, *heads, it.update_rule, scale, it.epsilon),
+    )
+
+
 def ops_of(name: str, dtype: str) -> list[Op]:
     """Both ops of a known model's layer, for decode and prefill; the experts without and with the metadata given."""
     ranges = (DECODE_TOKENS, PREFILL_TOKENS)
+    if name in STATES:
+        return [Op(spec, ranges) for spec in state_specs(name, dtype)]
     return [
         Op(select_spec(name), ranges),
         *(Op(experts_spec(name, dtype, dispatch_given=given), ranges) for given in (True, False)),

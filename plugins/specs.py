@@ -9,9 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lynx_trt.errors import UsageError
 from lynx_trt.experts import FORMATS, ExpertsForm
+from lynx_trt.export.ops import CONV_ACTIVATIONS, UPDATE_RULES
 from lynx_trt.selection import VOTES
 
 Value = int | float | str | bool
@@ -103,8 +105,7 @@ class ExpertsSpec:
 
     def __post_init__(self) -> None:
         _check_sizes(self.experts, self.experts_per_token)
-        if self.dtype not in POINTERS:
-            raise UsageError(f"dtype is {self.dtype!r}: it has to be one of {', '.join(POINTERS)}.")
+        _check_precision(self.dtype)
         if min(self.hidden, self.inner) < 1:
             raise UsageError(f"hidden and inner are {self.hidden} and {self.inner}: they have to be 1 or more.")
         if self.form.quantized and self.dtype == "float32":
@@ -173,8 +174,107 @@ class DrawSpec:
         return key_of("draw", {each.name: getattr(self, each.name) for each in fields(self)})
 
 
+@dataclass(frozen=True)
+class CausalConvSpec:
+    """A LynxCausalConv: C, W, the precision of all tensors, and whether there is a bias.
+
+    Raises:
+        UsageError: sizes, a precision or an activation that no kernel is made for.
+    """
+
+    channels: int
+    width: int
+    dtype: str
+    bias: bool
+    activation: str
+
+    def __post_init__(self) -> None:
+        _check_precision(self.dtype)
+        if self.channels < 1:
+            raise UsageError(f"this model's convolutions have {self.channels} channels: they need 1 or more.")
+        if not 2 <= self.width <= 16:
+            raise UsageError(f"this model's convolutions are {self.width} wide: the kernels take 2 to 16.")
+        if self.activation not in CONV_ACTIVATIONS:
+            raise UsageError(f"activation is {self.activation!r}: it has to be one of {', '.join(CONV_ACTIVATIONS)}.")
+
+    @classmethod
+    def from_attributes(
+        cls, attributes: Mapping[str, Value], *, channels: int, width: int, dtype: str, bias: bool
+    ) -> CausalConvSpec:
+        """From the attributes of a node (`export.ops.causal_conv_attributes`)."""
+        return cls(channels, width, dtype, bias, **_fields(cls, attributes))  # type: ignore[arg-type]
+
+    @property
+    def key(self) -> str:
+        """One word for the whole spec."""
+        return key_of("causal_conv", {each.name: getattr(self, each.name) for each in fields(self)})
+
+
+@dataclass(frozen=True)
+class LinearAttentionSpec:
+    """A LynxLinearAttention: D, M, the precision of queries, keys and values, and the attributes of the node.
+
+    `decays` is the width of the decay: N, or N D for one of each key. Floats are those of float32.
+
+    Raises:
+        UsageError: sizes, a precision or an update rule that no kernel is made for.
+    """
+
+    keys: int
+    values: int
+    dtype: str
+    decays: int
+    key_heads: int
+    value_heads: int
+    update_rule: str
+    scale: float
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _check_precision(self.dtype)
+        if not (1 <= self.keys <= 1024 and self.values >= 1):
+            raise UsageError(
+                f"this model's states are of {self.keys} keys by {self.values} values: the kernels take 1 to 1024 keys "
+                "by 1 value or more."
+            )
+        if self.key_heads < 1 or self.value_heads < 1 or self.value_heads % self.key_heads:
+            raise UsageError(
+                f"key_heads and value_heads are {self.key_heads} and {self.value_heads}: the latter has to be a "
+                "multiple of the former."
+            )
+        if self.decays not in (self.value_heads, self.value_heads * self.keys):
+            raise UsageError(
+                f"a token has {self.decays} decays: it has to be {self.value_heads}, one for each head, or "
+                f"{self.value_heads * self.keys}, one for each key."
+            )
+        if self.update_rule not in UPDATE_RULES:
+            raise UsageError(f"update_rule is {self.update_rule!r}: it has to be one of {', '.join(UPDATE_RULES)}.")
+        if not self.epsilon >= 0:
+            raise UsageError(f"epsilon is {self.epsilon}: it has to be 0 or more.")
+        for each in ("scale", "epsilon"):
+            object.__setattr__(self, each, float32(getattr(self, each)))
+
+    @classmethod
+    def from_attributes(
+        cls, attributes: Mapping[str, Value], *, keys: int, values: int, dtype: str, decays: int
+    ) -> LinearAttentionSpec:
+        """From the attributes of a node (`export.ops.linear_attention_attributes`)."""
+        return cls(keys, values, dtype, decays, **_fields(cls, attributes))  # type: ignore[arg-type]
+
+    @property
+    def per_key(self) -> bool:
+        """Whether each key decays by itself."""
+        return self.decays != self.value_heads
+
+    @property
+    def key(self) -> str:
+        """One word for the whole spec."""
+        return key_of("linear_attention", {each.name: getattr(self, each.name) for each in fields(self)})
+
+
 MoeSpec = SelectSpec | ExpertsSpec
-Spec = MoeSpec | DrawSpec
+StateSpec = CausalConvSpec | LinearAttentionSpec
+Spec = MoeSpec | DrawSpec | StateSpec
 
 
 @dataclass(frozen=True)
@@ -185,12 +285,17 @@ class Op:
     ranges: tuple[tuple[int, int], ...]
 
 
-def _fields(kind: type[SelectSpec] | type[ExpertsForm], attributes: Mapping[str, Value]) -> dict[str, Value]:
+def _fields(kind: type[Any], attributes: Mapping[str, Value]) -> dict[str, Value]:
     """The attributes that are fields; whole numbers become bools where a field is one."""
     names = {each.name: each.type for each in fields(kind)}
     return {
         name: bool(value) if names[name] == "bool" else value for name, value in attributes.items() if name in names
     }
+
+
+def _check_precision(dtype: str) -> None:
+    if dtype not in POINTERS:
+        raise UsageError(f"dtype is {dtype!r}: it has to be one of {', '.join(POINTERS)}.")
 
 
 def _check_sizes(experts: int, experts_per_token: int) -> None:

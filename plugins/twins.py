@@ -5,6 +5,7 @@ reference, with bfloat16 ones the error that is usual. Intermediates have the la
 rows that a kernel does not write left at 0. Not made to be fast, though they run on any device.
 
 T tokens, E experts, K experts a token uses, H hidden size, I inner size; R is 2 I, for ungated experts I.
+B sequences of S = T / B tokens, C channels, W weights a channel, N states of D keys by M values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.experts import FORMATS, ExpertsForm
-from lynx_trt.plugins.specs import SelectSpec
+from lynx_trt.plugins.specs import CausalConvSpec, LinearAttentionSpec, SelectSpec
 from lynx_trt.selection import TINY
 
 if TYPE_CHECKING:
@@ -261,3 +262,55 @@ def _activation(form: ExpertsForm, z: Tensor) -> Tensor:
     if form.activation.startswith("gelu"):
         return F.gelu(z, approximate="tanh" if form.activation == "gelu_tanh" else "none")
     return F.relu(z) if form.activation == "relu" else F.relu(z) ** 2
+
+
+def causal_conv_twin(
+    spec: CausalConvSpec,
+    values: Tensor,
+    weight: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """LynxCausalConv; the arguments are the op's inputs: [T,C], [C,W], [B,W-1,C], [B] and [C]."""
+    rows = torch.cat([past_state, values.reshape(len(lengths), -1, spec.channels)], dim=1)
+    output = F.conv1d(rows.mT, weight[:, None], bias, groups=spec.channels).mT.reshape(values.shape)
+    state = torch.stack([row[length : length + spec.width - 1] for row, length in zip(rows, lengths, strict=True)])
+    return F.silu(output) if spec.activation == "silu" else output, state
+
+
+def linear_attention_twin(
+    spec: LinearAttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """LynxLinearAttention; the arguments are the op's inputs. Computed in the precision of the state."""
+    heads, size = spec.value_heads, spec.keys
+
+    def by_head(tensor: Tensor, count: int) -> Tensor:
+        """[T,..] to [B,S,N,..], what several states share once for each."""
+        apart = tensor.to(past_state.dtype).reshape(len(lengths), -1, count, tensor.shape[1] // count)
+        return apart.repeat_interleave(heads // count, dim=2)
+
+    def normalized(tensor: Tensor) -> Tensor:
+        norm = (tensor.square().sum(dim=-1, keepdim=True) + spec.epsilon).sqrt()
+        return tensor / norm if spec.epsilon else tensor
+
+    q, k = (normalized(by_head(each, spec.key_heads)) for each in (query, key))
+    v, g, b = (by_head(each, heads) for each in (value, decay, beta))
+    state, outputs = past_state, []
+    for token in range(q.shape[1]):
+        real = (token < lengths)[:, None, None, None]
+        k_now, v_now = k[:, token, :, :, None], v[:, token, :, None, :]
+        after = state * g[:, token].exp().expand(-1, -1, size)[..., None]
+        if spec.update_rule == "gated_delta":
+            v_now = v_now - k_now.mT @ after
+        after = after + k_now * (b[:, token, :, :, None] * v_now)
+        state = torch.where(real, after, state)
+        outputs.append(torch.where(real, q[:, token, :, None, :] @ after * spec.scale, 0.0))
+    return torch.stack(outputs, dim=1).reshape(value.shape).to(value.dtype), state

@@ -193,6 +193,7 @@ def test_grids() -> None:
     assert Grid(fixed=1).programs(7, 132) == 1
     assert Grid(times=1, over=16).programs(33, 132) == 3
     assert Grid(per=3, cap=8, slots=2, times=2, over=16).programs(9, 132) == 3 * (8 + 2)
+    assert Grid(per=3, sequences=1).programs(40, 132, 5) == 3 * 5
     assert Grid(per=1000, times=1, per_multiprocessor=2).programs(9, 132) == 264
     assert Grid(per=10**6, times=1, per_multiprocessor=9).programs(9, 200) == MOST_PROGRAMS
 

@@ -207,7 +207,7 @@ def test_kernels_are_found_whenever_they_come(kernels):
 
 @pytest.mark.usefixtures("registry")
 def test_damaged_kernels_are_refused():
-    publish("damaged", b"lynx-kernels 3 3\nab")
+    publish("damaged", b"lynx-kernels 4 3\nab")
     with pytest.raises(ArtifactError, match="can't be read"):
         published("damaged")
 

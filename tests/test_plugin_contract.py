@@ -14,9 +14,23 @@ from fake_kernels import FakeDriver, fake_kernels
 
 from lynx_trt.errors import ArtifactError, TensorRTError
 from lynx_trt.experts import FORMATS, ExpertsForm
-from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
+from lynx_trt.export.ops import (
+    PLUGIN,
+    causal_conv_attributes,
+    experts_attributes,
+    linear_attention_attributes,
+    select_attributes,
+)
 from lynx_trt.plugins import launcher, python_plugin
-from lynx_trt.plugins.contract import CONTRACTS, EXPERTS_CONTRACT, FLOAT_TYPES, SELECT_CONTRACT
+from lynx_trt.plugins.contract import (
+    CAUSAL_CONV_CONTRACT,
+    CONTRACTS,
+    EXPERTS_CONTRACT,
+    FLOAT_TYPES,
+    LINEAR_ATTENTION_CONTRACT,
+    SELECT_CONTRACT,
+)
+from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
 from lynx_trt.tensorrt import loader
@@ -24,7 +38,15 @@ from lynx_trt.tensorrt import loader
 HANDED = {"dispatch": 1}
 SELECT_ATTRIBUTES = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
 EXPERTS_ATTRIBUTES = experts_attributes(ExpertsForm(activation="gelu_tanh", limit=7.0))
-ATTRIBUTES = {"LynxSelect": SELECT_ATTRIBUTES, "LynxExperts": EXPERTS_ATTRIBUTES}
+ATTRIBUTES = {
+    "LynxSelect": SELECT_ATTRIBUTES,
+    "LynxExperts": EXPERTS_ATTRIBUTES,
+    "LynxCausalConv": causal_conv_attributes("silu"),
+    "LynxLinearAttention": linear_attention_attributes(
+        key_heads=2, value_heads=4, update_rule="gated_delta", scale=0.25, epsilon=1e-6
+    ),
+}
+MOE, STATEFUL = ("LynxSelect", "LynxExperts"), ("LynxCausalConv", "LynxLinearAttention")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +67,11 @@ def trt():
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_fields_are_the_attributes_that_the_exporter_writes(name):
     contract = CONTRACTS[name]
-    *attributes, dispatch = contract.fields  # the last is written by `prepare` alone
-    assert (dispatch.name, dispatch.default, dispatch.choices) == ("dispatch", 0, (0, 1))
+    attributes = list(contract.fields)
+    assert contract.has_dispatch == (name in MOE)
+    if contract.has_dispatch:
+        dispatch = attributes.pop()  # written by `prepare` alone
+        assert (dispatch.name, dispatch.default, dispatch.choices) == ("dispatch", 0, (0, 1))
     assert {field.name for field in attributes} == ATTRIBUTES[name].keys() - PLUGIN.keys()
     kinds = {"char": str, "int32": int, "float32": float}
     for field in attributes:
@@ -241,6 +266,87 @@ def test_sizes_of_a_selection_that_do_not_fit():
         SELECT_CONTRACT.check_sizes([(5, 8), (5, 4), (5, 2), (5, 2), (), (), (5,)])
 
 
+# The nodes that keep states: T = 6 tokens of B = 2 sequences; C = 32, W = 4; G = 2, N = 4, D = 16, M = 8.
+CONV = {"values": (6, 32), "weight": (32, 4), "past_state": (2, 3, 32), "lengths": (2,), "bias": (32,)}
+ATTENTION = {
+    "query": (6, 32),
+    "key": (6, 32),
+    "value": (6, 32),
+    "decay": (6, 4),
+    "beta": (6, 4),
+    "past_state": (2, 4, 16, 8),
+    "lengths": (2,),
+}
+STATES = {"LynxCausalConv": CONV, "LynxLinearAttention": ATTENTION}
+WRONG_STATES = [
+    ("LynxCausalConv", {"weight": (16, 4)}, "weight has C = 16, and values has 32"),
+    ("LynxCausalConv", {"weight": (32, 3)}, r"weight has W = 3, and W has to be V \+ 1, which is 4"),
+    ("LynxCausalConv", {"past_state": (2, 3, 16)}, "past_state has C = 16, and values has 32"),
+    ("LynxCausalConv", {"lengths": (3,)}, "lengths has B = 3, and past_state has 2"),
+    ("LynxCausalConv", {"bias": (16,)}, "bias has C = 16, and values has 32"),
+    ("LynxLinearAttention", {"key": (6, 64)}, "key has A = 64, and query has 32"),
+    ("LynxLinearAttention", {"query": (6, 64), "key": (6, 64)}, "query has A = 64, and A has to be 2 F, which is 32"),
+    ("LynxLinearAttention", {"value": (6, 16)}, "value has U = 16, and U has to be N M, which is 32"),
+    ("LynxLinearAttention", {"decay": (5, 4)}, "decay has T = 5, and query has 6"),
+    ("LynxLinearAttention", {"beta": (6, 2)}, "past_state has N = 4, and beta has 2"),
+    ("LynxLinearAttention", {"lengths": (6,)}, "lengths has B = 6, and past_state has 2"),
+    (
+        "LynxLinearAttention",
+        {"value": (6, 64), "beta": (6, 8), "past_state": (2, 8, 16, 8)},
+        "beta has N = 8, and N has to be 4, which is 4",
+    ),
+]
+
+
+def state_node(name):
+    return CONTRACTS[name].of_node(CONTRACTS[name].parse_fields(ATTRIBUTES[name]))
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG_STATES)
+def test_sizes_of_states_that_do_not_fit(name, changes, message):
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        state_node(name).check_sizes(list((STATES[name] | changes).values()))
+
+
+def test_states():
+    """Counts of types, shapes and inputs; the state's type is the graph's own in one, float32 in the other."""
+    for name, shapes in STATES.items():
+        given, node = list(shapes.values()), state_node(name)
+        node.check_sizes(given)
+        node.check_sizes([(-1, *shape[1:]) for shape in given[:1]] + given[1:])
+        assert node.output_shapes(given) == [given[0 if name == "LynxCausalConv" else 2], shapes["past_state"]]
+        assert node.counts(given) == (6, 2)
+        with pytest.raises(ValueError, match=f"{name}: T = 7 is no multiple of B = 2"):
+            node.counts([(7, 32), *given[1:]])
+    assert SELECT_CONTRACT.counts([(5, 8)]) == (5, 0)
+    assert (CAUSAL_CONV_CONTRACT.input_counts, LINEAR_ATTENTION_CONTRACT.input_counts) == ((4, 5), (7,))
+    conv = [*["bfloat16"] * 3, "int64", "bfloat16"]
+    CAUSAL_CONV_CONTRACT.check_types(conv)
+    CAUSAL_CONV_CONTRACT.check_types(conv[:4])
+    assert CAUSAL_CONV_CONTRACT.output_types(conv) == ["bfloat16", "bfloat16"]
+    attention = [*["float16"] * 3, *["float32"] * 3, "int64"]
+    LINEAR_ATTENTION_CONTRACT.check_types(attention)
+    assert LINEAR_ATTENTION_CONTRACT.output_types(attention) == ["float16", "float32"]
+    with pytest.raises(ValueError, match="past_state is float16; allowed: float32"):
+        LINEAR_ATTENTION_CONTRACT.check_types([*attention[:5], "float16", "int64"])
+    for contract, types in ((CAUSAL_CONV_CONTRACT, conv), (LINEAR_ATTENTION_CONTRACT, attention)):
+        every = [*types, *contract.output_types(types)]
+        for position, kind in enumerate(every):
+            for other in (*FLOAT_TYPES, "int32", "int64", "bool"):
+                given = [*every[:position], other, *every[position + 1 :]]
+                right = other == kind or (position == 0 and other in FLOAT_TYPES)
+                assert contract.supports(position, given, len(types)) == right
+
+
+def test_attributes_of_states():
+    with pytest.raises(ValueError, match="LynxCausalConv: activation is 'gelu'; allowed: none, silu"):
+        CAUSAL_CONV_CONTRACT.parse_fields({"activation": "gelu"})
+    with pytest.raises(ValueError, match="update_rule is 'delta'; allowed: gated, gated_delta"):
+        LINEAR_ATTENTION_CONTRACT.parse_fields(ATTRIBUTES["LynxLinearAttention"] | {"update_rule": "delta"})
+    with pytest.raises(ValueError, match="LynxLinearAttention needs the attribute key_heads"):
+        LINEAR_ATTENTION_CONTRACT.parse_fields({})
+
+
 @pytest.mark.parametrize("kind", QUANTIZED_TYPES)
 def test_quantized_weights(kind):
     """Of other types, their scales before the biases; the field and the tensors have to agree."""
@@ -425,14 +531,17 @@ def test_registered(trt, name):
     assert len(python_plugin._CREATORS[trt.__name__]) == len(CONTRACTS)
 
 
-@pytest.mark.parametrize("dispatch", [0, 1])
-@pytest.mark.parametrize("name", CONTRACTS)
+@pytest.mark.parametrize(
+    ("name", "dispatch"), [*((name, dispatch) for name in MOE for dispatch in (0, 1)), *((n, 0) for n in STATEFUL)]
+)
 def test_attributes_survive_serialization(trt, name, dispatch):
     creator = creator_of(trt, name)
     phase = trt.TensorRTPhase.BUILD
     attributes = ATTRIBUTES[name] | ({"dispatch": dispatch} if dispatch else {})
     plugin = creator.create_plugin("node", fields_of(trt, name, attributes, nul=True), phase)
-    expected = {key: value for key, value in attributes.items() if key not in PLUGIN} | {"dispatch": dispatch}
+    expected = {key: value for key, value in attributes.items() if key not in PLUGIN}
+    expected |= {"dispatch": dispatch} if name in MOE else {}
+    expected |= {"epsilon": pytest.approx(1e-6)} if "epsilon" in expected else {}  # in float32
     assert plugin.values == expected
     stored = plugin.get_fields_to_serialize()
     gc.collect()  # the values must outlive the call: TensorRT reads them afterwards
@@ -472,6 +581,7 @@ def test_handed_metadata_is_an_output_and_an_input(trt):
     select, experts = (
         creator_of(trt, name).create_plugin(name, fields_of(trt, name, attributes | HANDED), trt.TensorRTPhase.BUILD)
         for name, attributes in ATTRIBUTES.items()
+        if name in MOE
     )
     assert select.get_output_data_types([f32, f32, i64, f32, i32, f32, trt.DataType.BOOL]) == [i64, f32, i32, i32]
     assert experts.get_output_data_types([f16, i64, f32, f16, f16, i32]) == [f16]
@@ -613,3 +723,27 @@ def test_another_gpu_is_told(trt, monkeypatch):
     with pytest.raises(ArtifactError, match="are for SM 80, 90, and this GPU is SM 120"):
         plugin.enqueue(descs, [], [0] * 7, [0] * 3, 0, 0)
     assert "this GPU is SM 120" in python_plugin.take_refusals()[0]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_are_launched_for_their_sequences(trt, monkeypatch, name):
+    """T and B are arguments; a step of as many tokens of fewer sequences is another."""
+    values, shapes = CONTRACTS[name].parse_fields(ATTRIBUTES[name]), list(STATES[name].values())
+    spec = launcher.spec_of(name, values, shapes, "float16")
+    kernels = fake_kernels([spec], (90,), 64)
+    fields = with_kernels(trt, name, f"of {name}", kernels.to_bytes())
+    plugin = creator_of(trt, name).create_plugin("n", fields, trt.TensorRTPhase.RUNTIME).attach_to_context(None)
+    driver = FakeDriver()
+    monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: driver))
+    inputs, outputs = [256 * n for n in range(1, 1 + len(shapes))], [8192, 16384]
+    (plan,) = plans(spec, 90, 64)
+    (step,) = plan.steps
+    for sequences in (2, 3):
+        given = [(sequences, *shape[1:]) if shape[0] == 2 else shape for shape in shapes]
+        descs = [SimpleNamespace(dims=shape, type=trt.DataType.HALF) for shape in given]
+        plugin.enqueue(descs, [], inputs, outputs, 0, 77)
+        launch = driver.launched[-1]
+        assert launch["words"] == [*inputs, *outputs, 6, sequences, 0, 0]
+        assert launch["programs"] == step.grid.per * sequences
+    dynamic = [SimpleNamespace(max=desc.dims, desc=desc) for desc in descs]
+    assert plugin.get_workspace_size(dynamic, []) == 0

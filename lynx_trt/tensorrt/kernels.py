@@ -34,7 +34,7 @@ def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> 
         shapes = layer["shapes"]
         for tensor, shape in zip(CONTRACTS[layer["op"]].of_node(values).inputs_of(len(shapes)), shapes, strict=True):
             for symbol, size in zip(tensor.shape, shape, strict=True):
-                if symbol != "T" and symbol not in COMPUTED and size < 0:
+                if symbol not in ("T", "B") and symbol not in COMPUTED and size < 0:
                     raise TensorRTError(
                         f"{symbol} of {tensor.name} of node {layer['name']} is not known before the engine runs, and "
                         "kernels are compiled for one size: export the graph with fixed sizes"

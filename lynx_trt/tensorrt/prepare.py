@@ -236,7 +236,8 @@ def _plugin_nodes(graph: onnx.GraphProto) -> dict[str, str]:
         if not node.name or taken[node.name] > 1:
             node.name = f"{DOMAIN}.{node.op_type}.{number}"
         given = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name in PLUGIN}
-        if not any(attribute.name == DISPATCH for attribute in node.attribute):  # else the parser warns of it
+        # A field that a node lacks is one that the parser warns of.
+        if contract.has_dispatch and not any(attribute.name == DISPATCH for attribute in node.attribute):
             node.attribute.append(onnx.helper.make_attribute(DISPATCH, 0))
         for name, value in PLUGIN.items():
             if given.get(name, value) != value:

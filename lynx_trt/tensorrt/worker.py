@@ -32,6 +32,7 @@ from typing import Any
 from lynx_trt.errors import LynxError, TensorRTError, UsageError
 from lynx_trt.export.ops import EXPERTS, SELECT
 from lynx_trt.memory import resident_bytes
+from lynx_trt.plugins.contract import CONTRACTS
 
 _HEARTBEAT_SECONDS = 0.5
 _PROGRESS_SECONDS = 0.1
@@ -181,7 +182,10 @@ class _Builder:
         self.parser = parser  # it owns the weights that the network refers to
 
     def count_plugins(self, expected: dict[str, str]) -> dict[str, int]:
-        """Number of plugin layers of each op; `expected` is (node name -> op). A node that is none is an error."""
+        """Number of plugin layers of each op; `expected` is (node name -> op). A node that is none is an error.
+
+        The two ops of a MoE block are always named, those that keep states where there are some.
+        """
         layers = (self.network.get_layer(number) for number in range(self.network.num_layers))
         found = {layer.name for layer in layers if layer.type == self.trt.LayerType.PLUGIN_V3}
         missing = [f"{name} ({op})" for name, op in expected.items() if name not in found]
@@ -191,7 +195,7 @@ class _Builder:
                 f"{', ...' if len(missing) > 8 else ''}. This is a defect of lynx-trt or a TensorRT it does not know"
             )
         counts = Counter(expected.values())
-        return {op: counts[op] for op in (SELECT, EXPERTS)}
+        return {op: counts[op] for op in CONTRACTS if counts[op] or op in (SELECT, EXPERTS)}
 
     def describe_plugins(self, attributes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Op, attributes, and the shapes of all inputs and type of the first, of each plugin layer."""
