@@ -1,4 +1,7 @@
-"""Small hand-made lynx graphs for the TensorRT tests: the inputs of a real export, one attention, MoE layers."""
+"""Small hand-made lynx graphs for the TensorRT tests: the inputs of a real export, one attention, MoE layers.
+
+And one of a layer that keeps states.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,18 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lynx_trt.experts import FORMATS, ExpertsForm
-from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, experts_attributes, select_attributes
+from lynx_trt.export.ops import (
+    CAUSAL_CONV,
+    DOMAIN,
+    EXPERTS,
+    LINEAR_ATTENTION,
+    OPSET,
+    SELECT,
+    causal_conv_attributes,
+    experts_attributes,
+    linear_attention_attributes,
+    select_attributes,
+)
 from lynx_trt.selection import PRESETS
 
 DTYPES = {
@@ -21,6 +35,8 @@ DTYPES = {
 }
 VOCABULARY, HEADS, HEAD_SIZE, CACHE = 32, 2, 16, 64
 H, E, K, I = HEADS * HEAD_SIZE, 8, 2, 32  # noqa: E741
+# Of a layer with states: heads of keys and of values, their sizes, the convolution's weights a channel.
+KEY_HEADS, VALUE_HEADS, KEYS, VALUES, WIDTH = 2, 4, 16, 8, 4
 
 
 def handed_over(plan: bytes) -> list[int]:
@@ -192,3 +208,47 @@ def make_graph(
     for layer in range(layers):
         x = maker.moe(layer, x, bias=bias, form=form)
     return maker.save(maker.node("Identity", [x], ["hidden"]), layers)
+
+
+def make_state_graph(path: Path, dtype: str = "fp16", *, bias: bool = True, per_key: bool = False) -> Path:
+    """Write a graph of one convolution and one linear attention, with their states in and out, and no MoE."""
+    maker = GraphMaker(path, dtype)
+    keys, values = KEY_HEADS * KEYS, VALUE_HEADS * VALUES
+    channels = 2 * keys + values
+    maker.node("Gather", [maker.weight("embedding", (VOCABULARY, channels)), "input_ids"], ["embedded"], axis=0)
+    maker.node("Reshape", ["embedded", maker.constant("rows", [-1, channels])], ["values"])
+    inputs = ["values", maker.weight("conv", (channels, WIDTH)), "past_states.0.conv", "lengths"]
+    inputs += [maker.weight("conv_bias", (channels,))] if bias else []
+    maker.node(CAUSAL_CONV, inputs, ["mixed", "present_states.0.conv"], domain=DOMAIN, **causal_conv_attributes("silu"))
+    parts = ["query", "key", "value"]
+    maker.node("Split", ["mixed", maker.constant("sizes", [keys, keys, values])], parts, axis=1)
+    decays = VALUE_HEADS * KEYS if per_key else VALUE_HEADS
+    for name, width in (("decay", decays), ("beta", VALUE_HEADS)):
+        maker.node("MatMul", ["values", maker.weight(f"{name}_weight", (channels, width))], [f"{name}0"])
+        maker.node("Cast", [f"{name}0"], [name], to=TensorProto.FLOAT)
+    attributes = linear_attention_attributes(
+        key_heads=KEY_HEADS, value_heads=VALUE_HEADS, update_rule="gated_delta", scale=KEYS**-0.5, epsilon=1e-6
+    )
+    inputs = [*parts, "decay", "beta", "past_states.0.recurrent", "lengths"]
+    maker.node(LINEAR_ATTENTION, inputs, ["attended", "present_states.0.recurrent"], domain=DOMAIN, **attributes)
+    maker.node("Identity", ["attended"], ["hidden"])
+
+    def tensor(name, elem, dims):
+        return helper.make_tensor_value_info(name, elem, dims)
+
+    states = {
+        "conv": (maker.elem, [WIDTH - 1, channels]),
+        "recurrent": (TensorProto.FLOAT, [VALUE_HEADS, KEYS, VALUES]),
+    }
+    inputs = [
+        tensor("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+        tensor("lengths", TensorProto.INT64, ["batch"]),
+    ]
+    inputs += [tensor(f"past_states.0.{name}", elem, ["batch", *dims]) for name, (elem, dims) in states.items()]
+    outputs = [tensor("hidden", maker.elem, ["tokens", values])]
+    outputs += [tensor(f"present_states.0.{name}", elem, ["batch", *dims]) for name, (elem, dims) in states.items()]
+    graph = helper.make_graph(maker.nodes, "test", inputs, outputs, maker.weights)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    maker.data.close()
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), path)
+    return path
