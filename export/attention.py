@@ -30,6 +30,7 @@ class Step:
     positions: torch.Tensor  # [B,S] i64, position of each token in its sequence
     past_lengths: torch.Tensor  # [B] i64, tokens already in the cache: where this step is written
     cache_ends: torch.Tensor  # [B] i64, past_lengths + S
+    lengths: torch.Tensor  # [B] i64, tokens of each row that are real
 
 
 _step: ContextVar[Step] = ContextVar("lynx_export_step")
@@ -43,6 +44,11 @@ def tracing(step: Step) -> Iterator[None]:
         yield
     finally:
         _step.reset(token)
+
+
+def current_step() -> Step | None:
+    """The step being traced, if there is one."""
+    return _step.get(None)
 
 
 def attention(
@@ -190,8 +196,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, *caches: torch.Tensor) -> None:
         """Wrap the graph's cache inputs."""
         super().__init__()
-        self.caches = caches
+        self._caches = caches
         self.is_initialized = True
+
+    def caches(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return list(self._caches)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache is an input."""
@@ -199,14 +209,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Write this step's rows at each sequence's own position; give the whole caches back."""
         rows = [key_states, value_states]
-        if len(self.caches) == 1:
+        if len(self._caches) == 1:
             rows = [torch.cat(rows, dim=-1)]
-        self.caches = tuple(_scatter(*each) for each in zip(self.caches, rows, strict=True))
-        return self.caches[0], self.caches[-1]
+        self._caches = tuple(_scatter(*each) for each in zip(self._caches, rows, strict=True))
+        return self._caches[0], self._caches[-1]
 
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
         """Keys span the whole cache, from position 0."""
-        return self.caches[0].shape[2], 0
+        return self._caches[0].shape[2], 0
 
     def get_seq_length(self) -> Any:
         """Positions [B,S] instead of one length: transformers hands it on to the mask function as its offset."""
@@ -214,7 +224,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         """L."""
-        return int(self.caches[0].shape[2])
+        return int(self._caches[0].shape[2])
 
 
 def _scatter(cache: torch.Tensor, update: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the two ops mean in standard ONNX: a function body for each set of attributes.
+"""What the ops mean for ONNX Runtime: a function body for each set of attributes.
 
 With these a lynx graph runs in ONNX Runtime as it is; there they are the reference, and what runs where no faster form
 fits, so both bodies are short (a node costs about a microsecond) and load only the experts in use. The semantics are
@@ -22,11 +22,31 @@ from numpy.typing import NDArray
 from lynx_trt import fp8, int4, mxfp4
 from lynx_trt.errors import ExportError
 from lynx_trt.experts import FORMATS, WEIGHTS
-from lynx_trt.export.ops import DOMAIN, EXPERTS, OPSET, SELECT, VERSION, Attributes
+from lynx_trt.export.ops import (
+    CAUSAL_CONV,
+    DOMAIN,
+    EXPERTS,
+    LINEAR_ATTENTION,
+    OPSET,
+    SELECT,
+    VERSION,
+    Attributes,
+)
+from lynx_trt.export.state_functions import (
+    CONV_BIAS,
+    CONV_INPUTS,
+    LINEAR_INPUTS,
+    STATE_OUTPUTS,
+    causal_conv_body,
+    linear_attention_body,
+)
 from lynx_trt.selection import TINY
 
 # Functions with overloads came with this version of the format.
 _IR_VERSION = 10
+
+_OPS = (SELECT, EXPERTS, CAUSAL_CONV, LINEAR_ATTENTION)
+_CONTRIB = "com.microsoft"  # ONNX Runtime's own ops
 
 _SELECT_INPUTS = ("choice", "combine", "topk_index", "topk_weight", "budget", "floor", "token_mask")
 _EXPERTS_INPUTS = ("hidden", "index", "weight", "gate_up", "down")
@@ -74,7 +94,7 @@ def add_functions(model: onnx.ModelProto) -> int:
             functions[variant] = function
     others = [function for function in model.functions if function.domain != DOMAIN]
     if nodes:
-        _declare(model)
+        _declare(model, functions.values())
     del model.functions[:]
     model.functions.extend([*others, *functions.values()])
     for node, variant in zip(nodes, variants, strict=True):
@@ -91,8 +111,8 @@ class _Variant(NamedTuple):
 
 
 def _variant(node: onnx.NodeProto) -> _Variant:
-    if node.op_type not in (SELECT, EXPERTS):
-        raise ExportError(f"Node {node.name!r} is {DOMAIN}.{node.op_type}: known are {SELECT} and {EXPERTS}.")
+    if node.op_type not in _OPS:
+        raise ExportError(f"Node {node.name!r} is {DOMAIN}.{node.op_type}: known are {', '.join(_OPS)}.")
     attributes = {attribute.name: _value(attribute) for attribute in node.attribute}
     return _Variant(node.op_type, _has_bias(node, attributes), tuple(sorted(attributes.items())))
 
@@ -101,10 +121,14 @@ def _variant_function(variant: _Variant) -> onnx.FunctionProto:
     attributes = dict(variant.attributes)
     if variant.op == SELECT:
         return select_function(attributes)
-    return experts_function(attributes, bias=variant.bias)
+    if variant.op == EXPERTS:
+        return experts_function(attributes, bias=variant.bias)
+    if variant.op == CAUSAL_CONV:
+        return causal_conv_function(attributes, bias=variant.bias)
+    return linear_attention_function(attributes)
 
 
-def _declare(model: onnx.ModelProto) -> None:
+def _declare(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto]) -> None:
     """State the versions that functions with overloads and our domain need."""
     versions = {entry.domain: entry.version for entry in model.opset_import}
     opset = versions.get("", versions.get("ai.onnx"))
@@ -117,6 +141,33 @@ def _declare(model: onnx.ModelProto) -> None:
     model.ir_version = max(model.ir_version, _IR_VERSION)
     if DOMAIN not in versions:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+    if _CONTRIB not in versions and any(_CONTRIB in _domains(body) for body in bodies):
+        model.opset_import.append(onnx.helper.make_opsetid(_CONTRIB, 1))
+
+
+def _domains(function: onnx.FunctionProto) -> set[str]:
+    return {entry.domain for entry in function.opset_import}
+
+
+def causal_conv_function(attributes: Attributes, *, bias: bool) -> onnx.FunctionProto:
+    """The body of a `LynxCausalConv` with these attributes (`ops.causal_conv_attributes`).
+
+    Raises:
+        ExportError: an attribute is missing or not known.
+    """
+    _require(attributes, CAUSAL_CONV, "activation")
+    inputs = (*CONV_INPUTS, CONV_BIAS) if bias else CONV_INPUTS
+    return _function(CAUSAL_CONV, inputs, STATE_OUTPUTS, causal_conv_body(attributes, bias=bias), attributes)
+
+
+def linear_attention_function(attributes: Attributes) -> onnx.FunctionProto:
+    """The body of a `LynxLinearAttention` with these attributes (`ops.linear_attention_attributes`).
+
+    Raises:
+        ExportError: an attribute is missing or not known.
+    """
+    _require(attributes, LINEAR_ATTENTION, "key_heads value_heads update_rule scale epsilon")
+    return _function(LINEAR_ATTENTION, LINEAR_INPUTS, STATE_OUTPUTS, linear_attention_body(attributes), attributes)
 
 
 def select_function(attributes: Attributes) -> onnx.FunctionProto:
@@ -567,8 +618,9 @@ def _function(
     tables: Mapping[str, NDArray[Any]] | None = None,
 ) -> onnx.FunctionProto:
     """`tables` are constants that the body reads by their names."""
+    imports = f'"": {OPSET}, "{_CONTRIB}": 1' if f"{_CONTRIB}." in body else f'"": {OPSET}'
     text = f"""
-        <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
+        <domain: "{DOMAIN}", opset_import: [{imports}]>
         {op} <{", ".join(attributes)}> ({", ".join(inputs)}) => ({", ".join(outputs)}) {{ {body} }}
     """
     function = onnx.parser.parse_function(text)
@@ -588,13 +640,15 @@ def _lynx_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _has_bias(node: onnx.NodeProto, attributes: Attributes) -> bool:
-    """Whether a LynxExperts has biases; also checks how many inputs a lynx node has."""
+    """Whether a lynx node has biases; also checks how many inputs it has."""
     if node.op_type == EXPERTS:
         _require(attributes, EXPERTS, "weights")
         plain = _experts_inputs(attributes)
         allowed = [len(plain), len(plain) + len(_BIASES)]
+    elif node.op_type == CAUSAL_CONV:
+        allowed = [len(CONV_INPUTS), len(CONV_INPUTS) + 1]
     else:
-        allowed = [len(_SELECT_INPUTS)]
+        allowed = [len(_SELECT_INPUTS if node.op_type == SELECT else LINEAR_INPUTS)]
     present = sum(1 for name in node.input if name)
     if present not in allowed or present != len(node.input):
         kind = f" with {attributes['weights']} weights" if node.op_type == EXPERTS else ""
@@ -602,7 +656,7 @@ def _has_bias(node: onnx.NodeProto, attributes: Attributes) -> bool:
             f"Node {node.name!r} ({node.op_type}) has the inputs {list(node.input)}: it has to have "
             f"{' or '.join(map(str, allowed))}{kind}, none of them empty."
         )
-    return node.op_type == EXPERTS and present == allowed[-1]
+    return len(allowed) > 1 and present == allowed[-1]
 
 
 def _value(attribute: onnx.AttributeProto) -> str | int | float:

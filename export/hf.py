@@ -8,9 +8,11 @@ Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers
     budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
     floors [N] f32             votes for each voting token that an expert needs there (0: any vote will do)
     past_key_values.I.key, .value [B,h,L,d]; .latent [B,1,L,d] alone where layer I attends to its latents
+    past_states.I.conv [B,W-1,C], .recurrent [B,n,D,M] f32: where layer I keeps a state in their place (`states.py`);
+        zeros before a sequence's first token
 
 Outputs: logits [B,V] of each row's last real token, active_experts [N] i32, and the caches as
-present_key_values.I.key, .value or .latent, written at past_lengths.
+present_key_values.I.key, .value or .latent, written at past_lengths, and present_states.I.conv and .recurrent.
 
 The weights are not needed to trace: the model is traced with fake tensors, and the graph's initializers are
 filled from the checkpoint afterwards, in a stream (`finish`).
@@ -29,10 +31,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
 from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
-from lynx_trt.export import attention, moe, ops
+from lynx_trt.export import attention, moe, ops, states
 from lynx_trt.export.checkpoint import Checkpoint, empty_model, language_parameters
 from lynx_trt.export.kept import keep_experts
 from lynx_trt.export.longrope import use_traceable_longrope
@@ -51,8 +53,9 @@ DECODE_MAX_LENGTH = 1
 # Rows of a cache come in whole groups of so many: with heads of 16 values or more, each sequence's cache then begins at
 # a multiple of 256 bytes, which TensorRT asks of what it is given.
 ROWS_TOGETHER = 8
-# Types of layers, as configs name them, whose mask is a rule over positions.
+# Types of layers, as configs name them, whose mask is a rule over positions, and of those that have no attention.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+WITHOUT_CACHE = ("mlp", "moe")
 _INPUTS = ("input_ids", "past_lengths", "lengths", "budgets", "floors")
 PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
 
@@ -65,6 +68,23 @@ class CacheShape:
     heads: int
     size: int
 
+    def zeros(self, batch: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """An empty one of so many rows."""
+        return torch.zeros(batch, self.heads, rows, self.size, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """One of a layer's states: its name as that of a cache, and what each sequence has of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self, batch: int, _rows: int, _dtype: torch.dtype) -> torch.Tensor:
+        """An empty one."""
+        return torch.zeros(batch, *self.shape, dtype=self.dtype)
+
 
 @dataclass
 class Source:
@@ -73,7 +93,7 @@ class Source:
     model: PreTrainedModel
     weights: CheckpointWeights
     layers: list[moe.MoeLayer]
-    caches: list[list[CacheShape]]  # of each layer
+    caches: list[list[CacheShape | StateShape]]  # of each layer
     precision: str
     fake: FakeTensorMode
     quantization: Quantization | None  # of the checkpoint, and how much of it is kept
@@ -93,10 +113,11 @@ class Exported:
 class _StepModule(nn.Module):
     """The model's forward with our inputs and outputs; every registered hook and interface meets here."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[moe.MoeLayer], selection: Selection) -> None:
+    def __init__(self, source: Source, selection: Selection) -> None:
         super().__init__()
-        self.model = model
-        self.layers = layers
+        self.model = model = source.model
+        self.layers = source.layers
+        self.caches = source.caches
         self.selection = selection
         self._last: torch.Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last_token)
@@ -130,15 +151,15 @@ class _StepModule(nn.Module):
             token_mask=(offsets < lengths[:, None]).reshape(-1),
             active={},
         )
-        cache = Cache(layers=[attention.CacheLayer(*caches) for caches in past])
-        step = attention.Step(positions, past_lengths, past_lengths + length)
+        cache = states.StepCache(layers=[_layer(shapes, each) for shapes, each in zip(self.caches, past, strict=True)])
+        step = attention.Step(positions, past_lengths, past_lengths + length, lengths)
         with attention.tracing(step), moe.tracing(moe_step):
             output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         missing = [layer.name for layer in self.layers if layer.position not in moe_step.active]
         if missing:
             raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
         active = torch.stack([moe_step.active[layer.position] for layer in self.layers])
-        return output.logits[:, 0].float(), active, [list(layer.caches) for layer in cache.layers]
+        return output.logits[:, 0].float(), active, [_kept(layer) for layer in cache.layers]
 
 
 def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = False) -> Source:
@@ -165,7 +186,8 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
         use_traceable_longrope(model)
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
-            caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, sum(cache.size for cache in caches[layer]))]
+            size = sum(cache.size for cache in caches[layer] if isinstance(cache, CacheShape))
+            caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, size)]
     quantization, parameters = checkpoint.quantization, language_parameters(model)
     left_out = model.num_parameters() - parameters
     if quantization and not dequantize:
@@ -191,7 +213,7 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
-    module = _StepModule(model, source.layers, selection).eval()
+    module = _StepModule(source, selection).eval()
     with _quiet():
         graph = _export(module, source, cache_rows)
     _check_count(graph, source.layers)
@@ -215,7 +237,25 @@ def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[list[CacheShape]]:
+def _layer(shapes: list[CacheShape | StateShape], tensors: list[torch.Tensor]) -> Any:
+    """A layer of the cache over the graph's inputs."""
+    if not shapes:
+        return DummyLayer()
+    if isinstance(shapes[0], StateShape):
+        return states.StateLayer(
+            **{shape.name.split(".")[-1]: each for shape, each in zip(shapes, tensors, strict=True)}
+        )
+    return attention.CacheLayer(*tensors)
+
+
+def _kept(layer: Any) -> list[torch.Tensor]:
+    """What goes from a layer of the cache to the graph's outputs."""
+    if isinstance(layer, states.StateLayer):
+        return list(layer.caches().values())
+    return layer.caches() if isinstance(layer, attention.CacheLayer) else []
+
+
+def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[list[CacheShape | StateShape]]:
     """What each layer caches, seen in a forward of two tokens.
 
     Raises:
@@ -227,41 +267,56 @@ def _cache_shapes(model: PreTrainedModel, fake: FakeTensorMode) -> list[list[Cac
     model.set_attn_implementation("eager")
     model.set_experts_implementation("batched_mm")
     _refuse_layer_types(model)
-    cache = DynamicCache(config=model.config)
+    layers = DynamicCache(config=model.config).layers
+    cache = states.StepCache([states.StateLayer() if type(each) is LinearAttentionLayer else each for each in layers])
     try:
-        with fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
+        with states.known_functions(model), fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {error}") from error
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} can't be traced: {first_line(error)}") from error
-    shapes = []
-    for position, layer in enumerate(cache.layers):
-        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-        others = (v for n, v in vars(layer).items() if n not in ("keys", "values"))
-        extra = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
-        keys, values = tensors
-        if keys is None or values is None or keys.dim() != 4 or values.dim() != 4 or extra:
-            raise UnsupportedModelError(
-                f"layer {position} of {type(model).__name__} keeps a {type(layer).__name__}, "
-                "not keys and values: recurrent, hybrid and indexed caches are not supported"
-            )
-        parts = {"key": keys, "value": values}
-        shapes.append([CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3]) for n, t in parts.items()])
+    shapes = [_shapes(layer, position, model) for position, layer in enumerate(cache.layers)]
     if len(shapes) != model.config.get_text_config().num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has {model.config.get_text_config().num_hidden_layers} layers "
-            f"but caches keys and values in {len(shapes)}"
+            f"but caches something in {len(shapes)}"
         )
     return shapes
 
 
+def _shapes(layer: Any, position: int, model: PreTrainedModel) -> list[CacheShape | StateShape]:
+    """Of what a layer of the cache has kept in a forward."""
+    if isinstance(layer, states.StateLayer):
+        kept = layer.caches()
+        if not kept:
+            raise UnsupportedModelError(
+                f"layer {position} of {type(model).__name__} keeps nothing from token to token, which its type says"
+            )
+        return [StateShape(f"states.{position}.{n}", tuple(t.shape[1:]), t.dtype) for n, t in kept.items()]
+    if isinstance(layer, DummyLayer):
+        return []
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    others = (v for n, v in vars(layer).items() if n not in ("keys", "values"))
+    extra = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
+    keys, values = tensors
+    if keys is None or values is None or keys.dim() != 4 or values.dim() != 4 or extra:
+        raise UnsupportedModelError(
+            f"layer {position} of {type(model).__name__} keeps a {type(layer).__name__}, "
+            "not keys and values: indexed caches, and such of keys and values beside a state, are not supported"
+        )
+    parts = {"key": keys, "value": values}
+    return [CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3]) for n, t in parts.items()]
+
+
 def _refuse_layer_types(model: PreTrainedModel) -> None:
-    """Models that mix attention with something else say so in their config; it makes the better message."""
+    """Models that have other layers than are known here say so in their config; it makes the better message."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    other = [kind for kind in types if kind not in ATTENTION]
+    other = [kind for kind in types if kind not in (*ATTENTION, *states.KINDS, *WITHOUT_CACHE)]
     if other:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r}: recurrent and hybrid models, and "
-            "attention that chooses what it attends to, are not supported"
+            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r}: attention beside a state in one "
+            "layer, and attention that chooses what it attends to, are not supported"
         )
 
 
@@ -278,10 +333,7 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     batch_dim = torch.export.Dim("batch", min=1, max=4096)
     length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
     with fake:
-        past = [
-            [torch.zeros(batch, cache.heads, cache_rows, cache.size, dtype=dtype) for cache in layer]
-            for layer in caches
-        ]
+        past = [[cache.zeros(batch, cache_rows, dtype) for cache in layer] for layer in caches]
         arguments = (
             torch.zeros(batch, length, dtype=torch.int64),
             torch.zeros(batch, dtype=torch.int64),
@@ -301,7 +353,8 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     names = [cache.name for layer in caches for cache in layer]
     try:
         # The rotary probe computes real numbers, so it stands before the fake mode.
-        with native_rotary(module.model), fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
+        functions = native_rotary(module.model), states.known_functions(module.model)
+        with functions[0], functions[1], fake, torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
             program = torch.onnx.export(
                 module,
                 arguments,

@@ -35,10 +35,11 @@ what lies before the sequence's first token here is the past state's rows, and `
 the bias. The present state is the last W-1 of the past state's rows and the real tokens' values.
 
 LynxLinearAttention has N = `value_heads` states of D keys by M values; G = `key_heads` heads of queries and keys are
-shared by N / G of them each, in a row. With q and k divided by sqrt(sum of squares + `epsilon`) unless `epsilon` is 0, token after token:
-S = exp(decay) S, a factor for each key where there are N D; then with `update_rule` "gated" S = S + k (beta v)^T, with
-"gated_delta" S = S + k (beta (v - S^T k))^T; the output is `scale` S^T q. All in float32. Tokens that are not real
-change no state; their output is 0. (Names are those of ONNX' LinearAttention, opset 27, which has no lengths.)
+shared by N / G of them each, in a row. Queries and keys are divided by sqrt(sum of squares + `epsilon`) unless it is 0.
+Token after token S = exp(decay) S, a factor for each key where there are N D; then with `update_rule` "gated"
+S = S + k (beta v)^T, with "gated_delta" S = S + k (beta (v - S^T k))^T; the output is `scale` S^T q. All in float32.
+Tokens that are not real change no state; their output is 0. (Names are those of ONNX' LinearAttention, opset 27, which
+has no lengths.)
 """
 
 from __future__ import annotations

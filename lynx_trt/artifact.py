@@ -63,6 +63,17 @@ class CacheRecord(_Record):
     size: int
 
 
+class StateRecord(_Record):
+    """What a layer keeps in place of keys and values: the graph reads past_NAME and writes present_NAME, [B,*shape].
+
+    It is zeros before a sequence's first token, and each step's is made of the last one's alone.
+    """
+
+    name: str
+    shape: list[int]
+    precision: Literal["fp32", "fp16", "bf16"]
+
+
 class ModelRecord(_Record):
     """The model's dimensions. Lengths are in tokens."""
 
@@ -79,6 +90,7 @@ class ModelRecord(_Record):
     cache_rows: int = Field(description="rows of the cache: max_length, one more for attention sinks, rounded up")
     moe_layers: list[MoeLayerRecord]
     caches: list[CacheRecord] = Field(description="two a layer; one where it attends to its latents")
+    states: list[StateRecord] = Field(default=[], description="of layers that have a state in place of caches")
     end_tokens: list[int]
     decode_max_length: int
 

@@ -371,10 +371,12 @@ def _model_record(
     max_length: int,
     weight_bytes: int,
 ) -> ModelRecord:
-    from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord
-    from lynx_trt.export.hf import DECODE_MAX_LENGTH
+    from lynx_trt.artifact import CacheRecord, ModelRecord, MoeLayerRecord, StateRecord
+    from lynx_trt.export.hf import DECODE_MAX_LENGTH, DTYPES, CacheShape, StateShape
 
     config = exported.source.model.config.get_text_config()
+    kept = [shape for layer in exported.source.caches for shape in layer]
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return ModelRecord(
         name=checkpoint.resolve().name,
         architecture=type(exported.source.model).__name__,
@@ -399,7 +401,12 @@ def _model_record(
             )
             for layer in exported.source.layers
         ],
-        caches=[CacheRecord(**asdict(cache)) for layer in exported.source.caches for cache in layer],
+        caches=[CacheRecord(**asdict(shape)) for shape in kept if isinstance(shape, CacheShape)],
+        states=[
+            StateRecord(name=shape.name, shape=list(shape.shape), precision=names[shape.dtype])  # type: ignore[arg-type]
+            for shape in kept
+            if isinstance(shape, StateShape)
+        ],
         end_tokens=end_tokens,
         decode_max_length=DECODE_MAX_LENGTH,
     )

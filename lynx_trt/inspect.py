@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,10 +124,11 @@ def _profile(profile: dict[str, Any]) -> str:
 
 
 def cache_bytes(manifest: Manifest) -> int:
-    """Bytes of KV cache that one sequence takes."""
+    """Bytes that one sequence takes in the KV caches and the states."""
     element = 4 if manifest.model.precision == "fp32" else 2
     row = sum(cache.heads * cache.size for cache in manifest.model.caches)
-    return element * manifest.model.cache_rows * row
+    states = sum(math.prod(state.shape) * (4 if state.precision == "fp32" else 2) for state in manifest.model.states)
+    return element * manifest.model.cache_rows * row + states
 
 
 def _survey(path: Path, *, json_output: bool) -> int:

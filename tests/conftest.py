@@ -75,19 +75,31 @@ def artifact(workspace: Path, checkpoint: Callable[[str], Path], build_quietly: 
 
 
 @pytest.fixture(scope="session")
-def byte_model(workspace: Path) -> Path:
-    """A random checkpoint with a tokenizer whose tokens are the 256 bytes."""
+def byte_checkpoint(workspace: Path) -> Callable[[str], Path]:
+    """A random checkpoint of some architecture, with a tokenizer whose tokens are the 256 bytes."""
     import tiny_models
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = tiny_models.save(tiny_models.random_model("qwen3_moe", eos_token_id=None), workspace / "bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    return folder
+    def make(name: str) -> Path:
+        folder = workspace / f"bytes-{name}"
+        if folder.exists():
+            return folder
+        tiny_models.save(tiny_models.random_model(name, eos_token_id=None), folder)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def byte_model(byte_checkpoint: Callable[[str], Path]) -> Path:
+    """The one that most tests of text use."""
+    return byte_checkpoint("qwen3_moe")
 
 
 @pytest.fixture(scope="session")

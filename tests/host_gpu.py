@@ -318,6 +318,9 @@ class HostContext:
         engine.session.run_with_iobinding(binding)
 
     def _dtype(self, name: str) -> Any:
+        states = {state.name: state.precision for state in self.engine.artifact.manifest.model.states}
+        if (state := name.removeprefix("past_").removeprefix("present_")) in states:
+            return ELEMENT[states[state]]
         if name.startswith(("past_key", "present_")):
             return ELEMENT[self.engine.artifact.manifest.model.precision]
         if name in self.engine.external:

@@ -43,6 +43,22 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 16,
     "n_shared_experts": 1,
 }
+_EXPERTS: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_GATED_DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
 _SIGHT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIGHT_OF_QWEN: dict[str, Any] = {
     "depth": 2,
@@ -134,6 +150,80 @@ CONFIGS: dict[str, Any] = {
     "gpt_oss": lambda: transformers.GptOssConfig(
         **COMMON, head_dim=16, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=8
     ),
+    # --- Layers with a state in place of keys and values.
+    # Gated DeltaNet, queries and keys shared by two heads each; attention with a gate
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**COMMON, **_GATED_DELTA_NET, **_EXPERTS),
+    # the same in another order, beside images; positions in three dimensions
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeConfig(
+        text_config={**COMMON, **_GATED_DELTA_NET, **_EXPERTS},
+        vision_config={**_SIGHT_OF_QWEN, "num_position_embeddings": 16},
+    ),
+    # short convolutions; sigmoid with a bias for choice; a dense first layer
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **{**COMMON, "num_hidden_layers": 3},
+        layer_types=["conv", "full_attention", "conv"],
+        num_dense_layers=1,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+    ),
+    # Mamba-2 beside attention without positions
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **COMMON,
+        layer_types=["linear_attention", "full_attention"],
+        intermediate_size=32,
+        shared_intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=24,
+        mamba_n_groups=2,
+        mamba_expand=2,
+        mamba_chunk_size=8,
+        position_embedding_type="nope",
+    ),
+    # Mamba-2, attention and MoE in layers of their own; experts without a gate, relu squared
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **{**COMMON, "num_hidden_layers": 4},
+        layer_types=["linear_attention", "moe", "full_attention", "moe"],
+        head_dim=16,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=48,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=24,
+        n_groups=2,
+        chunk_size=8,
+    ),
+    # Kimi Delta Attention, a decay a key, beside latent attention without positions
+    "kimi_linear": lambda: transformers.KimiLinearConfig(
+        **{**COMMON, **_LATENT, "num_hidden_layers": 3},
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_heads=4,
+        linear_head_dim=16,
+        n_group=1,
+        topk_group=1,
+    ),
+    # the same layers in another model; groups of experts
+    "bailing_hybrid": lambda: small_config(
+        "bailing_hybrid", num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2
+    ),
+    # Mamba-1, which is not supported
+    "jamba": lambda: small_config(
+        "jamba",
+        num_hidden_layers=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=1,
+        expert_layer_offset=0,
+    ),
     # --- Models of text and images, of which the language model is taken.
     # a router in the decoder layer, a number an expert behind it; a dense MLP beside the experts; heads of two sizes,
     # the larger of which have the key as their value; norms without weights; logits with a soft cap
@@ -222,14 +312,6 @@ CONFIGS: dict[str, Any] = {
         },
         vision_config={**_SIGHT, "head_dim": 8},
     ),
-    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
-        **COMMON,
-        layer_types=["conv", "full_attention"],
-        num_dense_layers=1,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_experts=8,
-    ),
     # Kimi K2.5: DeepSeek-V3's layers
     "kimi_k25": lambda: transformers.Kimi_K25Config(
         text_config={**COMMON, **_LATENT, "model_type": "deepseek_v3", "head_dim": 8, "n_group": 1, "topk_group": 1},
@@ -259,14 +341,14 @@ _SMALL: dict[str, Any] = {
 }
 
 
-def small_config(model_type: str) -> Any:
-    """Transformers' own config of an architecture, with small numbers in the places of large ones."""
+def small_config(model_type: str, **others: Any) -> Any:
+    """Transformers' own config of an architecture, with small numbers in the places of large ones, and `others`."""
     config = transformers.CONFIG_MAPPING[model_type]().get_text_config()
     names = {name for name in _SMALL if hasattr(config, name)}
     changes = {name: _SMALL[name] for name in names}
     if "kv_lora_rank" in names:  # latent attention: all heads have keys, of which this is the part with positions
         changes |= {"num_key_value_heads": 4, "head_dim": 8}
-    return type(config)(**changes)
+    return type(config)(**{**changes, **others})
 
 
 def random_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -102,7 +102,8 @@ class Backend(Protocol):
         Args:
             input_ids: i64 [B,S], each row right-padded. Padding is written to the cache too, at the row's past
                 length and behind: past_lengths + S must not exceed the model's maximum length in any row.
-            past_lengths: i64 [B], tokens of each slot that the cache holds.
+            past_lengths: i64 [B], tokens of each slot that the cache holds. Where it is 0 and the row has tokens, a
+                sequence begins: what a layer keeps in place of keys and values begins as zeros.
             lengths: i64 [B], real tokens of each row; 0 is an idle row, which loads no expert.
             restriction: what each MoE layer may load where S is 1.
             first: the first slot.

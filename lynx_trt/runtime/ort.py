@@ -96,6 +96,11 @@ class OrtBackend:
             # Zeros and not garbage: a masked row times a NaN would still be a NaN.
             buffer = np.zeros((slots, cache.heads, model.cache_rows, cache.size), dtype=element)
             self._caches[cache.name] = buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
+        self._states = {state.name for state in model.states}
+        for state in model.states:
+            kind = ELEMENT[state.precision] if form is None else np.float32
+            buffer = np.zeros((slots, *state.shape), dtype=kind)
+            self._caches[state.name] = buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
         self._rows = model.max_length
         # A decode step's inputs and outputs stay where they are, so that it is bound once: binding some 30 values
         # took as long as the nodes of lynx-tiny at batch 1.
@@ -123,6 +128,7 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
+        self._begin(first + np.flatnonzero((past_lengths == 0) & (lengths > 0)))
         budgets, floors = restriction.arrays
         values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
         cuts = _cuts(first, batch, self._pieces if length == 1 else 1)
@@ -212,15 +218,22 @@ class OrtBackend:
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
-        for cache in self._caches.values():
+        for name, cache in self._caches.items():
+            rows = slice(None) if name in self._states else slice(length)
             with _writable(cache) as values:
-                values[target, :, :length] = values[source, :, :length]
+                values[target][:, rows] = values[source][:, rows]
 
     def clear_slot(self, slot: int) -> None:
         """See Backend."""
         for cache in self._caches.values():
             with _writable(cache) as values:
                 values[slot] = 0
+
+    def _begin(self, slots: Array) -> None:
+        """Zeros for the states of slots where a sequence begins."""
+        for name in self._states if len(slots) else ():
+            with _writable(self._caches[name]) as values:
+                values[slots] = 0
 
     def end_profile(self) -> list[str]:
         """Stop profiling; returns the files' paths, one for each graph."""

@@ -3,11 +3,12 @@
 One engine holds the weights once; it has execution contexts for prefill, for decode, and one more for each captured
 size of decode step (TensorRT's advice: a graph belongs to the state of its context). They share one block of scratch
 memory, since they run one after another on one stream. A cache is bound as input and output at the same address:
-TensorRT's KV cache update demands that, and writes in place.
+TensorRT's KV cache update demands that, and writes in place. So are states, which our plugins read before they write.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,10 @@ UPLOAD_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class _Cache:
-    """One of the caches, [slots, heads, rows, size]: its name, address, and bytes of a row and of a head."""
+    """One of the caches, [slots, heads, rows, size]: its name, address, and bytes of a row and of a head.
+
+    Or a layer's state, which has no rows: `row` is 0, and all of it is one head.
+    """
 
     name: str
     address: int
@@ -45,6 +49,10 @@ class _Cache:
     def slot(self) -> int:
         """Bytes of a slot."""
         return self.head * self.heads
+
+    def used(self, length: int) -> int:
+        """Bytes of a head that are of the first `length` tokens."""
+        return length * self.row if self.row else self.head
 
 
 class TensorRTBackend:
@@ -88,6 +96,7 @@ class TensorRTBackend:
         self._rt = _Runtime(artifact, tensorrt or _tensorrt(engine.flavor))
         self._rows = artifact.manifest.model.cache_rows
         self._caches = self._allocate_caches()
+        self._states = [cache for cache in self._caches if not cache.row]
         self._load_experts()
         most = max(self.slots, prefill.batch[1] * prefill.length[1])
         rows = max(self.slots, prefill.batch[1])
@@ -129,6 +138,12 @@ class TensorRTBackend:
             # Zeros and not garbage: a masked row times a NaN would still be a NaN.
             self._gpu.zero(address, bytes_)
             caches.append(_Cache(shape.name, address, row, head, shape.heads))
+        for number, state in enumerate(model.states, 1):
+            size = math.prod(state.shape) * BYTES[state.precision]
+            what = f"the states of {self.slots} sequences ({number} of {len(model.states)})"
+            address = self._gpu.allocate(self.slots * size, what)
+            self._gpu.zero(address, self.slots * size)
+            caches.append(_Cache(state.name, address, 0, size, 1))
         return caches
 
     def _load_experts(self) -> None:
@@ -170,7 +185,7 @@ class TensorRTBackend:
             GenerationError: a row would run over the end of the cache, or the step is larger than the profile.
             TensorRTError: TensorRT or the GPU fails.
         """
-        batch, length = self._take(input_ids, past_lengths, lengths, restriction)
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction, first=first)
         self._queue(batch, length, first)
         logits, (active, _) = self._io.all_logits(batch), self._io.read(batch)
         self._gpu.synchronize()
@@ -187,7 +202,7 @@ class TensorRTBackend:
         first: int = 0,
     ) -> NextTokens:
         """See Backend; raises what `step` does."""
-        batch, length = self._take(input_ids, past_lengths, lengths, restriction, draws)
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction, draws, first=first)
         self._queue(batch, length, first)
         if draws.wanted.any():
             self._draws.queue(draws, batch)
@@ -199,7 +214,7 @@ class TensorRTBackend:
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
     ) -> float:
         """Do a step and say how long the GPU took, the copies from and to the host aside; for benchmarks."""
-        batch, length = self._take(input_ids, past_lengths, lengths, restriction)
+        batch, length = self._take(input_ids, past_lengths, lengths, restriction, first=first)
         return self._gpu.timed(lambda: self._queue(batch, length, first))
 
     def _take(
@@ -209,8 +224,10 @@ class TensorRTBackend:
         lengths: Array,
         restriction: Restriction,
         draws: Draws | None = None,
+        *,
+        first: int,
     ) -> tuple[int, int]:
-        """Queue the copy of a step's inputs; its batch and length."""
+        """Queue what a step needs: its inputs, and zeros where a sequence begins; its batch and length."""
         batch, length = input_ids.shape
         # One token of a prompt is no decode step where those have more rows.
         if 1 < length < self._prefill_least or (length == 1 and batch < self._decode_least):
@@ -223,6 +240,9 @@ class TensorRTBackend:
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
         self._gpu.use()
+        for slot in first + np.flatnonzero((past_lengths == 0) & (lengths > 0)) if self._states else ():
+            for state in self._states:
+                self._gpu.zero(state.address + int(slot) * state.slot, state.slot)
         self._io.write(input_ids, past_lengths, lengths, restriction, draws)
         return batch, length
 
@@ -264,7 +284,7 @@ class TensorRTBackend:
         self._gpu.use()
         for cache in self._caches:
             to, from_ = cache.address + target * cache.slot, cache.address + source * cache.slot
-            self._gpu.copy_rows(to, from_, length * cache.row, cache.head, cache.heads)
+            self._gpu.copy_rows(to, from_, cache.used(length), cache.head, cache.heads)
 
     def clear_slot(self, slot: int) -> None:
         """See Backend."""
@@ -380,7 +400,7 @@ class _Context:
         shapes = {"input_ids": (batch, length), "past_lengths": (batch,), "lengths": (batch,)}
         engine = self._runtime.engine
         for name in sorted(self._runtime.tensors):
-            if name.startswith("past_key_values."):
+            if name.startswith(("past_key_values.", "past_states.")):
                 shapes[name] = (batch, *tuple(engine.get_tensor_shape(name))[1:])
         for name, shape in shapes.items():
             if name in self._runtime.tensors and not self._context.set_input_shape(name, shape):
