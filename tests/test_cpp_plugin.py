@@ -17,12 +17,19 @@ from pathlib import Path
 
 import pytest
 from fake_kernels import FakeDriver, clustered_kernels, fake_kernels
-from test_plugin_contract import WRONG_SIZES, shapes_of
+from test_plugin_contract import ATTRIBUTES, STATES, WRONG_SIZES, WRONG_STATES, shapes_of
 
 from lynx_trt.experts import FORMATS, WEIGHTS, ExpertsForm
-from lynx_trt.export.ops import PLUGIN, experts_attributes, select_attributes
+from lynx_trt.export.ops import (
+    PLUGIN,
+    causal_conv_attributes,
+    experts_attributes,
+    linear_attention_attributes,
+    select_attributes,
+)
 from lynx_trt.plugins.contract import CONTRACTS, FLOAT_TYPES, Contract, Sources
 from lynx_trt.plugins.launcher import Launcher, spec_of, workspace_bytes
+from lynx_trt.plugins.specs import CausalConvSpec, LinearAttentionSpec
 from lynx_trt.selection import PRESETS
 from lynx_trt.tensorrt import loader
 
@@ -80,19 +87,19 @@ def metadata(tokens: int) -> int:
 
 
 class Case:
-    """One node: its op, attributes, and inputs' types and shapes, with T where the tokens are and D for metadata."""
+    """One node: its op, attributes, and inputs' types and shapes, with T and B, the tokens and sequences, and D."""
 
     def __init__(self, op: str, attributes: dict, inputs: list[tuple[str, tuple]]) -> None:
         self.attributes = {name: value for name, value in attributes.items() if name not in PLUGIN}
-        self.contract: Contract = CONTRACTS[op].of_node({"dispatch": 0, **self.attributes})
+        self.contract: Contract = CONTRACTS[op].of_node(self.attributes)
         self.inputs = inputs
 
     @property
     def values(self) -> dict:
         return self.contract.parse_fields(self.attributes)
 
-    def shapes(self, tokens: int) -> list[tuple[int, ...]]:
-        sizes = {"T": tokens, "D": metadata(tokens)}
+    def shapes(self, tokens: int, sequences: int = 1) -> list[tuple[int, ...]]:
+        sizes = {"T": tokens, "B": sequences, "D": metadata(tokens)}
         return [tuple(sizes.get(size, size) for size in shape) for _, shape in self.inputs]
 
     @property
@@ -143,7 +150,33 @@ def experts_case(form: ExpertsForm | None = None, kind: str = "float16", *, bias
     return Case("LynxExperts", {**experts_attributes(form), **changes}, inputs)
 
 
+def conv_case(kind: str = "float16", *, bias: bool = True, **changes) -> Case:
+    c, w = 48, 4
+    inputs = [(kind, ("T", c)), (kind, (c, w)), (kind, ("B", w - 1, c)), ("int64", ("B",)), *[(kind, (c,))] * bias]
+    return Case("LynxCausalConv", {**causal_conv_attributes("silu"), **changes}, inputs)
+
+
+def attention_case(kind: str = "float16", *, per_key: bool = False, **changes) -> Case:
+    g, n, d, m = 2, 4, 16, 24
+    attributes = linear_attention_attributes(
+        key_heads=g, value_heads=n, update_rule="gated_delta", scale=d**-0.5, epsilon=1e-6
+    )
+    inputs = [*[(kind, ("T", g * d))] * 2, (kind, ("T", n * m)), ("float32", ("T", n * d if per_key else n))]
+    inputs += [("float32", ("T", n)), ("float32", ("B", n, d, m)), ("int64", ("B",))]
+    return Case("LynxLinearAttention", {**attributes, **changes}, inputs)
+
+
+def sequences_of(tokens: int) -> int:
+    """How many a step of so many tokens is taken to be of."""
+    return next(each for each in (3, 4, 1) if tokens % each == 0)
+
+
 CASES = {
+    "conv": conv_case(),
+    "conv-no-bias": conv_case("float32", bias=False, activation="none"),
+    "attention": attention_case(),
+    "attention-per-key": attention_case("bfloat16", per_key=True),
+    "attention-gated": attention_case("float32", update_rule="gated", epsilon=0.0, scale=1.0),
     **{f"select-{preset}": select_case(preset) for preset in PRESETS},
     "experts": experts_case(),
     "experts-bias": experts_case(kind="bfloat16", bias=True),
@@ -216,7 +249,7 @@ def test_contract(built, tmp_path, name):
     blob = fake_kernels([case.spec], (80, 90), MOST).to_bytes()
     (tmp_path / "kernels").write_bytes(blob)
     kernels_id = hashlib.sha256(blob).hexdigest()
-    then = ("outputs", "formats", "workspace 1", f"workspace {MOST}")
+    then = ("outputs", "formats", "workspace 1 1", f"workspace {MOST} 4")
     lines = probe(built, case.commands(*then, kernels=f"kernels {kernels_id} {tmp_path / 'kernels'}"))
     assert lines_of(lines, "plugin") == [f"plugin {contract.name} {contract.version} {contract.namespace}"]
     assert lines_of(lines, "field") == [f"field {f.name} {FIELD_KINDS[f.type]}" for f in contract.stored_fields]
@@ -258,13 +291,17 @@ def test_launches(built, tmp_path, name, cluster):
     kernels = clustered_kernels(case.spec, MOST) if cluster else fake_kernels([case.spec], (90,), MOST)
     (tmp_path / "kernels").write_bytes(kernels.to_bytes())
     lines = probe(
-        built, case.commands(*(f"run {each}" for each in tokens), kernels=f"kernels id {tmp_path / 'kernels'}")
+        built,
+        case.commands(
+            *(f"run {each} {sequences_of(each)}" for each in tokens), kernels=f"kernels id {tmp_path / 'kernels'}"
+        ),
     )
     driver = FakeDriver()
     launcher = Launcher(case.contract, kernels, case.spec.key, len(case.inputs), driver)
     inputs, outputs = [0x1000 * n for n in range(1, 11)], [0x100000 * n for n in range(1, 5)]
     for each in tokens:
-        launcher.prepare(each).run(driver, inputs, outputs, 0x7000000, 77)
+        counts = case.contract.counts(case.shapes(each, sequences_of(each)))
+        launcher.prepare(*counts).run(driver, inputs, outputs, 0x7000000, 77)
     numbers = {cubin.entry: number for number, cubin in enumerate(kernels.cubins)}
     assert lines_of(lines, "launch") == [
         f"launch {numbers[it['entry']]} {it['programs']} {it['threads']} {it['shared']} 77 "
@@ -325,10 +362,12 @@ def test_other_gpus(built, tmp_path, sm, built_for, runs):
         (select_case(), "", "it holds no GPU kernels, so this engine can't run"),
         (select_case(), "noblob lost", "the GPU kernels lost are in none of the engines loaded here"),
         (select_case(), "kernels id FILE", "can't be read"),
+        (conv_case(activation="gelu"), "", "activation is 'gelu', which is not allowed"),
+        (attention_case(update_rule="delta"), "", "update_rule is 'delta', which is not allowed"),
     ],
 )
 def test_refusals(built, tmp_path, case, kernels, message):
-    (tmp_path / "file").write_bytes(b"lynx-kernels 3 9\nnonsense\n")
+    (tmp_path / "file").write_bytes(b"lynx-kernels 4 9\nnonsense\n")
     commands = case.commands(kernels=kernels.replace("FILE", str(tmp_path / "file")))
     lines = probe(built, commands)
     if "refused" not in lines:
@@ -357,6 +396,51 @@ def test_sizes_that_do_not_fit(built, values, weights, changes, message):
     lines = probe(built, case.commands("outputs"))
     assert f"LynxExperts node: {message}" in lines
     assert lines_of(lines, "refused", "output") == ["refused"]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG_STATES)
+def test_sizes_of_states_that_do_not_fit(built, name, changes, message):
+    """In the contract's words, too."""
+    case = Case(name, ATTRIBUTES[name], [])
+    kinds = ["float16" if tensor.type == "float" else tensor.type for tensor in case.contract.inputs]
+    case.inputs = list(zip(kinds, (STATES[name] | changes).values(), strict=True))
+    lines = probe(built, case.commands("outputs"))
+    assert f"{name} node: {message}".replace("\\", "") in lines
+    assert lines_of(lines, "refused", "output") == ["refused"]
+
+
+@pytest.mark.parametrize("case", [conv_case(), attention_case()], ids=["conv", "attention"])
+def test_steps_of_sequences(built, tmp_path, case):
+    """As many tokens of other sequences are another step; all have as many. Kernels of no other decay are taken."""
+    (tmp_path / "kernels").write_bytes(fake_kernels([case.spec], (90,), 64).to_bytes())
+    kernels = f"kernels id {tmp_path / 'kernels'}"
+    lines = probe(built, case.commands("run 12 3", "run 12 4", "run 12 5", kernels=kernels))
+    assert lines_of(lines, "status") == ["status 0 0", "status 0 0", "status -1 -1"]
+    assert [line.split(" attribute")[0].split()[-4:] for line in lines_of(lines, "launch")] == [
+        ["12", str(sequences), "0", "0"] for sequences in (3, 4)
+    ]
+    assert f"{case.contract.name} node: T = 12 is no multiple of B = 5" in lines
+    if case.contract.name == "LynxLinearAttention":
+        case.inputs[3] = ("float32", ("T", 5))
+        lines = probe(built, case.commands("run 12 3", kernels=kernels))
+        assert lines_of(lines, "status") == ["status -1 -1"]
+        assert "has no kernels for linear_attention;" in "\n".join(lines)
+
+
+def test_kernels_of_before_states(built, tmp_path):
+    """Engines that were built before are as they were."""
+    case = CASES["experts"]
+    blob = fake_kernels([case.spec], (90,), 64).to_bytes()
+    head, _, rest = blob.partition(b"\n")
+    size = int(head.split()[-1])
+    text = re.sub(rb"(?m)^(step(?: \d+){8}) 0 ", rb"\1 ", rest[:size])
+    (tmp_path / "now").write_bytes(blob)
+    (tmp_path / "before").write_bytes(b"lynx-kernels 3 %d\n" % len(text) + text + rest[size:])
+    now, before = (
+        probe(built, case.commands("run 17", kernels=f"kernels id {tmp_path / name}")) for name in ("now", "before")
+    )
+    assert len(lines_of(now, "launch")) > 2
+    assert lines_of(now, "launch", "status") == lines_of(before, "launch", "status")
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -513,6 +597,33 @@ def test_engines(built, tmp_path, form):
         found = {name: re.findall(start + rb".{300}", plan, re.DOTALL) for name, plan in plans.items()}
         assert len(found["python"]) == 4  # two layers, two profiles
         assert found["python"] == found["cpp"]
+
+
+def test_engines_with_states(built, tmp_path):
+    """The same for a layer that keeps states."""
+    from trt_graphs import make_state_graph
+
+    for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    path = make_state_graph(tmp_path / "model.onnx", "bf16")
+    conv = CausalConvSpec(96, 4, "bfloat16", True, "silu")
+    attention = LinearAttentionSpec(16, 8, "bfloat16", 4, 2, 4, "gated_delta", 0.25, 1e-6)
+    (tmp_path / "kernels").write_bytes(fake_kernels([conv, attention], (90,), 256).to_bytes())
+    plans = []
+    for library in ("", str(built / "liblynx_plugin.so")):
+        plan, kernels = str(tmp_path / "plan"), str(tmp_path / "kernels")
+        tests = str(Path(__file__).parent)
+        script = BUILD_SCRIPT.format(tests=tests, library=library, path=str(path), plan=plan, kernels=kernels)
+        with loader.parser_environment() as environment:
+            out = run([sys.executable, "-c", script], env=environment)
+        assert "'LynxCausalConv': 1, 'LynxLinearAttention': 1}" in out
+        assert (out.split()[-1] == "0") == bool(library)
+        plans.append(Path(plan).read_bytes())
+    assert len(plans[0]) == len(plans[1])
+    found = [re.findall(rb"update_rule\0.{8}gated_delta.{100}", plan, re.DOTALL) for plan in plans]
+    assert len(found[0]) == 2  # two profiles
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("weights", ["mxfp4", "fp8", "int4_g32_zeros"])

@@ -77,7 +77,7 @@ std::vector<std::string> kinds() {
 
 // That of a node's weights; none of LynxSelect, and of weights that are not quantized.
 Format const* formatOf(Contract const& contract, std::vector<Value> const& values) {
-    if (contract.handsOver) {
+    if (contract.op != Op::kExperts) {
         return nullptr;
     }
     std::string const& kind = values[contract.field(kWeights)].text;
@@ -115,7 +115,7 @@ void quantize(Contract& contract, Format const& format, int32_t rows) {
 }  // namespace
 
 Contract const& selectContract() {
-    static auto* const contract = new Contract{"LynxSelect",
+    static auto* const contract = new Contract{Op::kSelect, "LynxSelect",
         {
             text("vote", true, "", {"count", "weight", "affinity", "score"}),
             whole("guarantee", true, 0),
@@ -142,12 +142,12 @@ Contract const& selectContract() {
             typed("weight", DataType::kFLOAT, "TK"),
             typed("active", DataType::kINT32, ""),
         },
-        true, 0, 0, {{'D', 1, "T K + 2 E + 2"}}};
+        0, 0, {{'D', 1, "T K + 2 E + 2"}}};
     return *contract;
 }
 
 Contract const& expertsContract() {
-    static auto* const contract = new Contract{"LynxExperts",
+    static auto* const contract = new Contract{Op::kExperts, "LynxExperts",
         {
             text("activation", false, "silu", {"silu", "gelu", "gelu_tanh", "relu", "relu2"}),
             flag("gated", false, 1),
@@ -168,7 +168,43 @@ Contract const& expertsContract() {
             precise("gate_up_bias", "ER"),
             precise("down_bias", "EH"),
         },
-        {precise("output", "TH")}, false, 2, 5, {{'D', 1, "T K + 2 E + 2"}}};
+        {precise("output", "TH")}, 2, 5, {{'D', 1, "T K + 2 E + 2"}}};
+    return *contract;
+}
+
+Contract const& causalConvContract() {
+    static auto* const contract = new Contract{Op::kCausalConv, "LynxCausalConv",
+        {text("activation", true, "", {"none", "silu"})},
+        {
+            precise("values", "TC"),
+            precise("weight", "CW"),
+            precise("past_state", "BVC"),
+            typed("lengths", DataType::kINT64, "B"),
+            precise("bias", "C"),
+        },
+        {precise("output", "TC"), precise("present_state", "BVC")}, 1, 4, {{'W', 1, "V + 1"}}};
+    return *contract;
+}
+
+Contract const& linearAttentionContract() {
+    static auto* const contract = new Contract{Op::kLinearAttention, "LynxLinearAttention",
+        {
+            whole("key_heads", true, 0),
+            whole("value_heads", true, 0),
+            text("update_rule", true, "", {"gated", "gated_delta"}),
+            real("scale", true, 0),
+            real("epsilon", true, 0),
+        },
+        {
+            precise("query", "TA"),
+            precise("key", "TA"),
+            precise("value", "TU"),
+            typed("decay", DataType::kFLOAT, "TY"),
+            typed("beta", DataType::kFLOAT, "TN"),
+            typed("past_state", DataType::kFLOAT, "BNFM"),
+            typed("lengths", DataType::kINT64, "B"),
+        },
+        {precise("output", "TU"), typed("present_state", DataType::kFLOAT, "BNFM")}, 0, 0, {{'U', 1, "N M"}}};
     return *contract;
 }
 
@@ -183,7 +219,11 @@ std::size_t Contract::field(char const* wanted) const {
 
 Contract Contract::ofNode(std::vector<Value> const& values) const {
     Contract made = *this;
-    if (!handsOver) {
+    auto const number = [&](char const* name) { return static_cast<int32_t>(values[field(name)].number); };
+    if (op == Op::kLinearAttention) {
+        made.rules.push_back({'N', 1, std::to_string(number("value_heads"))});
+        made.rules.push_back({'A', 1, std::to_string(number("key_heads")) + " F"});
+    } else if (op == Op::kExperts) {
         int32_t const rows = values[field("gated")].number != 0 ? 2 : 1;
         if (Format const* const format = formatOf(*this, values)) {
             quantize(made, *format, rows);
@@ -195,10 +235,20 @@ Contract Contract::ofNode(std::vector<Value> const& values) const {
             }
         }
     }
-    if (values.back().number != 0) {
-        (handsOver ? made.outputs : made.inputs).push_back(typed("dispatch", DataType::kINT32, "D"));
+    if (handed(values)) {
+        (op == Op::kSelect ? made.outputs : made.inputs).push_back(typed("dispatch", DataType::kINT32, "D"));
     }
     return made;
+}
+
+bool Contract::handed(std::vector<Value> const& values) const {
+    return (op == Op::kSelect || op == Op::kExperts) && values.back().number != 0;
+}
+
+int32_t Contract::bySequence() const {
+    auto const found =
+        std::find_if(inputs.begin(), inputs.end(), [](Tensor const& tensor) { return tensor.shape[0] == 'B'; });
+    return found == inputs.end() ? -1 : static_cast<int32_t>(found - inputs.begin());
 }
 
 bool Contract::takes(int32_t nInputs) const {
@@ -332,8 +382,23 @@ std::string keyOf(
     std::string result;
     auto const add = [&](char const* name, std::string const& value) { result += ";" + (name + ("=" + value)); };
     auto const size = [&](char const* name, int64_t value) { add(name, std::to_string(value)); };
-    int64_t const handed = values.back().number != 0 ? 1 : 0;
-    if (contract.handsOver) {
+    int64_t const handed = contract.handed(values) ? 1 : 0;
+    auto const inputs = static_cast<int64_t>(shapes.size());
+    std::size_t fields = values.size();
+    if (contract.op == Op::kCausalConv) {
+        result = "causal_conv";
+        size("channels", shapes[1].d[0]);
+        size("width", shapes[1].d[1]);
+        add("dtype", typeName(type));
+        size("bias", inputs > contract.firstOptional ? 1 : 0);
+    } else if (contract.op == Op::kLinearAttention) {
+        result = "linear_attention";
+        size("keys", shapes[5].d[2]);
+        size("values", shapes[5].d[3]);
+        add("dtype", typeName(type));
+        size("decays", shapes[3].d[1]);
+    } else if (contract.op == Op::kSelect) {
+        --fields;  // the last is `dispatch`
         result = "select";
         size("experts", shapes[0].d[1]);
         size("experts_per_token", shapes[2].d[1]);
@@ -341,16 +406,17 @@ std::string keyOf(
         bool const transposed = values[contract.field(kTransposed)].number != 0;
         Format const* const format = formatOf(contract, values);
         int64_t const packed = format != nullptr ? format->perByte : 1;
+        --fields;
         result = "experts";
         size("experts", shapes[4].d[0]);
         size("experts_per_token", shapes[1].d[1]);
         size("hidden", shapes[0].d[1]);
         size("inner", shapes[4].d[transposed ? 1 : 2] * packed);
         add("dtype", typeName(type));
-        size("bias", static_cast<int64_t>(shapes.size()) - handed > contract.firstOptional ? 1 : 0);
+        size("bias", inputs - handed > contract.firstOptional ? 1 : 0);
         size("dispatch_given", handed);
     }
-    for (std::size_t i = 0; i + 1 < values.size(); ++i) {  // the last is `dispatch`
+    for (std::size_t i = 0; i < fields; ++i) {
         Field const& field = contract.fields[i];
         if (field.type == PluginFieldType::kFLOAT32) {
             auto const number = static_cast<float>(values[i].number);
@@ -363,7 +429,7 @@ std::string keyOf(
             add(field.name, shown(field, values[i]));
         }
     }
-    return contract.handsOver ? result + ";dispatch_taken=" + std::to_string(handed) : result;
+    return contract.op == Op::kSelect ? result + ";dispatch_taken=" + std::to_string(handed) : result;
 }
 
 }  // namespace lynx

@@ -30,7 +30,9 @@ struct Tensor {
     bool isFloat;   // of the graph's own precision; otherwise of `type`
     nvinfer1::DataType type;
     // A letter a dimension: T tokens, E experts, K experts a token, H hidden, I inner, R gate and up, P and Q are H and I
-    // in bytes of two values, G and J in numbers beside their blocks, D T K + 2 E + 2.
+    // in bytes of two values, G and J in numbers beside their blocks, D T K + 2 E + 2. Of the ops that keep states: B
+    // sequences, C channels, W weights a channel and V one less, N states of F by M values, A and U all keys and values
+    // of a token, Y its decays.
     char const* shape;
 };
 
@@ -43,13 +45,15 @@ struct Rule {
     int64_t each = 1;
 };
 
+enum class Op { kSelect, kExperts, kCausalConv, kLinearAttention };
+
 struct Contract {
+    Op op;
     char const* name;
     std::vector<Field> fields;
     std::vector<Tensor> inputs;
     std::vector<Tensor> outputs;
-    bool handsOver;    // with the last field, `dispatch`, 1: the metadata is the last output; otherwise the last input
-    // So many inputs, those from firstOptional on, are given together or not at all: LynxExperts' biases.
+    // So many inputs, those from firstOptional on, are given together or not at all: biases.
     int32_t optional;
     int32_t firstOptional;
     std::vector<Rule> rules;  // besides that a letter is one size in all inputs
@@ -58,6 +62,11 @@ struct Contract {
     std::size_t field(char const* field) const;
     // The contract of a node with such fields: quantized weights are other tensors, and their scales come after them.
     Contract ofNode(std::vector<Value> const& values) const;
+    // Whether the metadata is handed over: the last output of LynxSelect, the last input of LynxExperts, which have the
+    // field `dispatch` for it as their last.
+    bool handed(std::vector<Value> const& values) const;
+    // The first input that has a row for each sequence; -1: there is none.
+    int32_t bySequence() const;
     bool takes(int32_t nInputs) const;
     // An input of a node that has so many.
     Tensor const& input(int32_t number, int32_t nInputs) const;
@@ -67,6 +76,8 @@ struct Contract {
 
 Contract const& selectContract();
 Contract const& expertsContract();
+Contract const& causalConvContract();
+Contract const& linearAttentionContract();
 
 // A type under the contract's name.
 char const* typeName(nvinfer1::DataType type);

@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <iterator>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -15,7 +16,8 @@ constexpr int64_t kAlignment = 256;
 constexpr int64_t kMostPrograms = 1024;
 // Of SM 86 to 89, which run the kernels of a lower SM 8 if they need no more than this.
 constexpr int64_t kSharedMemory86 = 101376;
-constexpr char kFormat[] = "lynx-kernels 3 ", kBefore[] = "lynx-kernels 2 ";  // the latter has no clusters
+constexpr char kFormat[] = "lynx-kernels 4 ";
+constexpr char const* kBefore[] = {"lynx-kernels 2 ", "lynx-kernels 3 "};
 // Of plugins/blob.py.
 constexpr int64_t kProgrammatic = 1, kCluster = 2;
 
@@ -30,8 +32,9 @@ int64_t ceilDivide(int64_t a, int64_t b) {
 
 }  // namespace
 
-int64_t Grid::programs(int64_t tokens, int64_t multiprocessors) const {
-    int64_t const items = fixed + std::min(cap, tokens * slots) + ceilDivide(tokens * times, over);
+int64_t Grid::programs(int64_t tokens, int64_t multiprocessors, int64_t sequenceCount) const {
+    int64_t const items =
+        fixed + std::min(cap, tokens * slots) + ceilDivide(tokens * times, over) + sequenceCount * sequences;
     if (perMultiprocessor == 0) {
         return per * items;
     }
@@ -63,7 +66,8 @@ int64_t Plan::workspaceBytes(int64_t tokens) const {
 Kernels::Kernels(std::shared_ptr<std::string const> blob) : blob_(std::move(blob)) {
     std::size_t const end = blob_->find('\n');
     auto const begins = [&](char const* format) { return blob_->compare(0, sizeof(kFormat) - 1, format) == 0; };
-    if (!(begins(kFormat) || begins(kBefore)) || end == std::string::npos) {
+    before_ = std::any_of(std::begin(kBefore), std::end(kBefore), begins);
+    if (!(begins(kFormat) || before_) || end == std::string::npos) {
         damaged("they are of another format");
     }
     std::size_t const size = std::stoull(blob_->substr(sizeof(kFormat) - 1, end));
@@ -112,7 +116,11 @@ void Kernels::readLine(std::string const& line, char const* images, std::size_t 
         Grid& grid = step.grid;
         int64_t how = 0;
         words >> step.cubin >> grid.fixed >> grid.per >> grid.cap >> grid.slots >> grid.times >> grid.over >>
-            grid.perMultiprocessor >> how;
+            grid.perMultiprocessor;
+        if (!before_) {
+            words >> grid.sequences;
+        }
+        words >> how;
         if (!words || step.cubin >= cubins_.size()) {
             damaged("a step has no cubin");
         }

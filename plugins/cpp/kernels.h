@@ -21,11 +21,11 @@ struct Cubin {
     std::size_t size;
 };
 
-// A number of programs: per * (fixed + min(cap, T * slots) + ceil(T * times / over)).
+// A number of programs: per * (fixed + min(cap, T * slots) + ceil(T * times / over) + B * sequences).
 struct Grid {
-    int64_t fixed, per, cap, slots, times, over, perMultiprocessor;
+    int64_t fixed, per, cap, slots, times, over, perMultiprocessor, sequences;
 
-    int64_t programs(int64_t tokens, int64_t multiprocessors) const;
+    int64_t programs(int64_t tokens, int64_t multiprocessors, int64_t sequenceCount) const;
 };
 
 // A part of the workspace: fixed + per * ceil(T / tokens) bytes.
@@ -74,6 +74,7 @@ private:
     void readLine(std::string const& line, char const* images, std::size_t size);
 
     std::shared_ptr<std::string const> blob_;
+    bool before_ = false;  // of a format whose grids have no number of sequences
     std::vector<Cubin> cubins_;
     std::map<std::string, BySm> ops_;
     BySm* current_ = nullptr;    // the op and the plan that the lines being read belong to

@@ -1,4 +1,4 @@
-// LynxSelect and LynxExperts as IPluginV3: what they answer comes from contract.h, and what they launch from the plans
+// The ops of plugins/contract.py as IPluginV3: what they answer comes from contract.h, and what they launch from the plans
 // in kernels.h, as plugins/launcher.py does it.
 //
 // Nothing here may throw into TensorRT: what crosses the boundary is noexcept, and runs inside `guarded`.
@@ -197,7 +197,7 @@ public:
                 throw std::runtime_error("it holds no GPU kernels, so this engine can't run: build it again with --sm "
                                          "and the number of your GPU");
             }
-            if (inputDesc[0].dims.d[0] != tokens_) {
+            if (counts(inputDesc) != counts_) {
                 prepare(inputDesc);
             }
             for (Pointer const& pointer : pointers_) {
@@ -266,7 +266,7 @@ private:
         }
         auto const every = static_cast<int32_t>(contract_.inputs.size());
         std::string const fewer = contract_.optional > 0 ? std::to_string(every - contract_.optional) + " or " : "";
-        bool const given = !contract_.handsOver && values_.back().number != 0;
+        bool const given = contract_.op == Op::kExperts && contract_.handed(values_);
         throw std::runtime_error("it has " + std::to_string(nInputs) + " inputs; it takes " + fewer +
             std::to_string(every) + (given ? " with dispatch = 1" : ""));
     }
@@ -338,32 +338,43 @@ private:
         return joined(DimensionOperation::kSUM, joined(DimensionOperation::kSUM, pairs, experts), builder.constant(2));
     }
 
-    // Resolves the plan for the shapes' T: functions, grids, and where each argument comes from.
+    // T and B of a step; B is 0 for an op that knows of no sequences.
+    std::pair<int64_t, int64_t> counts(PluginTensorDesc const* inputs) const {
+        int32_t const sequences = contract_.bySequence();
+        return {inputs[0].dims.d[0], sequences < 0 ? 0 : inputs[sequences].dims.d[0]};
+    }
+
+    // Resolves the plan for the shapes' T and B: functions, grids, and where each argument comes from.
     void prepare(PluginTensorDesc const* inputs) {
         std::vector<Dims> shapes;
         for (int32_t i = 0; i < nInputs_; ++i) {
             shapes.push_back(inputs[i].dims);
         }
-        tokens_ = -1;  // if this fails, nothing is prepared
+        counts_ = {-1, -1};  // if this fails, nothing is prepared
         checkSizes(contract_, shapes);
         launches_.clear();
         pointers_.clear();
-        int64_t const tokens = shapes.at(0).d[0];
+        auto const found = counts(inputs);
+        auto const [tokens, sequences] = found;
+        if (sequences > 0 && tokens % sequences != 0) {
+            throw std::runtime_error(
+                "T = " + std::to_string(tokens) + " is no multiple of B = " + std::to_string(sequences));
+        }
         Device const device = currentDevice();
         Kernels const& kernels = published(kernelsId_);
         Plan const& plan = kernels.plan(keyOf(contract_, values_, shapes, inputs[0].type), device.sm, tokens);
         auto const offsets = plan.offsets(tokens);
         for (Step const& step : plan.steps) {
-            int64_t const programs = step.grid.programs(tokens, device.multiprocessors);
+            int64_t const programs = step.grid.programs(tokens, device.multiprocessors, sequences);
             if (programs > 0) {
-                add(step, kernels.cubin(step.cubin), static_cast<unsigned>(programs), offsets, tokens, device);
+                add(step, kernels.cubin(step.cubin), static_cast<unsigned>(programs), offsets, found, device);
             }
         }
-        tokens_ = tokens;
+        counts_ = found;
     }
 
     void add(Step const& step, Cubin const& cubin, unsigned programs, std::map<std::string, int64_t> const& offsets,
-        int64_t tokens, Device const& device) {
+        std::pair<int64_t, int64_t> const& counts, Device const& device) {
         // Every kernel has two more pointers: its scratch memory, and one that is always null.
         std::vector<std::string> names = step.arguments;
         names.emplace_back(cubin.scratch > 0 ? "scratch" : "null");
@@ -373,8 +384,8 @@ private:
             {}};
         for (std::size_t i = 0; i < names.size(); ++i) {
             made.addresses.push_back(&made.words[i]);  // stays right when `made` moves: the words lie on the heap
-            if (names[i] == "T") {
-                made.words[i] = static_cast<uint64_t>(tokens);
+            if (names[i] == "T" || names[i] == "B") {
+                made.words[i] = static_cast<uint64_t>(names[i] == "T" ? counts.first : counts.second);
             } else if (names[i] != "null") {
                 auto const region = offsets.find(names[i]);
                 pointers_.push_back(region != offsets.end()
@@ -430,7 +441,7 @@ private:
     PluginFieldCollection collection_{};
 
     int32_t nInputs_ = 0;
-    int64_t tokens_ = -1;
+    std::pair<int64_t, int64_t> counts_{-1, -1};
     std::vector<Launch> launches_;
     std::vector<Pointer> pointers_;
 };
@@ -490,8 +501,10 @@ private:
 LYNX_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static lynx::Creator select{lynx::selectContract()};
     static lynx::Creator experts{lynx::expertsContract()};
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&select, &experts};
-    count = 2;
+    static lynx::Creator causalConv{lynx::causalConvContract()};
+    static lynx::Creator linearAttention{lynx::linearAttentionContract()};
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&select, &experts, &causalConv, &linearAttention};
+    count = 4;
     return creators;
 }
 

@@ -1,6 +1,6 @@
 // Does with the plugin library what TensorRT would, and prints what it answers. Commands come on standard input:
 //   op NAME | field NAME char|int32|float32 VALUE | kernels ID FILE | noblob ID | create
-//   input TYPE SIZE...  (a size may be T, or D for 2 T + 18) | outputs | formats | workspace T | run T | time T
+//   input TYPE SIZE...  (a size may be T, B, or D for 2 T + 18) | outputs | formats | workspace T B | run T B | time T B
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -123,7 +123,7 @@ struct Probe {
         return static_cast<Interface*>(plugin->getCapabilityInterface(type));
     }
 
-    std::vector<PluginTensorDesc> descriptions(int64_t tokens) {
+    std::vector<PluginTensorDesc> descriptions(int64_t tokens, int64_t sequences) {
         std::vector<PluginTensorDesc> result;
         for (Input const& input : inputs) {
             PluginTensorDesc desc{};
@@ -132,7 +132,10 @@ struct Probe {
             desc.dims.nbDims = int32_t(input.sizes.size());
             for (std::size_t i = 0; i < input.sizes.size(); ++i) {
                 std::string const& size = input.sizes[i];
-                desc.dims.d[i] = size == "T" ? tokens : size == "D" ? 2 * tokens + 18 : std::stoll(size);
+                desc.dims.d[i] = size == "T" ? tokens
+                    : size == "B"            ? sequences
+                    : size == "D"            ? 2 * tokens + 18
+                                             : std::stoll(size);
             }
             result.push_back(desc);
         }
@@ -178,7 +181,7 @@ struct Probe {
             shapes[i].nbDims = int32_t(inputs[i].sizes.size());
             for (int32_t axis = 0; axis < shapes[i].nbDims; ++axis) {
                 std::string const& size = inputs[i].sizes[axis];
-                bool const constant = size != "T" && size != "D";
+                bool const constant = size != "T" && size != "B" && size != "D";
                 shapes[i].d[axis] = expressions.keep(std::to_string(i) + "." + std::to_string(axis), constant,
                     constant ? std::stoll(size) : 0);
             }
@@ -225,9 +228,9 @@ struct Probe {
         }
     }
 
-    void workspace(int64_t tokens) {
+    void workspace(int64_t tokens, int64_t sequences) {
         std::vector<DynamicPluginTensorDesc> tensors;
-        for (PluginTensorDesc const& desc : descriptions(tokens)) {
+        for (PluginTensorDesc const& desc : descriptions(tokens, sequences)) {
             tensors.push_back({desc, desc.dims, desc.dims, desc.dims});
         }
         auto* const build = as<IPluginV3OneBuild>(PluginCapabilityType::kBUILD);
@@ -235,9 +238,9 @@ struct Probe {
                   << "\n";
     }
 
-    void run(int64_t tokens) {
+    void run(int64_t tokens, int64_t sequences) {
         auto* const runtime = as<IPluginV3OneRuntime>(PluginCapabilityType::kRUNTIME);
-        auto const desc = descriptions(tokens);
+        auto const desc = descriptions(tokens, sequences);
         std::vector<void const*> from;
         std::vector<void*> to;
         for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(reinterpret_cast<void*>(0x1000 * (i + 1)));
@@ -286,10 +289,11 @@ struct Probe {
         } else if (command == "formats") {
             formats();
         } else if (command == "workspace" || command == "run" || command == "time") {
-            int64_t tokens = 0;
+            int64_t tokens = 0, sequences = 1;
             line >> tokens;
+            if (!(line >> sequences)) sequences = 1;
             if (command == "time") std::swap(plugin, timed);
-            command == "workspace" ? workspace(tokens) : run(tokens);
+            command == "workspace" ? workspace(tokens, sequences) : run(tokens, sequences);
             if (command == "time") std::swap(plugin, timed);
         }
     }
