@@ -15,7 +15,7 @@ from lynx_trt.plugins import execute
 from lynx_trt.plugins.aot import compile_for
 from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.shapes import STATES, ops_of
-from lynx_trt.plugins.specs import CausalConvSpec, LinearAttentionSpec
+from lynx_trt.plugins.specs import CausalConvSpec, LinearAttentionSpec, Op
 from lynx_trt.plugins.twins import causal_conv_twin, linear_attention_twin
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -259,6 +259,14 @@ def _spills(name: str, sms: list[int]) -> list[Any]:
 
 def test_nothing_spills() -> None:
     assert _spills("kimi-linear", [89]) == []
+
+
+@pytest.mark.slow
+def test_short_convolutions_spill_on_no_sm() -> None:
+    """Alone in their layer, as in LFM2, and the widest."""
+    specs = [CausalConvSpec(2048, 3, "bfloat16", False, "none"), CausalConvSpec(12288, 4, "float32", True, "silu")]
+    kernels = compile_for([Op(spec, ((1, 128), (512, 16384))) for spec in specs], SMS, jobs=2)
+    assert [cubin for cubin in kernels.cubins if cubin.spills] == []
 
 
 @pytest.mark.slow
