@@ -25,6 +25,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,8 +137,8 @@ class _StepModule(nn.Module):
         lengths: torch.Tensor,
         budgets: torch.Tensor,
         floors: torch.Tensor,
-        past: list[list[torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         length = input_ids.shape[1]
         offsets = torch.arange(length)
         positions = past_lengths[:, None] + offsets
@@ -151,7 +152,8 @@ class _StepModule(nn.Module):
             token_mask=(offsets < lengths[:, None]).reshape(-1),
             active={},
         )
-        cache = states.StepCache(layers=[_layer(shapes, each) for shapes, each in zip(self.caches, past, strict=True)])
+        rest = iter(past)
+        cache = states.StepCache(layers=[_layer(shapes, list(islice(rest, len(shapes)))) for shapes in self.caches])
         step = attention.Step(positions, past_lengths, past_lengths + length, lengths)
         with attention.tracing(step), moe.tracing(moe_step):
             output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -159,7 +161,7 @@ class _StepModule(nn.Module):
         if missing:
             raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
         active = torch.stack([moe_step.active[layer.position] for layer in self.layers])
-        return output.logits[:, 0].float(), active, [_kept(layer) for layer in cache.layers]
+        return output.logits[:, 0].float(), active, [tensor for layer in cache.layers for tensor in _kept(layer)]
 
 
 def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = False) -> Source:
@@ -333,7 +335,7 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     batch_dim = torch.export.Dim("batch", min=1, max=4096)
     length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
     with fake:
-        past = [[cache.zeros(batch, cache_rows, dtype) for cache in layer] for layer in caches]
+        past = [cache.zeros(batch, cache_rows, dtype) for layer in caches for cache in layer]
         arguments = (
             torch.zeros(batch, length, dtype=torch.int64),
             torch.zeros(batch, dtype=torch.int64),
@@ -348,7 +350,7 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
         {0: batch_dim},
         {},
         {},
-        [[{0: batch_dim}] * len(layer) for layer in caches],
+        [{0: batch_dim}] * len(past),
     )
     names = [cache.name for layer in caches for cache in layer]
     try:

@@ -28,6 +28,7 @@ from lynx_trt.runtime.scheduler import Policy, Scheduler
 from lynx_trt.runtime.sequence import Generated, Request
 from lynx_trt.runtime.text import Tokenizer
 from lynx_trt.runtime.trt import TensorRTBackend
+from lynx_trt.tensorrt.prepare import input_dims
 
 Array = np.ndarray[Any, np.dtype[Any]]
 B, S = 3, 5
@@ -172,12 +173,16 @@ def test_attributes_that_are_not_known(op: str, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
 def test_one_node_reads_a_state(name: str, artifact: Any) -> None:
-    """So a backend may bind past and present to one memory; and nothing of the graph is a loop over tokens."""
+    """So a backend may bind past and present to one memory. Nothing is a loop over tokens, and sizes have names."""
     built = artifact(name, preset="lynx")
     graph = onnx.load(built.path("model.onnx"), load_external_data=False).graph
     for state in built.manifest.model.states:
         assert sum(f"past_{state.name}" in node.input for node in graph.node) == 1
     assert not {node.op_type for node in graph.node} & {"Loop", "Scan"}
+    varying = {
+        size for dims in input_dims(onnx.ModelProto(graph=graph)).values() for size in dims if isinstance(size, str)
+    }
+    assert varying == {"batch", "sequence"}
     kinds = [node.op_type for node in graph.node if node.domain == ops.DOMAIN]
     layers = len({state.name.split(".")[1] for state in built.manifest.model.states})
     assert kinds.count(ops.CAUSAL_CONV) == kinds.count(ops.LINEAR_ATTENTION) == layers
