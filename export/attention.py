@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Step:
     past_lengths: torch.Tensor  # [B] i64, tokens already in the cache: where this step is written
     cache_ends: torch.Tensor  # [B] i64, past_lengths + S
     lengths: torch.Tensor  # [B] i64, tokens of each row that are real
+    choosing: set[int] = field(default_factory=set)  # layers that told `attention` which rows an indexer has chosen
 
 
 _step: ContextVar[Step] = ContextVar("lynx_export_step")
@@ -60,14 +61,21 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Query [B,h,S,d], key and value [B,hk,L,d] (the whole cache), mask [B,1,S,L] bool or None (causal) -> [B,S,h,d].
 
     `s_aux` are gpt-oss' attention sinks, one logit a head. ONNX has no sinks: the cache's last row is never written,
-    so its key and value are zero, and a mask column carries the sink in its place.
+    so its key and value are zero, and a mask column carries the sink in its place. `indices` [B,S,k] are the rows that
+    an indexer has chosen for each token: the others are masked, so their keys are read all the same.
     """
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if indices is not None:
+        _step.get().choosing.add(module.layer_idx)  # type: ignore[arg-type]
+        if indices.shape[-1] < key.shape[2]:
+            allowed = _causal_mask(key) if attention_mask is None else attention_mask
+            attention_mask = allowed & _chosen(indices, key.shape[2])
     if getattr(module, "expand_kv", None) is not _latents:
         return _attend(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2).contiguous(), None
     if attention_mask is None:  # is_causal would mean something else where heads are put in the place of tokens
@@ -107,6 +115,12 @@ def _attend(
         "Attention", inputs, attributes, dtype=query.dtype, shape=(*query.shape[:-1], value.shape[-1])
     )
     return output[..., :value_size]
+
+
+def _chosen(indices: torch.Tensor, rows: int) -> torch.Tensor:
+    """Where of `rows` rows the indices [B,S,k] are: [B,1,S,rows] bool."""
+    marks = torch.zeros(*indices.shape[:2], rows)  # numbers: TensorRT scatters no truth values
+    return (marks.scatter(2, indices.to(torch.int64), 1.0) > 0.5)[:, None]
 
 
 def keep_latents(model: torch.nn.Module) -> set[int]:
@@ -172,13 +186,18 @@ def _causal_mask(key: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of_rule(
-    q_offset: torch.Tensor, kv_length: int, mask_function: Callable[..., torch.Tensor], **_: Any
+    q_offset: torch.Tensor,
+    kv_length: int,
+    mask_function: Callable[..., torch.Tensor],
+    allow_is_causal_skip: bool = True,
+    **_: Any,
 ) -> torch.Tensor | None:
-    """The boolean mask [B,1,S,L] of a rule over (query position, key position); None where it is purely causal.
+    """The boolean mask [B,1,S,L] of a rule over (query position, key position).
 
-    `q_offset` are the positions [B,S]: what our cache gives for its sequence length.
+    None where it is purely causal, unless the model reads it itself. `q_offset` are the positions [B,S]: what our cache
+    gives for its sequence length.
     """
-    if mask_function is causal_mask_function:
+    if mask_function is causal_mask_function and allow_is_causal_skip:
         return None
     zero = torch.zeros((), dtype=torch.int64)
     return mask_function(zero, zero, q_offset[:, None, :, None], torch.arange(kv_length)[None, None, None])
@@ -187,21 +206,24 @@ def mask_of_rule(
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """A layer's caches of fixed length L, written functionally by TensorScatter: keys and values [B,hk,L,d].
 
-    Or one of keys and values side by side, where a layer attends to its latents.
+    Or one of keys and values side by side, where a layer attends to its latents; and one more, `index` [B,1,L,d], where
+    an indexer chooses what a layer attends to by keys of its own.
     """
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, *caches: torch.Tensor) -> None:
+    def __init__(self, *caches: torch.Tensor, index: torch.Tensor | None = None) -> None:
         """Wrap the graph's cache inputs."""
         super().__init__()
         self._caches = caches
+        self._index = index
+        self.is_indexed = False
         self.is_initialized = True
 
     def caches(self) -> list[torch.Tensor]:
         """What it keeps."""
-        return list(self._caches)
+        return [*self._caches, *([] if self._index is None else [self._index])]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache is an input."""
@@ -213,6 +235,18 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             rows = [torch.cat(rows, dim=-1)]
         self._caches = tuple(_scatter(*each) for each in zip(self._caches, rows, strict=True))
         return self._caches[0], self._caches[-1]
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Write this step's keys [B,S,d] of the indexer; give them all back, [B,L,d].
+
+        Without a cache for them it chooses every row that there is, whatever its keys: nothing reads them.
+        """
+        self.is_indexed = True
+        if self._index is None:
+            batch, _, size = indexer_key_states.shape
+            return indexer_key_states.new_zeros(batch, self.get_max_length(), size)
+        self._index = _scatter(self._index, indexer_key_states[:, None])
+        return self._index[:, 0]
 
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
         """Keys span the whole cache, from position 0."""

@@ -8,6 +8,7 @@ Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers
     budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
     floors [N] f32             votes for each voting token that an expert needs there (0: any vote will do)
     past_key_values.I.key, .value [B,h,L,d]; .latent [B,1,L,d] alone where layer I attends to its latents
+        .index [B,1,L,d] beside them where an indexer chooses what it attends to, unless that is all L rows
     past_states.I.conv [B,W-1,C], .recurrent [B,n,D,M] f32: where layer I keeps a state in their place (`states.py`);
         zeros before a sequence's first token
 
@@ -32,7 +33,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, LinearAttentionLayer
 
 from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
 from lynx_trt.export import attention, moe, ops, states
@@ -55,7 +56,7 @@ DECODE_MAX_LENGTH = 1
 # a multiple of 256 bytes, which TensorRT asks of what it is given.
 ROWS_TOGETHER = 8
 # Types of layers, as configs name them, whose mask is a rule over positions, and of those that have no attention.
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "indexed_attention")
 WITHOUT_CACHE = ("mlp", "moe")
 _INPUTS = ("input_ids", "past_lengths", "lengths", "budgets", "floors")
 PREFIX = "model."  # of parameter names: the traced module holds the model as its attribute `model`
@@ -68,6 +69,11 @@ class CacheShape:
     name: str
     heads: int
     size: int
+
+    @property
+    def is_key_or_value(self) -> bool:
+        """Not an indexer's."""
+        return not self.name.endswith(".index")
 
     def zeros(self, batch: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """An empty one of so many rows."""
@@ -160,6 +166,9 @@ class _StepModule(nn.Module):
         missing = [layer.name for layer in self.layers if layer.position not in moe_step.active]
         if missing:
             raise ExportError(f"MoE blocks that the model's forward never reached: {', '.join(missing)}")
+        for position, layer in enumerate(cache.layers):
+            if getattr(layer, "is_indexed", False) and position not in step.choosing:
+                raise UnsupportedModelError(f"layer {position} chooses what it attends to in a way not known here")
         active = torch.stack([moe_step.active[layer.position] for layer in self.layers])
         return output.logits[:, 0].float(), active, [tensor for layer in cache.layers for tensor in _kept(layer)]
 
@@ -188,8 +197,9 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
         use_traceable_longrope(model)
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
-            size = sum(cache.size for cache in caches[layer] if isinstance(cache, CacheShape))
-            caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, size)]
+            size = sum(cache.size for cache in caches[layer] if isinstance(cache, CacheShape) and cache.is_key_or_value)
+            index = [cache for cache in caches[layer] if cache.name.endswith(".index")]
+            caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, size), *index]
     quantization, parameters = checkpoint.quantization, language_parameters(model)
     left_out = model.num_parameters() - parameters
     if quantization and not dequantize:
@@ -212,6 +222,9 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
     model = source.model
     wanted = max_length + (1 if _has_sinks(model) else 0)
     cache_rows = -(-wanted // ROWS_TOGETHER) * ROWS_TOGETHER
+    if cache_rows <= (getattr(model.config.get_text_config(), "index_topk", None) or 0):
+        # An indexer that may choose all rows changes nothing; its keys need no cache, and its nodes have no use.
+        source.caches = [[cache for cache in layer if not cache.name.endswith(".index")] for layer in source.caches]
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
@@ -247,7 +260,8 @@ def _layer(shapes: list[CacheShape | StateShape], tensors: list[torch.Tensor]) -
         return states.StateLayer(
             **{shape.name.split(".")[-1]: each for shape, each in zip(shapes, tensors, strict=True)}
         )
-    return attention.CacheLayer(*tensors)
+    index = tensors.pop() if shapes[-1].name.endswith(".index") else None
+    return attention.CacheLayer(*tensors, index=index)
 
 
 def _kept(layer: Any) -> list[torch.Tensor]:
@@ -299,15 +313,18 @@ def _shapes(layer: Any, position: int, model: PreTrainedModel) -> list[CacheShap
     if isinstance(layer, DummyLayer):
         return []
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    others = (v for n, v in vars(layer).items() if n not in ("keys", "values"))
+    indexer = layer.indexer_keys if type(layer) is DynamicIndexedLayer else None
+    others = (v for n, v in vars(layer).items() if n not in ("keys", "values", "indexer_keys"))
     extra = any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in others)
     keys, values = tensors
     if keys is None or values is None or keys.dim() != 4 or values.dim() != 4 or extra:
         raise UnsupportedModelError(
             f"layer {position} of {type(model).__name__} keeps a {type(layer).__name__}, "
-            "not keys and values: indexed caches, and such of keys and values beside a state, are not supported"
+            "not keys and values: caches of keys and values beside a state are not supported"
         )
     parts = {"key": keys, "value": values}
+    if indexer is not None:
+        parts["index"] = indexer[:, None]
     return [CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3]) for n, t in parts.items()]
 
 

@@ -8,6 +8,7 @@ otherwise the module stays as the primitive ops that it is written in, slower bu
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -135,9 +136,14 @@ def _rotation_of(original: Rotate, cos: torch.Tensor, sin: torch.Tensor, multipl
 
 
 def _by_size(found: dict[int, Rotate | None], original: Rotate) -> Rotate:
+    signature = inspect.signature(original)
+
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *others: Any, **named: Any) -> Any:
         multiple, rest = divmod(q.shape[-1], cos.shape[-1])
         native = None if rest or k.shape[-1] != q.shape[-1] else found.get(multiple)
+        # The native op has heads before tokens, as the default is.
+        if signature.bind(q, k, cos, *others, **named).arguments.get("unsqueeze_dim", 1) != 1:
+            native = None
         return (native or original)(q, k, cos, *others, **named)
 
     return rotate

@@ -143,7 +143,6 @@ def test_experts_outside_of_the_interface(build_quietly: Build, tmp_path: Path) 
         ("minimax_m3_vl", "layers of type 'minimax_m3_sparse'"),  # a language model within
         ("deepseek_v4", "layers of type 'heavily_compressed_attention'"),
         pytest.param("jamba", "keeps a state by a recurrence that is not known here", marks=pytest.mark.slow),
-        pytest.param("hy_v4", "layers of type 'indexed_attention'", marks=pytest.mark.slow),
         pytest.param("llama4", "experts interface", marks=pytest.mark.slow),
     ],
 )

@@ -59,6 +59,7 @@ _GATED_DELTA_NET: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }
+_INDEXER: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 32}
 _SIGHT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIGHT_OF_QWEN: dict[str, Any] = {
     "depth": 2,
@@ -223,6 +224,16 @@ CONFIGS: dict[str, Any] = {
         attn_layer_offset=1,
         expert_layer_period=1,
         expert_layer_offset=0,
+    ),
+    # --- Attention to what an indexer chooses. Of many heads, or most scores would be 0 and the choice arbitrary.
+    # latent attention; an indexer in each layer
+    "deepseek_v32": lambda: small_config("deepseek_v32", num_hidden_layers=2, **_INDEXER),
+    # every second layer takes the choice of the one before
+    "glm_moe_dsa": lambda: small_config("glm_moe_dsa", **_INDEXER, index_topk_freq=2),
+    "axk2": lambda: small_config("axk2", **_INDEXER),
+    "hy_v4": lambda: small_config("hy_v4", **_INDEXER),
+    "mistral_large4": lambda: transformers.MistralLarge4Config(
+        text_config={**small_config("mistral_large4", **_INDEXER).to_dict()}, vision_config=_SIGHT
     ),
     # --- Models of text and images, of which the language model is taken.
     # a router in the decoder layer, a number an expert behind it; a dense MLP beside the experts; heads of two sizes,
