@@ -88,6 +88,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
         script("compile", 0.7),
         *(Part(name, command, 2.0, timed=False, records=False) for name, command in pytest_commands().items()),
         script("select", 1.0, *peers),
+        script("states", 0.7),
         *(script("experts_decode", 1.5, "--model", name, *peers, part=f"decode-{name}") for name in models),
         *(script("experts_prefill", 1.0, "--model", name, *peers, part=f"prefill-{name}") for name in models),
         script("decode_model", 2.0, *peers, part="model"),
@@ -106,7 +107,7 @@ def pytest_commands() -> dict[str, tuple[str, ...]]:
     common = ["-q", "--maxfail=20", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     # The fixtures of tests/conftest.py are not wanted, nor what they import.
     common += [f"--config-file={ROOT / 'pyproject.toml'}", f"--confcutdir={tests / 'gpu'}"]
-    tiny = [str(tests / name) for name in ("test_experts_kernels.py", "test_select_kernel.py")]
+    tiny = [str(tests / name) for name in ("test_experts_kernels.py", "test_select_kernel.py", "test_state_kernels.py")]
     pytest = (sys.executable, "-m", "pytest", *common)
     return {
         "kernels": (*pytest, "-n", "4", "--dist", "loadgroup", str(tests / "gpu")),

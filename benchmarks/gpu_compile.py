@@ -16,6 +16,7 @@ from lynx_trt.plugins.aot import compile_for, report_table
 from lynx_trt.plugins.launch import CLUSTER_SM, SelectLaunch
 from lynx_trt.plugins.plan import Kernel, Plan
 from lynx_trt.plugins.plans import select_plan
+from lynx_trt.plugins.shapes import STATES, ops_of
 from lynx_trt.plugins.specs import Op, SelectSpec
 
 # Powers of two cover all plans; 33 is a number of the tests.
@@ -44,11 +45,12 @@ def wanted(models: tuple[str, ...], *, dry: bool) -> list[Op]:
     """The ops of all parts."""
     if dry:
         return ops_for([specs_of(models[0], "bfloat16", dry=True)], (1,))
-    return [
+    found = [
         op
         for dtype, tokens in (("bfloat16", TOKENS), ("float16", TOKENS_FLOAT16))
         for op in ops_for([specs_of(name, dtype, dry=False) for name in models], tokens)
     ]
+    return found + [op for name in STATES for op in ops_of(name, "bfloat16")]
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from lynx_trt.errors import LynxError
 from lynx_trt.plugins import aot, execute
 from lynx_trt.plugins.blob import lookup
 from lynx_trt.plugins.cuda_driver import cuda_driver
-from lynx_trt.plugins.launch import SMS, power_of_two
+from lynx_trt.plugins.launch import SMS
 from lynx_trt.plugins.launcher import Driver
 from lynx_trt.plugins.plan import find_plan
-from lynx_trt.plugins.plans import experts_plan, select_plan
+from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
 from lynx_trt.plugins.specs import BYTES, ExpertsSpec, Op, SelectSpec, Spec
 from lynx_trt.plugins.tune import random_quantized
@@ -197,14 +197,13 @@ class Kernels:
                 self._kernels, self.how = None, f"the Triton language, since cubins failed: {reason(error)}"
                 print(self.how, flush=True)
 
-    def prepare(self, spec: Spec, tensors: Mapping[str, Tensor], tokens: int) -> Callable[[], None]:
+    def prepare(self, spec: Spec, tensors: Mapping[str, Tensor], tokens: int, sequences: int = 0) -> Callable[[], None]:
         """A function that launches an op, without an allocation."""
         if self._kernels is None:
-            most = power_of_two(tokens)
-            make = select_plan if isinstance(spec, SelectSpec) else experts_plan
-            return execute.prepare(make(spec, self._sm, most), tensors, tokens)[0]
-        plan = find_plan(lookup(self._kernels, self._sm, spec.key), tokens)
-        return execute.prepare_compiled(plan, tensors, tokens, self._driver)
+            plan = find_plan(plans(spec, self._sm, tokens), tokens)
+            return execute.prepare(plan, tensors, tokens, sequences)[0]
+        compiled = find_plan(lookup(self._kernels, self._sm, spec.key), tokens)
+        return execute.prepare_compiled(compiled, tensors, tokens, self._driver, sequences)
 
 
 def supported_sm() -> int:
@@ -329,6 +328,16 @@ class Bench:
             "matmul_share": round(common["flops"] / self.limits.matmul / seconds, 4),
             "roofline_share": round(common["floor_us"] / timing.median, 4),
         }
+
+
+def as_run(launch: Any, output: Tensor) -> Run:
+    """A launch with its output."""
+
+    def run() -> list[Tensor]:
+        launch()
+        return [output]
+
+    return run
 
 
 def times(timing: Timing | str) -> dict[str, Any]:

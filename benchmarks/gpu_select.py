@@ -15,7 +15,6 @@ The inputs are in L2, as a router has just left them there.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from gpu_common import benchmark
@@ -26,6 +25,7 @@ from gpu_layer import (
     Kernels,
     Layer,
     Run,
+    as_run,
     floored,
     make_batch,
     ops_for,
@@ -112,16 +112,6 @@ def contenders(layer: Layer, batch: Batch, kernels: Kernels) -> tuple[dict[str, 
             if sticky(error):
                 raise
     return runs, right
-
-
-def as_run(launch: Any, output: Tensor) -> Run:
-    """A launch with its output."""
-
-    def run() -> list[Tensor]:
-        launch()
-        return [output]
-
-    return run
 
 
 def sort_metadata(layer: Layer, batch: Batch) -> list[Tensor]:

@@ -35,6 +35,7 @@ class Verdict:
 def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
     """All targets; `parts` are the recorded results by part, those of one benchmark's models together."""
     every_decode, every_prefill, select = (rows_of(parts, name) for name in ("decode", "prefill", "select"))
+    states = rows_of(parts, "states")
     # Peers have none of these weights: beating them with a quarter of the bytes is no target.
     decode, prefill = ([row for row in rows if in_full(row)] for rows in (every_decode, every_prefill))
     mixtral, qwen = shares(decode, "mixtral-8x7b", (1, 32)), shares(decode, "qwen3-30b-a3b", (16, 16))
@@ -51,7 +52,10 @@ def verdicts(parts: Mapping[str, Any]) -> list[Verdict]:
         slower("decode: never slower than the best peer", decode),
         slower("prefill: never slower than the best peer", prefill),
         least("layer at 50% of the active experts against the fastest unrestricted one", 1.6, gains(decode), "x"),
-        right("error against float64 at most twice that of same-dtype PyTorch", [*every_decode, *every_prefill]),
+        right(
+            "error against float64 at most twice that of same-dtype PyTorch", [*every_decode, *every_prefill, *states]
+        ),
+        state_shares(states),
         right("the selection's choice is its twin's", select),
         quantized("decode: LynxExperts with quantized weights against itself with all of them", every_decode),
         quantized("prefill: the same", every_prefill),
@@ -244,6 +248,18 @@ def quantized(target: str, rows: Sequence[Row]) -> Verdict:
         for model, each in ratios.items()
     ]
     return Verdict(target, "recorded", "; ".join(words) or "not measured", None)
+
+
+def state_shares(rows: Sequence[Row]) -> Verdict:
+    """No target: with what share of the copy bandwidth a decode step of linear attention reads and writes states."""
+    words = [
+        f"{row['model']}, batch {row['batch']}: {row['bandwidth_share']:.0%}, {row['us']:.1f} us"
+        for row in of(rows, "lynx")
+        if row["length"] == 1 and row["batch"] in (1, 16, 64)
+    ]
+    return Verdict(
+        "linear attention, decode: share of the copy bandwidth", "recorded", "; ".join(words) or "not measured", None
+    )
 
 
 def whole_model(rows: Sequence[Row]) -> Verdict:

@@ -167,7 +167,8 @@ def test_every_part_has_its_script(tmp_path: Path) -> None:
     assert all(part.script is None or part.script.exists() for part in parts)
     names = [part.name.split("-")[0] for part in parts]
     assert list(dict.fromkeys(names)) == [
-        *("machine", "tune", "engine", "compile", "kernels", "select", "decode", "prefill", "model", "end_to_end"),
+        *("machine", "tune", "engine", "compile", "kernels", "select", "states", "decode", "prefill", "model"),
+        "end_to_end",
     ]
     assert [part.name for part in gpu.parts(argparse.Namespace(**{**vars(options), "part": ["decode"]}))] == [
         f"decode-{model}" for model in gpu_layer.MODELS
@@ -360,6 +361,7 @@ def test_compiled_kernels_get_the_tensors_of_the_plan(monkeypatch: pytest.Monkey
         ("machine", None),
         ("compile", None),
         ("select", "mixtral-8x7b"),
+        ("states", "kimi-linear"),  # a decay a key
         ("experts_decode", "gpt-oss-120b"),  # transposed, interleaved, biased; prefill is run below
     ],
 )
@@ -380,6 +382,11 @@ def test_scripts_in_tiny(script: str, model: str | None, tmp_path: Path) -> None
         return
     assert all("failed" not in each for each in rows), [each for each in rows if "failed" in each]
     contenders = {each["contender"] for each in rows}
+    if script == "states":
+        assert contenders == {"lynx", "lynx_conv", "pytorch"}
+        assert all(each["right"] is True for each in rows if each["contender"] != "pytorch")
+        assert all(each["us"] > 0 < each["floor_us"] and "bandwidth_share" in each for each in rows)
+        return
     if script == "select":
         assert contenders == {"lynx", "lynx_metadata", "sort"}
         half, floored, off = (next(r for r in rows if (r["fraction"], r["by"]) == each) for each in gpu_select.SETTINGS)
