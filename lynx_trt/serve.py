@@ -43,6 +43,10 @@ def main(
     stream_interval: Annotated[
         float, typer.Option(help="Seconds between two pieces of a stream, at least; 0 sends every token by itself.")
     ] = 0.05,
+    reuse: Annotated[
+        int,
+        typer.Option(help="Tokens that a prompt begins with as an earlier one, to take them from the cache; 0: never."),
+    ] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,
     docker: Annotated[bool, typer.Option("--docker", help="Print the command for the vendor's container.")] = False,
@@ -87,6 +91,7 @@ def main(
         backend=backend,
         threads=threads,
         stream_interval=stream_interval,
+        reuse=reuse,
     )
     opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
     name = name or _name(opened)

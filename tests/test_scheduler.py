@@ -39,7 +39,7 @@ class FakeBackend:
     """Keeps token ids as its cache, padding included, and checks what a real one can't survive."""
 
     def __init__(self, slots: int, sizes: StepSizes = StepSizes()) -> None:  # noqa: B008  (frozen)
-        self.slots, self.sizes = slots, sizes
+        self.slots, self.sizes, self.rewinds = slots, sizes, True
         self.cache = np.full((slots, LENGTH), -1)
         self.steps: list[tuple[int, int, int]] = []  # (first, batch, width)
         self.budgets: list[list[int]] = []
@@ -136,9 +136,15 @@ def finish(scheduled: Scheduler) -> None:
 
 # --- Whoever comes and goes.
 
+# Many prompts begin alike.
+PROMPTS = st.builds(
+    lambda shared, own: [*range(1, 1 + shared), *own][: LENGTH - 1],
+    st.integers(0, LENGTH),
+    st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=LENGTH - 1),
+)
 ARRIVALS = st.lists(
     st.tuples(
-        st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=LENGTH - 1),  # prompt
+        PROMPTS,
         st.integers(1, LENGTH),  # new tokens
         st.integers(0, 12),  # steps after the one before
         st.one_of(st.none(), st.integers(0, 15)),  # steps after which the client goes away
@@ -153,6 +159,7 @@ POLICIES = st.builds(
     prefill_tokens=st.integers(1, 48),
     prefill_rows=st.integers(1, 4),
     prefill_first=st.booleans(),
+    reuse=st.sampled_from([0, 1, 3, 10]),
 )
 DECODE_ROWS = st.sampled_from([(), (1, 2, 4, 8), (4,), (3, 100)])
 
@@ -192,6 +199,101 @@ def _leave(scheduled: Scheduler, leave: dict[Generated, int]) -> None:
         if leave[one] < 0:
             del leave[one]
             scheduled.cancel(one)
+
+
+# --- What a prompt shares with another.
+
+
+def shared(backend: FakeBackend, *prompts: list[int], together: bool = False, **policy: Any) -> list[Generated]:
+    """Prompts one after another, or all at once; each has to come out as it is alone."""
+    scheduled = scheduler(backend, **{"reuse": 4, **policy})
+    sequences = [sequence(prompt, 5) for prompt in prompts]
+    for one in sequences:
+        scheduled.submit(one)
+        if not together:
+            finish(scheduled)
+    finish(scheduled)
+    assert [one.tokens for one in sequences] == [expected(one.prompt, 5) for one in sequences]
+    return sequences
+
+
+BEGIN = [5, 6, 7, 8, 9, 10]
+
+
+def test_a_prompt_that_begins_as_another_is_spared_that() -> None:
+    """In its own slot nothing is copied; the last token is computed always."""
+    backend = FakeBackend(1)
+    sequences = shared(backend, [*BEGIN, 11, 12], [*BEGIN, 13], [*BEGIN, 13], [5, 6, 7, 20])
+    assert [one.reused for one in sequences] == [0, 6, 6, 0]  # of the last fewer than 4
+    assert backend.copies == 0
+    assert [width for _, _, width in backend.steps if width > 1] == [8, 4]
+
+
+def test_it_is_copied_from_another_slot() -> None:
+    """Also while that one decodes; of what it has written itself nothing is taken."""
+    backend = FakeBackend(3)
+    scheduled = scheduler(backend, reuse=4)
+    first = sequence([*BEGIN, 11], 20)
+    scheduled.submit(first)
+    for _ in range(4):
+        scheduled.step()
+    second = sequence([*BEGIN, 11, *expected(first.prompt, 3), 30], 5)
+    scheduled.submit(second)
+    finish(scheduled)
+    assert (second.reused, backend.copies) == (7, 1)
+    assert second.tokens == expected(second.prompt, 5)
+    assert first.tokens == expected(first.prompt, 20)
+
+
+def test_prompts_that_come_together_wait_for_the_first() -> None:
+    """Those that begin as it does; another one is computed beside it."""
+    backend = FakeBackend(4)
+    prompts = [[*BEGIN, 11], [*BEGIN, 12], [*BEGIN, 13], [30, 31, 32, 33, 34, 35, 36]]
+    sequences = shared(backend, *prompts, together=True, prefill_tokens=100)
+    assert [one.reused for one in sequences] == [0, 6, 6, 0]
+
+
+def test_a_state_can_not_be_cut() -> None:
+    backend = FakeBackend(2)
+    backend.rewinds = False
+    sequences = shared(backend, [*BEGIN, 11], [*BEGIN, 12], together=True)
+    assert [one.reused for one in sequences] == [0, 0]
+    assert backend.copies == 0
+
+
+def test_a_slot_that_failed_is_no_source() -> None:
+    """Its values may be no numbers; and nobody's are after an error of ours."""
+    backend = FakeBackend(2)
+    scheduled = scheduler(backend, reuse=4)
+    backend.broken = 11
+    bad = sequence([*BEGIN, 11, 12], 5)
+    scheduled.submit(bad)
+    finish(scheduled)
+    assert bad.finish == "error"
+    good = sequence([*BEGIN, 13], 5)
+    scheduled.submit(good)
+    finish(scheduled)
+    assert (good.reused, good.tokens) == (0, expected(good.prompt, 5))
+    scheduled.abort(GenerationError("an internal error"))
+    after = sequence([*BEGIN, 13], 5)
+    scheduled.submit(after)
+    finish(scheduled)
+    assert (after.reused, after.tokens) == (0, expected(after.prompt, 5))
+
+
+def test_padding_of_an_empty_slot_leaves_what_it_holds() -> None:
+    """In a batch that is filled up to four rows; what lies behind the longest sequence's rows is given up."""
+    backend = FakeBackend(4, StepSizes((4,)))
+    scheduled = scheduler(backend, reuse=4)
+    first, second = sequence([*range(30, 38)], 3), sequence([*BEGIN, 11, 12, 13, 14, 15, 16], 1)
+    for one in (first, second):
+        scheduled.submit(one)
+    finish(scheduled)
+    third = sequence([*BEGIN, 11, 12, 13, 14, 15, 17], 5)
+    scheduled.submit(third)
+    finish(scheduled)
+    assert third.tokens == expected(third.prompt, 5)
+    assert 8 <= third.reused < 11
 
 
 def test_joins_at_the_next_step() -> None:
@@ -537,7 +639,8 @@ def test_engine_survives_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_onnx_runtime_with_arrivals(text_artifact: Artifact) -> None:
-    """Float32 and all experts: sequences that join and leave, slots moved and reused, give generate's own tokens.
+    """Float32 and all experts: sequences that join and leave, slots moved and used again, prompts of which the begin is
+    there already, give generate's own tokens.
 
     Float32, since in float16 another batch size can round a near-tie the other way.
     """
@@ -546,14 +649,14 @@ def test_onnx_runtime_with_arrivals(text_artifact: Artifact) -> None:
     from lynx_trt.runtime.open import limits_of, open_backend
     from lynx_trt.runtime.text import Tokenizer
 
-    prompts = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self):\n", "x = [", "for i in"] * 2
+    prompts = ["def add(a, b):\n", "import", "def add(a, c):\n    def __init__(self):\n", "x = [", "def add(self"] * 2
     tokenizer = Tokenizer(text_artifact.path(TOKENIZER))
     limits = limits_of(text_artifact.manifest)
     scheduled = Scheduler(
         open_backend(text_artifact, 3, threads=1),
         limits,
         restriction=Restriction(limits.experts),
-        policy=Policy(chunk=8),
+        policy=Policy(chunk=8, reuse=4),
     )
     sequences = []
     for number, prompt in enumerate(prompts):
@@ -563,6 +666,7 @@ def test_onnx_runtime_with_arrivals(text_artifact: Artifact) -> None:
         for _ in range(2):
             scheduled.step()
     finish(scheduled)
+    assert sum(one.reused > 0 for one in sequences) >= 2
     for one, prompt in zip(sequences, prompts, strict=True):
         (alone,), _ = generate_text(
             text_artifact, [prompt], budget="8", max_new_tokens=one.request.max_new_tokens, threads=1

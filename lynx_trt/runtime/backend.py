@@ -93,6 +93,8 @@ class Backend(Protocol):
 
     slots: int
     sizes: StepSizes
+    # Whether of a slot's tokens the last ones can be left out. Not where a layer keeps a state, which has all of them.
+    rewinds: bool
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0

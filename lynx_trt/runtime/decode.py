@@ -80,6 +80,7 @@ def generate(
         prefill_tokens=PREFILL_CHUNK * len(prompts),
         prefill_rows=len(prompts),
         prefill_first=True,
+        reuse=0,  # what is measured is the model
     )
     scheduler = Scheduler(backend, limits, restriction=restriction, policy=policy, observer=sums)
     for sequence in sequences:

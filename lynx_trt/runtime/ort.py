@@ -83,7 +83,7 @@ class OrtBackend:
                 f"{artifact.folder} is built in {model.precision}, in which ONNX Runtime can't compute on the CPU and "
                 "NumPy has no caches; build it with --precision fp16 or fp32 to run its graph as it is"
             )
-        self.slots, self.sizes = slots, StepSizes()
+        self.slots, self.sizes, self.rewinds = slots, StepSizes(), not model.states
         self._device = device
         self._pieces = 1 if profile or device != "cpu" else pieces or threads or cores()
         self._graphs = open_graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)

@@ -6,6 +6,10 @@ more, admits new ones, runs at most one chunk of prefill, and one decode step. S
 one chunk a token, never by its whole length. Prefill always uses all experts; a decode step uses, in each layer, the
 highest budget that anyone in its batch asked for.
 
+What a prompt begins with may be in a slot already, of a conversation's last turn or of another request with the same
+instructions: then it is copied from there, and not computed again. Of a sequence that is the prompt alone, which all
+experts have seen.
+
 Everything runs on the caller's thread, in the same order for the same input; `submit` and `cancel` may be called
 from any thread.
 """
@@ -27,6 +31,8 @@ from lynx_trt.runtime.backend import NOT_FINITE, Array, Backend, StepSizes
 from lynx_trt.runtime.sampling import draws_of
 from lynx_trt.runtime.sequence import Generated, Limits
 
+NOTHING: Array = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -39,6 +45,7 @@ class Policy:
         prefill_rows: sequences of one prefill step, at most (an engine's prefill profile has a limit).
         prefill_first: no decode step before every admitted prompt is in the cache; a fixed batch then decodes
             together from its first token to its last.
+        reuse: tokens of a prompt, at least, that are taken from a slot which has them; 0: none ever.
     """
 
     queue: int = 64
@@ -46,6 +53,7 @@ class Policy:
     prefill_tokens: int = 256
     prefill_rows: int = 64
     prefill_first: bool = False
+    reuse: int = 32
 
     def within(self, sizes: StepSizes) -> Policy:
         """The policy as far as a backend can follow it."""
@@ -115,6 +123,9 @@ class Scheduler:
         self._steps = 0
         self._active = np.zeros(len(limits.experts))
         self._joined: dict[Generated, tuple[int, Array]] = {}
+        # The tokens of prompts whose keys and values each slot has from its first row on, also when nobody uses it.
+        self._held = [NOTHING] * backend.slots
+        self._reuses = self.policy.reuse > 0 and backend.rewinds
 
     @property
     def waiting(self) -> int:
@@ -169,6 +180,7 @@ class Scheduler:
         running = [sequence for sequence in self._slots if sequence is not None]
         for slot in range(len(self._slots)):
             self._free(slot)
+            self._held[slot] = NOTHING
         for sequence in [*waiting, *running]:
             self._end(sequence, "error", error)
 
@@ -241,6 +253,7 @@ class Scheduler:
             assert sequence is not None
             self._backend.copy_slot(source, target, sequence.cached)
             self._slots[source], self._slots[target] = None, sequence
+            self._held[target] = self._held[source]
 
     # --- Steps of the backend.
 
@@ -249,7 +262,9 @@ class Scheduler:
         pending = [(s.times.started or 0, i) for i, s in enumerate(self._slots) if s and s.cached < len(s.prompt)]
         if not pending:
             return False
-        first, rows, width = self._chunk(min(pending)[1])
+        head = min(pending)[1]
+        self._reuse(head)
+        first, rows, width = self._chunk(head)
         ids = np.zeros((len(rows), width), dtype=np.int64)
         for row, sequence in enumerate(rows):
             piece = sequence.prompt[sequence.cached : sequence.cached + width]
@@ -258,6 +273,28 @@ class Scheduler:
         lengths = np.array([min(width, len(s.prompt) - s.cached) for s in rows], dtype=np.int64)
         self._run("prefill", first, rows, ids, past, lengths, self._everything)
         return True
+
+    def _reuse(self, slot: int) -> None:
+        """Spare a prompt that is about to begin what some slot has of it; its last token has to be computed."""
+        sequence = self._slots[slot]
+        assert sequence is not None
+        if sequence.cached or not self._reuses:
+            return
+        shared = [self._begins(sequence.prompt[:-1], held) for held in self._held]
+        source = max(range(len(shared)), key=lambda each: (shared[each], each == slot))
+        if shared[source] < self.policy.reuse:
+            return
+        if source != slot:
+            self._backend.copy_slot(source, slot, shared[source])
+        self._held[slot] = self._held[source][: shared[source]]
+        sequence.cached = sequence.reused = shared[source]
+
+    @staticmethod
+    def _begins(prompt: list[int], other: Array) -> int:
+        """With how many tokens of another a prompt begins."""
+        size = min(len(prompt), len(other))
+        differs = np.flatnonzero(np.array(prompt[:size]) != other[:size])
+        return int(differs[0]) if len(differs) else size
 
     def _chunk(self, slot: int) -> tuple[int, list[Generated], int]:
         """(first slot, its sequences, tokens a row) of the next prefill step, around `slot`.
@@ -272,7 +309,9 @@ class Scheduler:
         def fits(sequence: Generated | None) -> bool:
             if sequence is None or sequence.cached >= len(sequence.prompt):
                 return False
-            return sequence.cached + width <= self._limits.max_length
+            # One that can be spared work waits for its turn.
+            spared = not sequence.cached and self._begins(sequence.prompt, np.array(head.prompt)) >= self.policy.reuse
+            return sequence.cached + width <= self._limits.max_length and not (self._reuses and spared)
 
         first, last = slot, slot
         while last - first + 1 < most and last + 1 < len(self._slots) and fits(self._slots[last + 1]):
@@ -290,10 +329,14 @@ class Scheduler:
         ids = np.zeros((batch, 1), dtype=np.int64)
         lengths = np.zeros(batch, dtype=np.int64)
         past = np.zeros(batch, dtype=np.int64)
+        longest = max(self._slots[slot].cached for slot in slots)  # type: ignore[union-attr]  # it is decoding
         rows = []
         for slot, sequence in enumerate(self._slots[:batch]):
-            # A masked row writes its padding where its next token will overwrite it.
-            past[slot] = 0 if sequence is None else min(sequence.cached, self._limits.max_length - 1)
+            # A masked row writes its padding where its next token will overwrite it; where nothing is cached yet,
+            # behind what the slot holds of others, unless the step would then go over more rows than without it.
+            cached = sequence.cached if sequence is not None else 0
+            past[slot] = min(cached or min(len(self._held[slot]), longest), self._limits.max_length - 1)
+            self._held[slot] = self._held[slot][: past[slot]]
             if sequence is not None and sequence.cached >= len(sequence.prompt):
                 ids[slot, 0], lengths[slot] = sequence.tokens[-1], 1
                 rows.append(sequence)
@@ -330,6 +373,8 @@ class Scheduler:
             self._active += result.active
         for place, sequence in placed:
             sequence.cached += int(lengths[place])
+            if kind == "prefill":
+                self._held[first + place] = np.array(sequence.prompt[: sequence.cached])
         for place, sequence in whole:
             self._take(first + place, sequence, int(result.tokens[place]))
         if self._observer:
@@ -355,6 +400,7 @@ class Scheduler:
             slot = self._slots.index(sequence)
             self._free(slot)
             self._backend.clear_slot(slot)
+            self._held[slot] = NOTHING
             self._end(sequence, "error", error)
 
 

@@ -70,6 +70,7 @@ class Generated:
     times: Times = field(default_factory=Times)
     cancelled: bool = False
     cached: int = 0  # tokens in the KV cache
+    reused: int = 0  # of the prompt, taken from there
 
     def __post_init__(self) -> None:
         self.generator: np.random.Generator = self.request.sampling.generator(self.request.number)

@@ -79,6 +79,7 @@ class TensorRTBackend:
         if engine is None:
             raise ArtifactError(f"{artifact.folder} has no engine: {artifact.manifest.engine_absent}")
         self._artifact, self._graphs_wanted = artifact, graphs
+        self.rewinds = not artifact.manifest.model.states
         decode, prefill = (_Limits.of(artifact, name) for name in ("decode", "prefill"))
         self._prefill_least, self._decode_least = prefill.length[0], decode.batch[0]
         self._check_slots(slots, decode, prefill)

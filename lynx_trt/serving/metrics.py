@@ -41,6 +41,7 @@ SPECS = (
     Spec("lynx_prefill_seconds_total", "counter", "Seconds spent in prefill steps"),
     Spec("lynx_output_tokens_total", "counter", "Tokens written"),
     Spec("lynx_prompt_tokens_total", "counter", "Tokens of prompts that went through the model"),
+    Spec("lynx_prompt_tokens_reused_total", "counter", "Tokens of prompts that another prompt had put into the cache"),
     Spec("lynx_requests_total", "counter", "Requests that ended, by how", "finish"),
     Spec("lynx_batch_size", "gauge", "Sequences in a decode step, mean over the last ones"),
     Spec("lynx_tokens_per_second", "gauge", "Tokens written in the last second"),
@@ -104,6 +105,7 @@ class Metrics:
         with self._lock:
             self._add("lynx_requests_total", sequence.finish, 1)
             self._add("lynx_output_tokens_total", None, tokens)
+            self._add("lynx_prompt_tokens_reused_total", None, sequence.reused)
             if times.submitted is None or times.started is None:
                 return
             self._values.append(("lynx_queue_seconds", times.started - times.submitted))

@@ -66,7 +66,12 @@ class Service:
         """Start to serve. `dial_file` holds the default quality, and is looked at every second."""
         settings = parser.settings
         self._parser, self._metrics, self._dial_file = parser, metrics, dial_file
-        policy = Policy(queue=settings.queue, chunk=settings.chunk, prefill_tokens=settings.prefill_tokens)
+        policy = Policy(
+            queue=settings.queue,
+            chunk=settings.chunk,
+            prefill_tokens=settings.prefill_tokens,
+            reuse=settings.reuse,
+        )
         self._default = parser.dial.restriction(settings.quality)
         self._dial_text: str | None = None
         self._read_dial()

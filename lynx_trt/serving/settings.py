@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from lynx_trt.errors import UsageError
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
-LEAST: dict[str, float] = {"threads": 0, "stream_interval": 0.0, "deadline": 0.001}
+LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001}
 # Far beyond what any machine serves, so that a slip of the hand is no repository; tokens are i32 in requests.
 MOST: dict[str, float] = {
     "slots": 65536,
@@ -20,6 +20,7 @@ MOST: dict[str, float] = {
     "chunk": 2**20,
     "prefill_tokens": 2**24,
     "stream_interval": 3600,
+    "reuse": 2**31 - 1,
 }
 
 
@@ -38,6 +39,7 @@ class Settings:
         chunk: tokens of one prompt in one prefill step.
         prefill_tokens: tokens of one prefill step, padding included.
         stream_interval: seconds between two pieces of one stream, at least; tokens in between come as one piece.
+        reuse: tokens that a prompt has to begin with as another in a slot does to take them from there; 0: none ever.
 
     Raises UsageError if a value is out of its range.
     """
@@ -52,6 +54,7 @@ class Settings:
     chunk: int = 128
     prefill_tokens: int = 256
     stream_interval: float = 0.05
+    reuse: int = 32
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
