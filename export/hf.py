@@ -331,11 +331,12 @@ def _shapes(layer: Any, position: int, model: PreTrainedModel) -> list[CacheShap
 def _refuse_layer_types(model: PreTrainedModel) -> None:
     """Models that have other layers than are known here say so in their config; it makes the better message."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    other = [kind for kind in types if kind not in (*ATTENTION, *states.KINDS, *WITHOUT_CACHE)]
+    known = (*ATTENTION, *states.KINDS, *WITHOUT_CACHE)
+    other = [kind for kind in types if kind not in known]
     if other:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r}: attention beside a state in one "
-            "layer, and attention that chooses what it attends to, are not supported"
+            f"{type(model).__name__} has {len(other)} layers of type {other[0]!r}, which is not supported (these are: "
+            f"{', '.join(known)})"
         )
 
 

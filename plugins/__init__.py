@@ -1,1 +1,1 @@
-"""The two ops on TensorRT: the contract, and the plugins that keep it."""
+"""The ops on TensorRT: the contract, and the plugins that keep it."""
