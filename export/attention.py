@@ -3,6 +3,10 @@
 transformers lets a model's attention function, its mask function and its cache class be replaced by name.
 Ours emit opset 24's `Attention` and `TensorScatter`: a cache of fixed length per sequence, written in place
 at each sequence's own position, so that sequences of unequal length share a batch.
+
+A layer with a sliding window has a ring: position p lies in row p modulo the ring's size, which is the window, the
+tokens of one step, and what makes it a multiple of the latter. TensorRT writes rows in one piece alone, so a step may
+not cross such a multiple; padding behind it that does lands in rows behind the ring, which nobody reads.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
+from lynx_trt.errors import UnsupportedModelError
+
 NAME = "lynx"
 
 
@@ -31,6 +37,7 @@ class Step:
     past_lengths: torch.Tensor  # [B] i64, tokens already in the cache: where this step is written
     cache_ends: torch.Tensor  # [B] i64, past_lengths + S
     lengths: torch.Tensor  # [B] i64, tokens of each row that are real
+    rings: dict[int, int] = field(default_factory=dict)  # rows of a cache -> size of the ring in it
     choosing: set[int] = field(default_factory=set)  # layers that told `attention` which rows an indexer has chosen
 
 
@@ -180,8 +187,18 @@ def _mask_with_sink(
     return torch.cat([bias, column], dim=-1)
 
 
+def _ring_positions(rows: int, ring: int) -> torch.Tensor:
+    """The position whose key each row of a ring's cache has after this step, [B,rows]; negative where there is none."""
+    last = _step.get().cache_ends[:, None] - 1
+    row = torch.arange(rows)[None]
+    # Both below the sum of past and ring, so that what is divided is positive.
+    return torch.where(row < ring, last - torch.remainder(last - row + ring, ring), -1)
+
+
 def _causal_mask(key: torch.Tensor) -> torch.Tensor:
     """[B,1,S,L] bool."""
+    if key.shape[2] in _step.get().rings:
+        raise UnsupportedModelError("a layer with a sliding window attends without a mask")
     return torch.arange(key.shape[2])[None, None, None] <= _step.get().positions[:, None, :, None]
 
 
@@ -197,10 +214,14 @@ def mask_of_rule(
     None where it is purely causal, unless the model reads it itself. `q_offset` are the positions [B,S]: what our cache
     gives for its sequence length.
     """
-    if mask_function is causal_mask_function and allow_is_causal_skip:
+    ring = _step.get().rings.get(kv_length)
+    if mask_function is causal_mask_function and allow_is_causal_skip and not ring:
         return None
     zero = torch.zeros((), dtype=torch.int64)
-    return mask_function(zero, zero, q_offset[:, None, :, None], torch.arange(kv_length)[None, None, None])
+    if not ring:
+        return mask_function(zero, zero, q_offset[:, None, :, None], torch.arange(kv_length)[None, None, None])
+    positions = _ring_positions(kv_length, ring)[:, None, None]
+    return mask_function(zero, zero, q_offset[:, None, :, None], positions) & (positions >= 0)
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -211,11 +232,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """
 
     is_compileable = True
-    is_sliding = False
 
-    def __init__(self, *caches: torch.Tensor, index: torch.Tensor | None = None) -> None:
-        """Wrap the graph's cache inputs."""
+    def __init__(self, *caches: torch.Tensor, index: torch.Tensor | None = None, ring: int = 0) -> None:
+        """Wrap the graph's cache inputs; `ring` is the size of the rings in them, 0 where they are none."""
         super().__init__()
+        self._ring, self.is_sliding = ring, ring > 0
         self._caches = caches
         self._index = index
         self.is_indexed = False
@@ -233,7 +254,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = [key_states, value_states]
         if len(self._caches) == 1:
             rows = [torch.cat(rows, dim=-1)]
-        self._caches = tuple(_scatter(*each) for each in zip(self._caches, rows, strict=True))
+        self._caches = tuple(_scatter(*each, self._ring) for each in zip(self._caches, rows, strict=True))
         return self._caches[0], self._caches[-1]
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
@@ -261,8 +282,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return int(self._caches[0].shape[2])
 
 
-def _scatter(cache: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    inputs = (cache, update.to(cache.dtype), _step.get().past_lengths)
+def _scatter(cache: torch.Tensor, update: torch.Tensor, ring: int = 0) -> torch.Tensor:
+    past = _step.get().past_lengths
+    inputs = (cache, update.to(cache.dtype), torch.remainder(past, ring) if ring else past)
     return torch.onnx.ops.symbolic(
         "TensorScatter", inputs, {"axis": 2, "mode": "linear"}, dtype=cache.dtype, shape=cache.shape
     )

@@ -25,7 +25,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from lynx_trt.errors import ExportError, UnsupportedModelError, first_line
 from lynx_trt.export import attention, moe, ops, states
@@ -63,21 +68,41 @@ PREFIX = "model."  # of parameter names: the traced module holds the model as it
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Tokens of a sequence in a prefill step: padded to `least`, and `most` at most."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """One of a layer's caches; `name` is what its input has behind `past_` and its output behind `present_`."""
 
     name: str
     heads: int
     size: int
+    window: int = 0  # rows of the past that a token attends to, itself among them; 0: all
+    rows: int = 0  # L, or those of a ring; 0: not known yet
+    ring: int = 0  # its size; 0: none
 
     @property
     def is_key_or_value(self) -> bool:
         """Not an indexer's."""
         return not self.name.endswith(".index")
 
-    def zeros(self, batch: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        """An empty one of so many rows."""
-        return torch.zeros(batch, self.heads, rows, self.size, dtype=dtype)
+    def zeros(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
+        """An empty one."""
+        return torch.zeros(batch, self.heads, self.rows, self.size, dtype=dtype)
+
+    def sized(self, rows: int, chunk: Chunk) -> CacheShape:
+        """With `rows` rows; or with a ring, if that takes half of them or less."""
+        if self.window:
+            ring = -(-(self.window - 1 + chunk.most) // chunk.most) * chunk.most
+            if 2 * ring <= rows:
+                # Behind it there is room for the padding of a step that is shorter than any may be, and for a sink.
+                return replace(self, rows=_whole(ring + max(chunk.least, 2)), ring=ring)
+        return replace(self, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -88,9 +113,13 @@ class StateShape:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def zeros(self, batch: int, _rows: int, _dtype: torch.dtype) -> torch.Tensor:
+    def zeros(self, batch: int, _dtype: torch.dtype) -> torch.Tensor:
         """An empty one."""
         return torch.zeros(batch, *self.shape, dtype=self.dtype)
+
+    def sized(self, _rows: int, _chunk: Chunk) -> StateShape:
+        """It has no rows."""
+        return self
 
 
 @dataclass
@@ -115,6 +144,7 @@ class Exported:
     graph: ir.Model
     source: Source
     cache_rows: int  # L; the usable length, and a row where attention sinks have one, to whole ROWS_TOGETHER
+    chunk: int  # what no prefill step may cross a multiple of; 0: any may be
 
 
 class _StepModule(nn.Module):
@@ -160,7 +190,13 @@ class _StepModule(nn.Module):
         )
         rest = iter(past)
         cache = states.StepCache(layers=[_layer(shapes, list(islice(rest, len(shapes)))) for shapes in self.caches])
-        step = attention.Step(positions, past_lengths, past_lengths + length, lengths)
+        rings = {
+            shape.rows: shape.ring
+            for shapes in self.caches
+            for shape in shapes
+            if isinstance(shape, CacheShape) and shape.ring
+        }
+        step = attention.Step(positions, past_lengths, past_lengths + length, lengths, rings)
         with attention.tracing(step), moe.tracing(moe_step):
             output = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         missing = [layer.name for layer in self.layers if layer.position not in moe_step.active]
@@ -207,12 +243,13 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
     return Source(model, weights, layers, caches, precision, fake, quantization, parameters, left_out)
 
 
-def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
+def trace(source: Source, *, max_length: int, selection: Selection, chunk: Chunk) -> Exported:
     """Trace the model into a graph without weights. The source is used up: its modules are rewritten.
 
     Args:
         source: what `read_source` gave.
         max_length: tokens a sequence may have, prompt and output together.
+        chunk: tokens of a sequence in a prefill step, which rings are sized for.
         selection: parameters of every LynxSelect.
 
     Raises:
@@ -220,11 +257,14 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
         ExportError: fewer blocks were rewritten than the model has.
     """
     model = source.model
-    wanted = max_length + (1 if _has_sinks(model) else 0)
-    cache_rows = -(-wanted // ROWS_TOGETHER) * ROWS_TOGETHER
+    cache_rows = _whole(max_length + (1 if _has_sinks(model) else 0))
     if cache_rows <= (getattr(model.config.get_text_config(), "index_topk", None) or 0):
         # An indexer that may choose all rows changes nothing; its keys need no cache, and its nodes have no use.
         source.caches = [[cache for cache in layer if not cache.name.endswith(".index")] for layer in source.caches]
+    source.caches = [[cache.sized(cache_rows, chunk) for cache in layer] for layer in source.caches]
+    rings = {cache.ring for layer in source.caches for cache in layer if isinstance(cache, CacheShape) and cache.ring}
+    if len(rings) > 1:  # their rows tell them apart
+        raise UnsupportedModelError(f"{type(model).__name__} has sliding windows of several sizes")
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
@@ -232,7 +272,12 @@ def trace(source: Source, *, max_length: int, selection: Selection) -> Exported:
     with _quiet():
         graph = _export(module, source, cache_rows)
     _check_count(graph, source.layers)
-    return Exported(graph, source, cache_rows)
+    return Exported(graph, source, cache_rows, chunk.most if rings else 0)
+
+
+def _whole(rows: int) -> int:
+    """So many rows or a few more."""
+    return -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
@@ -261,7 +306,7 @@ def _layer(shapes: list[CacheShape | StateShape], tensors: list[torch.Tensor]) -
             **{shape.name.split(".")[-1]: each for shape, each in zip(shapes, tensors, strict=True)}
         )
     index = tensors.pop() if shapes[-1].name.endswith(".index") else None
-    return attention.CacheLayer(*tensors, index=index)
+    return attention.CacheLayer(*tensors, index=index, ring=shapes[0].ring)
 
 
 def _kept(layer: Any) -> list[torch.Tensor]:
@@ -325,7 +370,8 @@ def _shapes(layer: Any, position: int, model: PreTrainedModel) -> list[CacheShap
     parts = {"key": keys, "value": values}
     if indexer is not None:
         parts["index"] = indexer[:, None]
-    return [CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3]) for n, t in parts.items()]
+    window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else 0
+    return [CacheShape(f"key_values.{position}.{n}", t.shape[1], t.shape[3], window) for n, t in parts.items()]
 
 
 def _refuse_layer_types(model: PreTrainedModel) -> None:
@@ -353,7 +399,7 @@ def _export(module: _StepModule, source: Source, cache_rows: int) -> ir.Model:
     batch_dim = torch.export.Dim("batch", min=1, max=4096)
     length_dim = torch.export.Dim("sequence", min=1, max=cache_rows)
     with fake:
-        past = [cache.zeros(batch, cache_rows, dtype) for layer in caches for cache in layer]
+        past = [cache.zeros(batch, dtype) for layer in caches for cache in layer]
         arguments = (
             torch.zeros(batch, length, dtype=torch.int64),
             torch.zeros(batch, dtype=torch.int64),

@@ -56,11 +56,17 @@ class MoeLayerRecord(_Record):
 
 
 class CacheRecord(_Record):
-    """One of the KV caches: the graph reads past_NAME and writes present_NAME, both [B,heads,cache_rows,size]."""
+    """One of the KV caches: the graph reads past_NAME and writes present_NAME, both [B,heads,rows,size].
+
+    Where a token attends to no more than a window, it may be a ring: position p lies in row p modulo the ring's size.
+    """
 
     name: str
     heads: int
     size: int
+    rows: int = Field(default=0, description="0: the model's cache_rows")
+    window: int = Field(default=0, description="rows of the past that a token attends to; 0: all")
+    ring: int = Field(default=0, description="size of the ring; 0: none")
 
 
 class StateRecord(_Record):
@@ -88,11 +94,19 @@ class ModelRecord(_Record):
     weight_bytes: int
     max_length: int
     cache_rows: int = Field(description="rows of the cache: max_length, one more for attention sinks, rounded up")
+    chunk: int = Field(default=0, description="what no prefill step may cross a multiple of, for its rings; 0: any may")
     moe_layers: list[MoeLayerRecord]
     caches: list[CacheRecord] = Field(description="two a layer; one where it attends to its latents")
     states: list[StateRecord] = Field(default=[], description="of layers that have a state in place of caches")
     end_tokens: list[int]
     decode_max_length: int
+
+    @property
+    def rewinds(self) -> int:
+        """How many of a sequence's last tokens the caches can be without, as if they had never been."""
+        if self.states:
+            return 0
+        return min((cache.ring - cache.window for cache in self.caches if cache.ring), default=self.max_length)
 
 
 class SelectionRecord(_Record):

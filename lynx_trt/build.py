@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lynx_trt.artifact import Artifact, EngineRecord, Manifest, ModelRecord
     from lynx_trt.budgets import Restriction
     from lynx_trt.export.checkpoint import Checkpoint
-    from lynx_trt.export.hf import Exported, Source
+    from lynx_trt.export.hf import Chunk, Exported, Source
     from lynx_trt.selection import Selection
     from lynx_trt.tensorrt.build import EngineReport
     from lynx_trt.tensorrt.profiles import Profile
@@ -92,7 +92,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
         )
     from lynx_trt import artifact as artifacts
     from lynx_trt.export.checkpoint import open_checkpoint
-    from lynx_trt.export.hf import read_source
+    from lynx_trt.export.hf import Chunk, read_source
     from lynx_trt.tokenizer_files import check_tokenizer, copy_tokenizer
 
     _parse_ranges(options, None)
@@ -100,7 +100,7 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     precision: Precision = options.precision or checkpoint.precision
     max_length = _max_length(options, checkpoint)
-    _parse_ranges(options, max_length)
+    _, _, length = _parse_ranges(options, max_length)
     end_tokens = _end_tokens(checkpoint)
     tokenizer = options.tokenizer or options.model
     check_tokenizer(tokenizer)
@@ -130,8 +130,9 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             )
         selection, restriction = _selection(options, source)
         update(1.0)
+        chunk = Chunk(length.min, length.max)
         exported, weight_bytes = _export(
-            source, checkpoint, max_length, selection, folder, progress, clock, data=options.weight_data
+            source, checkpoint, max_length, selection, folder, progress, clock, chunk=chunk, data=options.weight_data
         )
         copy_tokenizer(tokenizer, folder)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
@@ -209,13 +210,14 @@ def _export(
     progress: Progress,
     clock: _Clock,
     *,
+    chunk: Chunk,
     data: bool,
 ) -> tuple[Exported, int]:
     update = progress.phase("Export to ONNX")
     from lynx_trt.export.hf import trace
     from lynx_trt.export.write import write_onnx
 
-    exported = trace(source, max_length=max_length, selection=selection)
+    exported = trace(source, max_length=max_length, selection=selection, chunk=chunk)
     update(1.0)
     clock.lap("export")
     update = progress.phase(f"Weights ({size(source.weights.nbytes)})")
@@ -401,6 +403,7 @@ def _model_record(
             )
             for layer in exported.source.layers
         ],
+        chunk=exported.chunk,
         caches=[CacheRecord(**asdict(shape)) for shape in kept if isinstance(shape, CacheShape)],
         states=[
             StateRecord(name=shape.name, shape=list(shape.shape), precision=names[shape.dtype])  # type: ignore[arg-type]

@@ -126,9 +126,11 @@ def _profile(profile: dict[str, Any]) -> str:
 def cache_bytes(manifest: Manifest) -> int:
     """Bytes that one sequence takes in the KV caches and the states."""
     element = 4 if manifest.model.precision == "fp32" else 2
-    row = sum(cache.heads * cache.size for cache in manifest.model.caches)
+    values = sum(
+        cache.heads * cache.size * (cache.rows or manifest.model.cache_rows) for cache in manifest.model.caches
+    )
     states = sum(math.prod(state.shape) * (4 if state.precision == "fp32" else 2) for state in manifest.model.states)
-    return element * manifest.model.cache_rows * row + states
+    return element * values + states
 
 
 def _survey(path: Path, *, json_output: bool) -> int:

@@ -81,7 +81,7 @@ def byte_checkpoint(workspace: Path) -> Callable[[str], Path]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     def make(name: str) -> Path:
-        folder = workspace / f"bytes-{name}"
+        folder = workspace / f"text-{name}" / "bytes"
         if folder.exists():
             return folder
         tiny_models.save(tiny_models.random_model(name, eos_token_id=None), folder)

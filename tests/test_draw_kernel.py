@@ -63,7 +63,7 @@ def test_temperature(vocabulary: int, block: int, nucleus: bool) -> None:
     assert kernels(logits, draws, block, nucleus=nucleus) == draw(logits, draws).tolist()
 
 
-@pytest.mark.parametrize(("vocabulary", "block"), SIZES)
+@pytest.mark.parametrize(("vocabulary", "block"), [*SIZES[:2], pytest.param(*SIZES[2], marks=pytest.mark.slow)])
 def test_nucleus(vocabulary: int, block: int) -> None:
     """top-k and top-p, alone and together, beside rows that are greedy and rows that have neither."""
     rng = np.random.default_rng(vocabulary)

@@ -154,7 +154,10 @@ def expanded_to(scales: torch.Tensor, block: tuple[int, int] | None, shape: torc
     return scales.float().reshape(-1, 1).expand(shape)
 
 
-@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=pytest.mark.slow) if form in ("odd rows", "wide", "large") else form for form in KEPT],
+)
 def test_tensors_are_those_of_the_checkpoint(form: str, stored: Make, built: Callable[..., Artifact]) -> None:
     """Byte for byte, each scale repeated, under the parameters' names and in LynxExperts' order."""
     artifact = built(form)

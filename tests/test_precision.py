@@ -33,7 +33,13 @@ def test_the_checkpoint_s_own_is_the_default(
     assert build_quietly(folder, tmp_path / "other", precision="fp32").manifest.model.precision == "fp32"
 
 
-@pytest.mark.parametrize("name", PROMISED)
+# Each is built by TensorRT, so most of them are slow.
+QUICK = ("qwen3_moe", "gpt_oss", "granitemoe")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in PROMISED if n not in QUICK)]
+)
 def test_fp16(name: str, artifact: Callable[..., Artifact]) -> None:
     """Built by TensorRT, and in ONNX Runtime no further from float64 than twice Hugging Face's own fp16.
 
@@ -56,9 +62,10 @@ def test_fp16(name: str, artifact: Callable[..., Artifact]) -> None:
     ("name", "precision"),
     [
         ("mixtral", "bf16"),  # the plain case
-        ("mixtral", "fp32"),  # attention without a fused kernel, which TensorRT has to decompose
+        # attention without a fused kernel, which TensorRT has to decompose
+        pytest.param("mixtral", "fp32", marks=pytest.mark.slow),
         ("deepseek_v3", "bf16"),  # one cache a layer, folded heads, float32 islands in the router
-        ("gpt_oss", "bf16"),  # sinks, biases
+        pytest.param("gpt_oss", "bf16", marks=pytest.mark.slow),  # sinks, biases
         ("gpt_oss", "fp32"),  # an explicit mask in decomposed attention
     ],
 )

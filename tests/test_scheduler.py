@@ -39,7 +39,7 @@ class FakeBackend:
     """Keeps token ids as its cache, padding included, and checks what a real one can't survive."""
 
     def __init__(self, slots: int, sizes: StepSizes = StepSizes()) -> None:  # noqa: B008  (frozen)
-        self.slots, self.sizes, self.rewinds = slots, sizes, True
+        self.slots, self.sizes, self.rewinds = slots, sizes, LENGTH
         self.cache = np.full((slots, LENGTH), -1)
         self.steps: list[tuple[int, int, int]] = []  # (first, batch, width)
         self.budgets: list[list[int]] = []
@@ -56,6 +56,7 @@ class FakeBackend:
         assert first >= 0
         assert first + batch <= self.slots
         assert int(past_lengths.max()) + width <= LENGTH, "padding would run over the end of the cache"
+        assert self.sizes.crossed(past_lengths, width) is None
         time.sleep(self.delay)
         if self.error:
             raise self.error
@@ -161,16 +162,17 @@ POLICIES = st.builds(
     prefill_first=st.booleans(),
     reuse=st.sampled_from([0, 1, 3, 10]),
 )
+BOUNDARIES = st.sampled_from([0, 1, 4, 7])
 DECODE_ROWS = st.sampled_from([(), (1, 2, 4, 8), (4,), (3, 100)])
 
 
 @settings(max_examples=150, deadline=None)
-@given(slots=st.integers(1, 6), policy=POLICIES, rows=DECODE_ROWS, arrivals=ARRIVALS)
+@given(slots=st.integers(1, 6), policy=POLICIES, rows=DECODE_ROWS, boundary=BOUNDARIES, arrivals=ARRIVALS)
 def test_every_sequence_is_what_it_is_alone(
-    slots: int, policy: Policy, rows: tuple[int, ...], arrivals: list[Any]
+    slots: int, policy: Policy, rows: tuple[int, ...], boundary: int, arrivals: list[Any]
 ) -> None:
     """Random arrivals, lengths, clients that go away, chunks, batch sizes: tokens as alone, every slot free after."""
-    backend = FakeBackend(slots, StepSizes(rows))
+    backend = FakeBackend(slots, StepSizes(rows, boundary=boundary))
     scheduled = Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), policy=policy)
     sequences, leave = [], {}
     for prompt, new, wait, patience in arrivals:
@@ -255,7 +257,7 @@ def test_prompts_that_come_together_wait_for_the_first() -> None:
 
 def test_a_state_can_not_be_cut() -> None:
     backend = FakeBackend(2)
-    backend.rewinds = False
+    backend.rewinds = 0
     sequences = shared(backend, [*BEGIN, 11], [*BEGIN, 12], together=True)
     assert [one.reused for one in sequences] == [0, 0]
     assert backend.copies == 0

@@ -50,6 +50,7 @@ def test_a_model_of_text_says_nothing_of_images(
     assert "images" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_int4_of_kimi(build_quietly: Build, tmp_path: Path) -> None:
     """As Kimi K2.5 is published: what quantizes it stands in the config of the language model."""
     folder = tiny_models.save(tiny_models.random_model("kimi_k25", **SIZES).half(), tmp_path / "plain")

@@ -228,6 +228,7 @@ def test_clusters(preset: str, tokens: int, programs: int, tile: int, block: int
     _check(batch, PRESETS[preset], 40, launch, floor=0.002)
 
 
+@pytest.mark.slow
 def test_the_largest_decode_batch_in_one_launch() -> None:
     """512 tokens, 512 experts, 16 a token: 16 tiles a program."""
     _check(_router(512, 512, 16), PRESETS["lynx"], 200, SelectLaunch(8, 4, 8, 64, ""))

@@ -263,7 +263,10 @@ def stored_in(weights: str, checkpoint: Callable[[str], Path], folder: Path) -> 
     return quantized_models.integers(full, folder / "checkpoint", method=method, group=FORMATS[weights].block)
 
 
-@pytest.mark.parametrize("weights", ["mxfp4", "fp8", "int4_g128", "int4_g32_zeros"])
+SLOW_WEIGHTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp4", "int4_g128", "int4_g32_zeros")]
+
+
+@pytest.mark.parametrize("weights", ["fp8", *SLOW_WEIGHTS])
 def test_quantized_expert_weights_outside(
     weights: str, checkpoint: Callable[[str], Path], build_quietly: Callable[..., Artifact], tmp_path: Path
 ) -> None:

@@ -81,11 +81,20 @@ class StepSizes:
             one with idle rows. Empty: any.
         prefill_rows: sequences of a prefill step, at most.
         prefill_length: tokens of each in a prefill step, at most.
+        boundary: a prefill step may begin and end at a multiple of this, but not go across one; 0: any may.
     """
 
     decode_rows: tuple[int, ...] = ()
     prefill_rows: int = 1 << 30
     prefill_length: int = 1 << 30
+    boundary: int = 0
+
+    def crossed(self, past_lengths: Array, length: int) -> int | None:
+        """The first of some positions from which a step of so many tokens would cross the boundary."""
+        if not self.boundary or length == 1:
+            return None
+        over = past_lengths[past_lengths % self.boundary + length > self.boundary]
+        return int(over[0]) if over.size else None
 
 
 class Backend(Protocol):
@@ -93,8 +102,8 @@ class Backend(Protocol):
 
     slots: int
     sizes: StepSizes
-    # Whether of a slot's tokens the last ones can be left out. Not where a layer keeps a state, which has all of them.
-    rewinds: bool
+    # How many of a slot's last tokens can be left out, as if they had never been.
+    rewinds: int
 
     def step(
         self, input_ids: Array, past_lengths: Array, lengths: Array, restriction: Restriction, *, first: int = 0
@@ -126,7 +135,10 @@ class Backend(Protocol):
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Make the first `length` cached tokens of slot `target` those of slot `source`."""
+        """Make the first `length` cached tokens of slot `target` those of slot `source`.
+
+        States and rings are copied whole: they have what they had in the source.
+        """
         ...
 
     def clear_slot(self, slot: int) -> None:

@@ -83,7 +83,8 @@ class OrtBackend:
                 f"{artifact.folder} is built in {model.precision}, in which ONNX Runtime can't compute on the CPU and "
                 "NumPy has no caches; build it with --precision fp16 or fp32 to run its graph as it is"
             )
-        self.slots, self.sizes, self.rewinds = slots, StepSizes(), not model.states
+        self.slots, self.rewinds = slots, model.rewinds
+        self.sizes = StepSizes(prefill_length=model.chunk, boundary=model.chunk) if model.chunk else StepSizes()
         self._device = device
         self._pieces = 1 if profile or device != "cpu" else pieces or threads or cores()
         self._graphs = open_graphs(artifact, threads, form, profile, device, cut=self._pieces > 1)
@@ -94,9 +95,11 @@ class OrtBackend:
         self._caches: dict[str, Any] = {}  # arrays, OrtValues on a device
         for cache in model.caches:
             # Zeros and not garbage: a masked row times a NaN would still be a NaN.
-            buffer = np.zeros((slots, cache.heads, model.cache_rows, cache.size), dtype=element)
+            rows = cache.rows or model.cache_rows
+            buffer = np.zeros((slots, cache.heads, rows, cache.size), dtype=element)
             self._caches[cache.name] = buffer if device == "cpu" else ort_graphs.on_device(buffer, device)
         self._states = {state.name for state in model.states}
+        self._whole = self._states | {cache.name for cache in model.caches if cache.ring}
         for state in model.states:
             kind = ELEMENT[state.precision] if form is None else np.float32
             buffer = np.zeros((slots, *state.shape), dtype=kind)
@@ -127,6 +130,10 @@ class OrtBackend:
         if int(past_lengths.max()) + length > self._rows:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
+            )
+        if (start := self.sizes.crossed(past_lengths, length)) is not None:
+            raise GenerationError(
+                f"a step of {length} tokens at position {start} crosses a multiple of {self.sizes.boundary}"
             )
         self._begin(first + np.flatnonzero((past_lengths == 0) & (lengths > 0)))
         budgets, floors = restriction.arrays
@@ -219,7 +226,7 @@ class OrtBackend:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See Backend."""
         for name, cache in self._caches.items():
-            rows = slice(None) if name in self._states else slice(length)
+            rows = slice(None) if name in self._whole else slice(length)
             with _writable(cache) as values:
                 values[target][:, rows] = values[source][:, rows]
 

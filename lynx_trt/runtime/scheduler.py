@@ -125,7 +125,9 @@ class Scheduler:
         self._joined: dict[Generated, tuple[int, Array]] = {}
         # The tokens of prompts whose keys and values each slot has from its first row on, also when nobody uses it.
         self._held = [NOTHING] * backend.slots
-        self._reuses = self.policy.reuse > 0 and backend.rewinds
+        self._reuses = self.policy.reuse > 0 and backend.rewinds > 0
+        # Where what was written of the sequence in a slot ends, padding included.
+        self._written = np.zeros(backend.slots, np.int64)
 
     @property
     def waiting(self) -> int:
@@ -253,7 +255,7 @@ class Scheduler:
             assert sequence is not None
             self._backend.copy_slot(source, target, sequence.cached)
             self._slots[source], self._slots[target] = None, sequence
-            self._held[target] = self._held[source]
+            self._held[target], self._written[target] = self._held[source], self._written[source]
 
     # --- Steps of the backend.
 
@@ -280,13 +282,17 @@ class Scheduler:
         assert sequence is not None
         if sequence.cached or not self._reuses:
             return
-        shared = [self._begins(sequence.prompt[:-1], held) for held in self._held]
+        begins = (self._begins(sequence.prompt[:-1], held) for held in self._held)
+        shared = [
+            size if written - size <= self._backend.rewinds else 0
+            for size, written in zip(begins, self._written.tolist(), strict=True)
+        ]
         source = max(range(len(shared)), key=lambda each: (shared[each], each == slot))
         if shared[source] < self.policy.reuse:
             return
         if source != slot:
             self._backend.copy_slot(source, slot, shared[source])
-        self._held[slot] = self._held[source][: shared[source]]
+        self._held[slot], self._written[slot] = self._held[source][: shared[source]], self._written[source]
         sequence.cached = sequence.reused = shared[source]
 
     @staticmethod
@@ -304,6 +310,8 @@ class Scheduler:
         head = self._slots[slot]
         assert head is not None
         width = min(self.policy.chunk, len(head.prompt) - head.cached)
+        if boundary := self._backend.sizes.boundary:
+            width = min(width, boundary - head.cached % boundary)
         most = min(self.policy.prefill_rows, max(1, self.policy.prefill_tokens // width))
 
         def fits(sequence: Generated | None) -> bool:
@@ -311,6 +319,8 @@ class Scheduler:
                 return False
             # One that can be spared work waits for its turn.
             spared = not sequence.cached and self._begins(sequence.prompt, np.array(head.prompt)) >= self.policy.reuse
+            if self._backend.sizes.crossed(np.array([sequence.cached]), width) is not None:
+                return False
             return sequence.cached + width <= self._limits.max_length and not (self._reuses and spared)
 
         first, last = slot, slot
@@ -371,6 +381,8 @@ class Scheduler:
         if kind == "decode":
             self._steps += 1
             self._active += result.active
+        written = np.where(past > 0, self._written[first : first + len(ids)], 0)
+        self._written[first : first + len(ids)] = np.maximum(written, past + ids.shape[1])
         for place, sequence in placed:
             sequence.cached += int(lengths[place])
             if kind == "prefill":

@@ -36,7 +36,7 @@ UPLOAD_BYTES = 64 << 20
 class _Cache:
     """One of the caches, [slots, heads, rows, size]: its name, address, and bytes of a row and of a head.
 
-    Or a layer's state, which has no rows: `row` is 0, and all of it is one head.
+    Or a layer's state, which has no rows: `row` is 0, and all of it is one head. A ring has no first rows.
     """
 
     name: str
@@ -44,6 +44,7 @@ class _Cache:
     row: int
     head: int
     heads: int
+    ring: bool = False
 
     @property
     def slot(self) -> int:
@@ -51,8 +52,8 @@ class _Cache:
         return self.head * self.heads
 
     def used(self, length: int) -> int:
-        """Bytes of a head that are of the first `length` tokens."""
-        return length * self.row if self.row else self.head
+        """Bytes of a head that have what is of the first `length` tokens."""
+        return length * self.row if self.row and not self.ring else self.head
 
 
 class TensorRTBackend:
@@ -79,13 +80,15 @@ class TensorRTBackend:
         if engine is None:
             raise ArtifactError(f"{artifact.folder} has no engine: {artifact.manifest.engine_absent}")
         self._artifact, self._graphs_wanted = artifact, graphs
-        self.rewinds = not artifact.manifest.model.states
+        self.rewinds = artifact.manifest.model.rewinds
         decode, prefill = (_Limits.of(artifact, name) for name in ("decode", "prefill"))
         self._prefill_least, self._decode_least = prefill.length[0], decode.batch[0]
         self._check_slots(slots, decode, prefill)
         # An engine that takes no fewer rows gets idle ones.
         self.slots = max(slots, decode.batch[0])
-        self.sizes = StepSizes(_buckets(decode.batch[0], self.slots), prefill.batch[1], prefill.length[1])
+        chunk = artifact.manifest.model.chunk
+        length = min(prefill.length[1], chunk or prefill.length[1])
+        self.sizes = StepSizes(_buckets(decode.batch[0], self.slots), prefill.batch[1], length, chunk)
         if gpu is None:
             from lynx_trt.runtime.cuda import Cuda
 
@@ -132,13 +135,13 @@ class TensorRTBackend:
         element = BYTES[model.precision]
         caches = []
         for number, shape in enumerate(model.caches, 1):
-            row, head = shape.size * element, shape.size * element * self._rows
+            row, head = shape.size * element, shape.size * element * (shape.rows or self._rows)
             bytes_ = self.slots * shape.heads * head
             what = f"the caches of {self.slots} sequences of {self._rows} tokens ({number} of {len(model.caches)})"
             address = self._gpu.allocate(bytes_, what)
             # Zeros and not garbage: a masked row times a NaN would still be a NaN.
             self._gpu.zero(address, bytes_)
-            caches.append(_Cache(shape.name, address, row, head, shape.heads))
+            caches.append(_Cache(shape.name, address, row, head, shape.heads, shape.ring > 0))
         for number, state in enumerate(model.states, 1):
             size = math.prod(state.shape) * BYTES[state.precision]
             what = f"the states of {self.slots} sequences ({number} of {len(model.states)})"
@@ -230,6 +233,10 @@ class TensorRTBackend:
     ) -> tuple[int, int]:
         """Queue what a step needs: its inputs, and zeros where a sequence begins; its batch and length."""
         batch, length = input_ids.shape
+        if (start := self.sizes.crossed(past_lengths, length)) is not None:
+            raise GenerationError(
+                f"a step of {length} tokens at position {start} crosses a multiple of {self.sizes.boundary}"
+            )
         # One token of a prompt is no decode step where those have more rows.
         if 1 < length < self._prefill_least or (length == 1 and batch < self._decode_least):
             wider = max(self._prefill_least, 2)
