@@ -95,9 +95,9 @@ class CacheShape:
         """An empty one."""
         return torch.zeros(batch, self.heads, self.rows, self.size, dtype=dtype)
 
-    def sized(self, rows: int, chunk: Chunk) -> CacheShape:
-        """With `rows` rows; or with a ring, if that takes half of them or less."""
-        if self.window:
+    def sized(self, rows: int, chunk: Chunk | None) -> CacheShape:
+        """With `rows` rows; or with a ring for such steps, if that takes half of them or less."""
+        if self.window and chunk:
             ring = -(-(self.window - 1 + chunk.most) // chunk.most) * chunk.most
             if 2 * ring <= rows:
                 # Behind it there is room for the padding of a step that is shorter than any may be, and for a sink.
@@ -117,7 +117,7 @@ class StateShape:
         """An empty one."""
         return torch.zeros(batch, *self.shape, dtype=self.dtype)
 
-    def sized(self, _rows: int, _chunk: Chunk) -> StateShape:
+    def sized(self, _rows: int, _chunk: Chunk | None) -> StateShape:
         """It has no rows."""
         return self
 
@@ -261,10 +261,11 @@ def trace(source: Source, *, max_length: int, selection: Selection, chunk: Chunk
     if cache_rows <= (getattr(model.config.get_text_config(), "index_topk", None) or 0):
         # An indexer that may choose all rows changes nothing; its keys need no cache, and its nodes have no use.
         source.caches = [[cache for cache in layer if not cache.name.endswith(".index")] for layer in source.caches]
-    source.caches = [[cache.sized(cache_rows, chunk) for cache in layer] for layer in source.caches]
-    rings = {cache.ring for layer in source.caches for cache in layer if isinstance(cache, CacheShape) and cache.ring}
-    if len(rings) > 1:  # their rows tell them apart
-        raise UnsupportedModelError(f"{type(model).__name__} has sliding windows of several sizes")
+    windows = {cache.window for layer in source.caches for cache in layer if isinstance(cache, CacheShape)} - {0}
+    # A mask is known to be a ring's by its number of rows, so there is one size of rings.
+    wide = None if len(windows) > 1 else chunk
+    source.caches = [[cache.sized(cache_rows, wide) for cache in layer] for layer in source.caches]
+    has_rings = any(isinstance(cache, CacheShape) and cache.ring for layer in source.caches for cache in layer)
     use_native_norms(model)
     model.set_attn_implementation(attention.NAME)
     model.set_experts_implementation(moe.NAME)
@@ -272,7 +273,7 @@ def trace(source: Source, *, max_length: int, selection: Selection, chunk: Chunk
     with _quiet():
         graph = _export(module, source, cache_rows)
     _check_count(graph, source.layers)
-    return Exported(graph, source, cache_rows, chunk.most if rings else 0)
+    return Exported(graph, source, cache_rows, chunk.most if has_rings else 0)
 
 
 def _whole(rows: int) -> int:
