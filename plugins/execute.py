@@ -164,12 +164,16 @@ def linear_attention(
     lengths: Tensor,
     *,
     in_place: bool = False,
+    chunks: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LynxLinearAttention: the arguments are the op's inputs; [T,N M] and [B,N,D,M]. in_place: into `past_state`."""
+    """LynxLinearAttention: the arguments are the op's inputs; [T,N M] and [B,N,D,M]. in_place: into `past_state`.
+
+    chunks: whether in chunks of tokens (`linear_attention_plan`).
+    """
     output, state = torch.empty_like(value), past_state if in_place else torch.empty_like(past_state)
     tensors = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "past_state": past_state}
     tensors |= {"lengths": lengths, "output": output, "present_state": state}
-    run(linear_attention_plan(spec, power_of_two(len(value))), tensors, len(value), len(lengths))
+    run(linear_attention_plan(spec, power_of_two(len(value)), chunks=chunks), tensors, len(value), len(lengths))
     return output, state
 
 

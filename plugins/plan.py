@@ -53,6 +53,8 @@ MODULES = {
     "draw_kernel": "draw_kernel",
     "causal_conv_kernel": "causal_conv_kernel",
     "linear_attention_kernel": "linear_attention_kernel",
+    "linear_attention_chunks_kernel": "linear_attention_prefill_kernel",
+    "linear_attention_prefill_kernel": "linear_attention_prefill_kernel",
 }
 
 

@@ -465,12 +465,22 @@ def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
     return Plan(tokens, (_step("causal_conv_kernel", grid, buffers, constants, 4, names=names),), ())
 
 
-def linear_attention_plan(spec: LinearAttentionSpec, tokens: int) -> Plan[Kernel]:
-    """LynxLinearAttention for up to `tokens` tokens.
+def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: bool | None = None) -> Plan[Kernel]:
+    """LynxLinearAttention for up to `tokens` tokens, in chunks of several or token after token (None: as below).
 
-    Nothing of it is measured. A thread has 32 values of a state; eight columns at least are what a row's read is whole
-    with, and where one warp has all their rows, no sum has to go through shared memory.
+    Nothing of it is measured. A plan does not know how many of its tokens a sequence has: beyond DECODE_TOKENS it takes
+    them for a prefill, and of a larger batch of decode, chunks of one token are right too. By the machine code on SM 90
+    (benchmarks/kernel_cycles.py, which leaves out what the matrix units wait for) a program takes 255 cycles a token in
+    chunks and 1638 token after token (qwen3-next), 186 and 619 (nemotron-h), for twice the values.
+
+    Token after token, a thread has 32 values of a state; eight columns at least are what a row's read is whole with,
+    and where one warp has all their rows, no sum has to go through shared memory.
     """
+    if chunks is None:
+        chunks = tokens > DECODE_TOKENS
+    # Of more keys a warp would have half its registers full of the state alone.
+    if chunks and not spec.per_key and spec.dtype != "float32" and spec.keys <= 128:
+        return _linear_attention_in_chunks(spec, tokens)
     value = POINTERS[spec.dtype]
     buffers = {"query": value, "key": value, "value": value, "decay": "*fp32", "beta": "*fp32", "past_state": "*fp32"}
     buffers |= {"lengths": "*i64", "output": value, "present_state": "*fp32"}
@@ -482,6 +492,35 @@ def linear_attention_plan(spec: LinearAttentionSpec, tokens: int) -> Plan[Kernel
     grid = Grid(per=spec.value_heads * -(-spec.values // columns), sequences=1)
     step = _step("linear_attention_kernel", grid, buffers, constants, max(rows * columns // 1024, 1))
     return Plan(tokens, (step,), ())
+
+
+def _linear_attention_in_chunks(spec: LinearAttentionSpec, tokens: int) -> Plan[Kernel]:
+    """For a prefill. A program is a warp with 16 columns of the state, the fewest that the matrix units take.
+
+    So there are most programs, and none has to wait for another warp. Chunks of 32 would want more registers than there
+    are, and slabs of more than 16 keys too.
+    """
+    value, delta = POINTERS[spec.dtype], spec.update_rule == "gated_delta"
+    rows, columns, chunk = max(power_of_two(spec.keys), 16), 16, 16
+    sizes: dict[str, Value] = {"N": spec.value_heads, "G": spec.key_heads, "D": spec.keys, "DELTA": delta}
+    sizes |= {"BLOCK_D": rows, "CHUNK": chunk}
+    made = {"factors": "*fp32", "scores": "*fp32", "inverse": "*fp32"}
+    names = {} if delta else {"inverse": "null"}
+    buffers = {"query": value, "key": value, "decay": "*fp32", "beta": "*fp32", "lengths": "*i64", **made}
+    constants = {**sizes, "SCALE": spec.scale, "EPSILON": spec.epsilon, "SLAB": min(rows, 64)}
+    # Of the sequences' last chunks, which may not be full, there are B more at most.
+    grid = Grid(per=spec.value_heads, times=1, over=chunk, sequences=1)
+    first = _step("linear_attention_chunks_kernel", grid, buffers, constants, 1, 1, names)
+    buffers = {"query": value, "key": value, "value": value, "past_state": "*fp32", "lengths": "*i64", **made}
+    buffers |= {"output": value, "present_state": "*fp32"}
+    constants = {**sizes, "M": spec.values, "BLOCK_M": columns, "SLAB": 16}
+    grid = Grid(per=spec.value_heads * -(-spec.values // columns), sequences=1)
+    # Two stages: the next chunk's queries and keys are on their way while this one's are used.
+    second = _step("linear_attention_prefill_kernel", grid, buffers, constants, 1, 2, names)
+    regions = [Region("factors", per=16 * spec.value_heads), Region("scores", per=4 * spec.value_heads * chunk)]
+    if delta:
+        regions.append(Region("inverse", per=4 * spec.value_heads * chunk))
+    return Plan(tokens, (first, second), tuple(regions))
 
 
 def _step(

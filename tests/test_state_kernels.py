@@ -14,6 +14,7 @@ from lynx_trt.errors import UsageError
 from lynx_trt.plugins import execute
 from lynx_trt.plugins.aot import compile_for
 from lynx_trt.plugins.launch import SMS
+from lynx_trt.plugins.plans import linear_attention_plan
 from lynx_trt.plugins.shapes import STATES, ops_of
 from lynx_trt.plugins.specs import CausalConvSpec, LinearAttentionSpec, Op
 from lynx_trt.plugins.twins import causal_conv_twin, linear_attention_twin
@@ -179,17 +180,67 @@ def test_attention_prefill(layer: Layer) -> None:
     check(layer, in_place=True)
 
 
-def test_padding_is_not_read() -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        attention_layer([40, 0, 16, 17], 40, dtype=torch.bfloat16),  # a chunk that is not full, one alone, none
+        attention_layer([20, 3], 20, (1, 3, 12, 70), dtype=torch.float16),  # no powers of two, five tiles of M
+        attention_layer([33, 20], 33, rule="gated", epsilon=0.0, dtype=torch.float16),
+        attention_layer([17, 5], 17, (2, 4, 24, 16), rule="gated", epsilon=1e-5, dtype=torch.bfloat16),
+        attention_layer([18], 18, (2, 2, 24, 16), epsilon=0.0, dtype=torch.bfloat16),
+        attention_layer([1, 0, 1], 1, dtype=torch.float16),  # decode, of more sequences than the other form is for
+    ],
+    ids=["ragged", "odd-sizes", "gated", "gated-epsilon", "no-epsilon", "decode"],
+)
+def test_attention_in_chunks(layer: Layer) -> None:
+    assert len(linear_attention_plan(layer.spec, 64, chunks=True).steps) == 2
+    check(layer, chunks=True)
+    check(layer, chunks=True, in_place=True)
+
+
+def test_a_prefill_goes_in_chunks() -> None:
+    layer = attention_layer([150, 70], 150, (1, 2, 16, 16), dtype=torch.bfloat16)
+    assert len(linear_attention_plan(layer.spec, 512).steps) == 2
+    assert len(linear_attention_plan(layer.spec, 256).steps) == 1
+    check(layer)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"decays": 64}, {"keys": 256}])
+def test_what_goes_token_after_token(changes: dict[str, Any]) -> None:
+    spec = replace(attention_layer([1], 1, dtype=torch.bfloat16).spec, **changes)
+    assert len(linear_attention_plan(spec, 512).steps) == 1
+
+
+def test_alike_keys_and_strong_updates() -> None:
+    """Where the inverse has its largest entries: all keys the same, beta 1, no decay."""
+    layer = attention_layer([64], 64, (1, 1, 16, 16), dtype=torch.bfloat16)
+    layer.tensors["key"][:] = layer.tensors["key"][0]
+    layer.tensors["beta"][:] = 1
+    layer.tensors["decay"][:] = 0
+    check(layer, chunks=True)
+
+
+@pytest.mark.parametrize("rule", ["gated", "gated_delta"])
+def test_a_state_that_is_forgotten(rule: str) -> None:
+    """A decay of nearly all, and then of nearly nothing: differences of sums would have lost the latter's digits."""
+    layer = attention_layer([20], 20, (1, 2, 16, 16), rule=rule, dtype=torch.float16)
+    layer.tensors["decay"][:] = -1e-3
+    layer.tensors["decay"][3] = -1e4
+    check(layer, chunks=True)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_padding_is_not_read(chunks: bool) -> None:
     """NaN behind the real tokens stays there, and lengths beyond S are S."""
-    layer = attention_layer([2, 3], 3)
+    layer = attention_layer([2, 3], 3, dtype=torch.float16)
     for name in ("query", "key", "value", "decay", "beta"):
         layer.tensors[name][2] = torch.nan
-    output, state = layer.run()
+    output, state = layer.run(chunks=chunks)
     assert torch.isfinite(state).all()
     assert torch.isfinite(output).all()
     assert not output[2].any()
     longer = Layer(layer.spec, {**layer.tensors, "lengths": torch.tensor([2, 9])})
-    assert all(torch.equal(a, b) for a, b in zip(longer.run(), (output, state), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(longer.run(chunks=chunks), (output, state), strict=True))
 
 
 # ---- the twins are what transformers computes
@@ -251,9 +302,12 @@ def test_what_no_kernel_is_made_for(spec: Any, changes: dict[str, Any], message:
         replace(spec, **changes)
 
 
-def _spills(name: str, sms: list[int]) -> list[Any]:
-    kernels = compile_for(ops_of(name, "bfloat16"), sms, jobs=2)
-    assert {cubin.function for cubin in kernels.cubins} == {"causal_conv_kernel", "linear_attention_kernel"}
+def _spills(name: str, sms: list[int], dtype: str = "bfloat16") -> list[Any]:
+    kernels = compile_for(ops_of(name, dtype), sms, jobs=2)
+    functions = {"causal_conv_kernel", "linear_attention_kernel"}
+    if name not in ("kimi-linear", "granite-4.0-h-256"):
+        functions |= {"linear_attention_chunks_kernel", "linear_attention_prefill_kernel"}
+    assert {cubin.function for cubin in kernels.cubins} == functions
     return [(cubin.function, cubin.sm, cubin.spills) for cubin in kernels.cubins if cubin.spills]
 
 
@@ -270,7 +324,8 @@ def test_short_convolutions_spill_on_no_sm() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", STATES)
-def test_nothing_spills_on_any_sm(name: str) -> None:
-    """The layers of all models that we name: a minute."""
-    assert _spills(name, list(SMS)) == []
+def test_nothing_spills_on_any_sm(name: str, dtype: str) -> None:
+    """The layers of all models that we name: two minutes."""
+    assert _spills(name, list(SMS), dtype) == []
