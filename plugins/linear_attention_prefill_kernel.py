@@ -12,6 +12,7 @@ overflow, so such layers stay with `linear_attention_kernel`, and so does float3
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code=assignment
 # ruff: noqa: N803, N806 -- sizes are named as in export/ops.py: T tokens, B sequences, S = T / B, N and G heads of
 # states and keys, D keys by M values
 
