@@ -404,7 +404,11 @@ def _model_record(
             for layer in exported.source.layers
         ],
         chunk=exported.chunk,
-        caches=[CacheRecord(**asdict(shape)) for shape in kept if isinstance(shape, CacheShape)],
+        caches=[
+            CacheRecord(**{**asdict(shape), "rows": shape.rows if shape.ring else 0})
+            for shape in kept
+            if isinstance(shape, CacheShape)
+        ],
         states=[
             StateRecord(name=shape.name, shape=list(shape.shape), precision=names[shape.dtype])  # type: ignore[arg-type]
             for shape in kept

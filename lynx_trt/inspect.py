@@ -110,8 +110,11 @@ def _calibrated(record: CalibrationRecord | None) -> str:
 
 def _sequence(manifest: Manifest) -> str:
     longest = f"{manifest.model.max_length} tokens at most"
-    # A graph that others exported keeps its cache in its own way.
-    return f"{longest}; cache {size(cache_bytes(manifest))} a sequence" if manifest.model.caches else longest
+    if not manifest.model.caches and not manifest.model.states:
+        return longest  # a graph that others exported keeps its cache in its own way
+    states = state_bytes(manifest)
+    of_it = f", {size(states)} of it states that don't grow" if states else ""
+    return f"{longest}; cache {size(cache_bytes(manifest))} a sequence{of_it}"
 
 
 def _profile(profile: dict[str, Any]) -> str:
@@ -129,8 +132,12 @@ def cache_bytes(manifest: Manifest) -> int:
     values = sum(
         cache.heads * cache.size * (cache.rows or manifest.model.cache_rows) for cache in manifest.model.caches
     )
-    states = sum(math.prod(state.shape) * (4 if state.precision == "fp32" else 2) for state in manifest.model.states)
-    return element * values + states
+    return element * values + state_bytes(manifest)
+
+
+def state_bytes(manifest: Manifest) -> int:
+    """Bytes of what one sequence's layers keep in place of keys and values."""
+    return sum(math.prod(state.shape) * (4 if state.precision == "fp32" else 2) for state in manifest.model.states)
 
 
 def _survey(path: Path, *, json_output: bool) -> int:

@@ -51,8 +51,8 @@ def caches(artifact: Artifact) -> list[CacheRecord]:
 def test_what_a_ring_takes(text: Artifact) -> None:
     """16 rows and 6 for a short step's padding, in whole 8; 96 and a sink elsewhere. Half of the model's caches."""
     model = text.manifest.model
-    assert [(cache.rows, cache.ring, cache.window) for cache in caches(text)] == [(24, 16, 8)] * 2 + [(104, 0, 0)] * 2
-    assert (model.chunk, model.rewinds) == (8, 8)
+    assert [(cache.rows, cache.ring, cache.window) for cache in caches(text)] == [(24, 16, 8)] * 2 + [(0, 0, 0)] * 2
+    assert (model.cache_rows, model.chunk, model.rewinds) == (104, 8, 8)
     assert cache_bytes(text.manifest) == 4 * 2 * 2 * 16 * (24 + 104)
 
 
@@ -61,7 +61,7 @@ def test_no_ring_where_it_saves_little(
 ) -> None:
     """16 rows are more than half of 24."""
     model = build_quietly(checkpoint("gpt_oss"), tmp_path / "out", max_length=16, prefill_length="1:8:8").manifest.model
-    assert {(cache.rows, cache.ring) for cache in model.caches} == {(24, 0)}
+    assert {(cache.rows, cache.ring) for cache in model.caches} == {(0, 0)}
     assert (model.chunk, model.rewinds) == (0, 16)
 
 

@@ -41,6 +41,9 @@ class FakeBackend:
     def __init__(self, slots: int, sizes: StepSizes = StepSizes()) -> None:  # noqa: B008  (frozen)
         self.slots, self.sizes, self.rewinds = slots, sizes, LENGTH
         self.cache = np.full((slots, LENGTH), -1)
+        self.states: list[list[int]] = [
+            [] for _ in range(slots)
+        ]  # all that the token of a row hangs on, if rewinds is 0
         self.steps: list[tuple[int, int, int]] = []  # (first, batch, width)
         self.budgets: list[list[int]] = []
         self.copies = 0
@@ -65,6 +68,10 @@ class FakeBackend:
             past, length = int(past_lengths[row]), int(lengths[row])
             self.cache[first + row, past : past + width] = input_ids[row]
             known = self.cache[first + row, : past + length].tolist()
+            if self.rewinds == 0 and length:
+                state = self.states[first + row] if past else []
+                assert len(state) == past, "a state can't be taken back"
+                known = self.states[first + row] = [*state, *input_ids[row, :length].tolist()]
             if length and self.broken in known:
                 logits[row] = np.nan
             elif length:
@@ -83,6 +90,7 @@ class FakeBackend:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self.copies += 1
         self.cache[target, :length] = self.cache[source, :length]
+        self.states[target] = list(self.states[source])
 
     def clear_slot(self, slot: int) -> None:
         self.cleared.append(slot)
@@ -167,12 +175,20 @@ DECODE_ROWS = st.sampled_from([(), (1, 2, 4, 8), (4,), (3, 100)])
 
 
 @settings(max_examples=150, deadline=None)
-@given(slots=st.integers(1, 6), policy=POLICIES, rows=DECODE_ROWS, boundary=BOUNDARIES, arrivals=ARRIVALS)
+@given(
+    slots=st.integers(1, 6),
+    policy=POLICIES,
+    rows=DECODE_ROWS,
+    boundary=BOUNDARIES,
+    states=st.booleans(),
+    arrivals=ARRIVALS,
+)
 def test_every_sequence_is_what_it_is_alone(
-    slots: int, policy: Policy, rows: tuple[int, ...], boundary: int, arrivals: list[Any]
+    slots: int, policy: Policy, rows: tuple[int, ...], boundary: int, states: bool, arrivals: list[Any]
 ) -> None:
     """Random arrivals, lengths, clients that go away, chunks, batch sizes: tokens as alone, every slot free after."""
     backend = FakeBackend(slots, StepSizes(rows, boundary=boundary))
+    backend.rewinds = 0 if states else LENGTH
     scheduled = Scheduler(backend, LIMITS, restriction=Restriction((4, 4, 2)), policy=policy)
     sequences, leave = [], {}
     for prompt, new, wait, patience in arrivals:
@@ -256,10 +272,33 @@ def test_prompts_that_come_together_wait_for_the_first() -> None:
 
 
 def test_a_state_can_not_be_cut() -> None:
-    backend = FakeBackend(2)
+    """So a prompt is kept in a free slot, and taken from there as a whole."""
+    backend = FakeBackend(3)
     backend.rewinds = 0
-    sequences = shared(backend, [*BEGIN, 11], [*BEGIN, 12], together=True)
-    assert [one.reused for one in sequences] == [0, 0]
+    sequences = shared(backend, BEGIN, [*BEGIN, 11], [*BEGIN, 12, 13], [*BEGIN, 12, 13, 14], [5, 6, 7, 8, 20])
+    assert [one.reused for one in sequences] == [0, 6, 6, 8, 0]
+
+
+def test_a_state_is_kept_where_there_is_room() -> None:
+    """Neither where all slots are used nor where somebody waits for one; the oldest goes first."""
+    alone = FakeBackend(1)
+    alone.rewinds = 0
+    assert [one.reused for one in shared(alone, BEGIN, [*BEGIN, 11])] == [0, 0]
+    assert alone.copies == 0
+    backend = FakeBackend(3)
+    backend.rewinds = 0
+    others = [[number, *range(30, 36)] for number in (1, 2, 3)]
+    sequences = shared(backend, BEGIN, *others, [*others[-1], 9], [*BEGIN, 11])
+    assert [one.reused for one in sequences] == [0, 0, 0, 0, 7, 0]
+
+
+def test_a_broken_state_is_not_kept() -> None:
+    backend = FakeBackend(3)
+    backend.rewinds, backend.broken = 0, 10
+    scheduled = scheduler(backend, reuse=4)
+    for prompt in (BEGIN, [*BEGIN, 11]):
+        scheduled.submit(sequence(prompt, 5))
+        finish(scheduled)
     assert backend.copies == 0
 
 

@@ -305,3 +305,26 @@ def test_slots(kind: str, hybrid: Callable[[str], Artifact], tmp_path: Path) -> 
     np.testing.assert_allclose(backend.step(prompt, past, length, everything, first=0).logits, first, atol=1e-5)
     backend.clear_slot(0)
     assert np.isfinite(following(0)).all()
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "tensorrt"])
+def test_a_conversation_goes_on(kind: str, hybrid: Callable[[str], Artifact], tmp_path: Path) -> None:
+    """The last prompt, kept in a free slot with its states, is not computed again: eager's text all the same."""
+    built = hybrid("qwen3_next")
+    backend: Any = OrtBackend(built, 3, threads=1)
+    if kind == "tensorrt":
+        built = with_engine(built, tmp_path / "artifact")
+        gpu = HostGpu()
+        backend = TensorRTBackend(built, 3, gpu=gpu, tensorrt=tensorrt_for(built, gpu))
+    tokenizer, limits = Tokenizer(built.path(TOKENIZER)), limits_of(built.manifest)
+    scheduler = Scheduler(backend, limits, restriction=Restriction(limits.experts), policy=Policy(chunk=8, reuse=4))
+    prompt = tokenizer.encode("def add(a, b):")
+    for turn in range(3):
+        sequence = Generated(list(prompt), Request(5, Sampling(), 0), tokenizer.stream())
+        scheduler.submit(sequence)
+        while scheduler.step():
+            pass
+        assert sequence.error is None
+        assert list(sequence.tokens) == eager("qwen3_next", prompt, 5)
+        assert (sequence.reused > 0) == (turn > 0)
+        prompt = [*prompt, *sequence.tokens, *tokenizer.encode("\n")]

@@ -7,8 +7,8 @@ one chunk a token, never by its whole length. Prefill always uses all experts; a
 highest budget that anyone in its batch asked for.
 
 What a prompt begins with may be in a slot already, of a conversation's last turn or of another request with the same
-instructions: then it is copied from there, and not computed again. Of a sequence that is the prompt alone, which all
-experts have seen.
+instructions: then it is copied from there, and not computed again (`held.py`). Of a sequence that is the prompt alone,
+which all experts have seen.
 
 Everything runs on the caller's thread, in the same order for the same input; `submit` and `cancel` may be called
 from any thread.
@@ -28,10 +28,9 @@ import numpy as np
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError, LynxError, first_line
 from lynx_trt.runtime.backend import NOT_FINITE, Array, Backend, StepSizes
+from lynx_trt.runtime.held import Held
 from lynx_trt.runtime.sampling import draws_of
 from lynx_trt.runtime.sequence import Generated, Limits
-
-NOTHING: Array = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,7 @@ class Scheduler:
         self._steps = 0
         self._active = np.zeros(len(limits.experts))
         self._joined: dict[Generated, tuple[int, Array]] = {}
-        # The tokens of prompts whose keys and values each slot has from its first row on, also when nobody uses it.
-        self._held = [NOTHING] * backend.slots
-        self._reuses = self.policy.reuse > 0 and backend.rewinds > 0
-        # Where what was written of the sequence in a slot ends, padding included.
-        self._written = np.zeros(backend.slots, np.int64)
+        self._held = Held(backend.slots, self.policy.reuse, backend.rewinds)
 
     @property
     def waiting(self) -> int:
@@ -182,7 +177,7 @@ class Scheduler:
         running = [sequence for sequence in self._slots if sequence is not None]
         for slot in range(len(self._slots)):
             self._free(slot)
-            self._held[slot] = NOTHING
+            self._held.forget(slot)
         for sequence in [*waiting, *running]:
             self._end(sequence, "error", error)
 
@@ -255,7 +250,7 @@ class Scheduler:
             assert sequence is not None
             self._backend.copy_slot(source, target, sequence.cached)
             self._slots[source], self._slots[target] = None, sequence
-            self._held[target], self._written[target] = self._held[source], self._written[source]
+            self._held.copied(source, target)
 
     # --- Steps of the backend.
 
@@ -277,30 +272,27 @@ class Scheduler:
         return True
 
     def _reuse(self, slot: int) -> None:
-        """Spare a prompt that is about to begin what some slot has of it; its last token has to be computed."""
+        """Spare a prompt that is about to begin what some slot has of it."""
         sequence = self._slots[slot]
         assert sequence is not None
-        if sequence.cached or not self._reuses:
+        if sequence.cached:
             return
-        begins = (self._begins(sequence.prompt[:-1], held) for held in self._held)
-        shared = [
-            size if written - size <= self._backend.rewinds else 0
-            for size, written in zip(begins, self._written.tolist(), strict=True)
-        ]
-        source = max(range(len(shared)), key=lambda each: (shared[each], each == slot))
-        if shared[source] < self.policy.reuse:
+        source, size = self._held.find(sequence.prompt, slot)
+        if not size:
             return
         if source != slot:
-            self._backend.copy_slot(source, slot, shared[source])
-        self._held[slot], self._written[slot] = self._held[source][: shared[source]], self._written[source]
-        sequence.cached = sequence.reused = shared[source]
+            self._backend.copy_slot(source, slot, size)
+        self._held.copied(source, slot, size)
+        sequence.cached = sequence.reused = size
 
-    @staticmethod
-    def _begins(prompt: list[int], other: Array) -> int:
-        """With how many tokens of another a prompt begins."""
-        size = min(len(prompt), len(other))
-        differs = np.flatnonzero(np.array(prompt[:size]) != other[:size])
-        return int(differs[0]) if len(differs) else size
+    def _keep(self, slot: int, prompt: list[int]) -> None:
+        """A prompt with states goes into a free slot, if there is one: where it decodes they don't stay as they are."""
+        free = [each for each, other in enumerate(self._slots) if other is None]
+        if self._waiting or not free or len(prompt) < self.policy.reuse or self._held.has(prompt, free):
+            return
+        target = self._held.oldest(free)
+        self._backend.copy_slot(slot, target, len(prompt))
+        self._held.copied(slot, target)
 
     def _chunk(self, slot: int) -> tuple[int, list[Generated], int]:
         """(first slot, its sequences, tokens a row) of the next prefill step, around `slot`.
@@ -318,10 +310,11 @@ class Scheduler:
             if sequence is None or sequence.cached >= len(sequence.prompt):
                 return False
             # One that can be spared work waits for its turn.
-            spared = not sequence.cached and self._begins(sequence.prompt, np.array(head.prompt)) >= self.policy.reuse
+            if not sequence.cached and self._held.spares(sequence.prompt, head.prompt):
+                return False
             if self._backend.sizes.crossed(np.array([sequence.cached]), width) is not None:
                 return False
-            return sequence.cached + width <= self._limits.max_length and not (self._reuses and spared)
+            return sequence.cached + width <= self._limits.max_length
 
         first, last = slot, slot
         while last - first + 1 < most and last + 1 < len(self._slots) and fits(self._slots[last + 1]):
@@ -345,8 +338,7 @@ class Scheduler:
             # A masked row writes its padding where its next token will overwrite it; where nothing is cached yet,
             # behind what the slot holds of others, unless the step would then go over more rows than without it.
             cached = sequence.cached if sequence is not None else 0
-            past[slot] = min(cached or min(len(self._held[slot]), longest), self._limits.max_length - 1)
-            self._held[slot] = self._held[slot][: past[slot]]
+            past[slot] = min(cached or self._held.padding(slot, longest), self._limits.max_length - 1)
             if sequence is not None and sequence.cached >= len(sequence.prompt):
                 ids[slot, 0], lengths[slot] = sequence.tokens[-1], 1
                 rows.append(sequence)
@@ -381,14 +373,16 @@ class Scheduler:
         if kind == "decode":
             self._steps += 1
             self._active += result.active
-        written = np.where(past > 0, self._written[first : first + len(ids)], 0)
-        self._written[first : first + len(ids)] = np.maximum(written, past + ids.shape[1])
+        for place, (start, real) in enumerate(zip(past.tolist(), lengths.tolist(), strict=True)):
+            self._held.wrote(first + place, start, ids.shape[1], real)
         for place, sequence in placed:
             sequence.cached += int(lengths[place])
             if kind == "prefill":
-                self._held[first + place] = np.array(sequence.prompt[: sequence.cached])
+                self._held.prompt(first + place, sequence.prompt[: sequence.cached])
         for place, sequence in whole:
             self._take(first + place, sequence, int(result.tokens[place]))
+            if kind == "prefill" and self._held.keeps and sequence.error is None:
+                self._keep(first + place, sequence.prompt)
         if self._observer:
             seconds = time.perf_counter() - started
             tokens = int(lengths.sum())
@@ -412,7 +406,7 @@ class Scheduler:
             slot = self._slots.index(sequence)
             self._free(slot)
             self._backend.clear_slot(slot)
-            self._held[slot] = NOTHING
+            self._held.forget(slot)
             self._end(sequence, "error", error)
 
 
