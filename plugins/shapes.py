@@ -55,11 +55,11 @@ class State:
     bias: bool = False
 
 
-# The families' sizes as transformers' configurations have them; Kimi Linear has a convolution each of queries, keys and
-# values, the others one of all.
+# Qwen3-Next-80B and Kimi-Linear-48B as transformers' configurations have them; 128 heads as the larger Nemotron 3 has,
+# 48 as Granite 4 H-Tiny; and with twice the keys, which no model has.
 STATES = {
     "qwen3-next": State(16, 32, 128, 128, 8192),
-    "kimi-linear": State(32, 32, 128, 128, 4096, per_key=True),
+    "kimi-linear": State(32, 32, 128, 128, 12288, per_key=True),
     "nemotron-h": State(8, 128, 128, 64, 10240, update_rule="gated", epsilon=0.0, bias=True),
     "granite-4.0-h": State(1, 48, 128, 64, 3328, update_rule="gated", epsilon=0.0, bias=True),
     "granite-4.0-h-256": State(1, 48, 256, 64, 3584, update_rule="gated", epsilon=0.0, bias=True),

@@ -50,7 +50,10 @@ def test_greedy(vocabulary: int, block: int, nucleus: bool) -> None:
     assert kernels(logits, draws, block, nucleus=nucleus) == draw(logits, draws).tolist() == logits.argmax(1).tolist()
 
 
-@pytest.mark.parametrize(("vocabulary", "block", "nucleus"), [*((*size, False) for size in SIZES), (300, 32, True)])
+@pytest.mark.parametrize(
+    ("vocabulary", "block", "nucleus"),
+    [*((*size, False) for size in SIZES), pytest.param(300, 32, True, marks=pytest.mark.slow)],
+)
 def test_temperature(vocabulary: int, block: int, nucleus: bool) -> None:
     """Draws from all tokens, peaked and nearly even, with tokens that can't be; the ends of the distribution."""
     rng = np.random.default_rng(vocabulary)
@@ -63,7 +66,9 @@ def test_temperature(vocabulary: int, block: int, nucleus: bool) -> None:
     assert kernels(logits, draws, block, nucleus=nucleus) == draw(logits, draws).tolist()
 
 
-@pytest.mark.parametrize(("vocabulary", "block"), [*SIZES[:2], pytest.param(*SIZES[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("vocabulary", "block"), [SIZES[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in SIZES[1:])]
+)
 def test_nucleus(vocabulary: int, block: int) -> None:
     """top-k and top-p, alone and together, beside rows that are greedy and rows that have neither."""
     rng = np.random.default_rng(vocabulary)

@@ -499,6 +499,7 @@ def test_plots_are_made_of_what_was_recorded(tmp_path: Path) -> None:
     assert all(Path(line).read_bytes()[:4] == b"\x89PNG" for line in said.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_gpu_in_tiny() -> None:
     """A machine with a GPU is no place to find out that they don't run."""
     environment = {**os.environ, "LYNX_GPU_DRY": "1", "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}

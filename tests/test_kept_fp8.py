@@ -44,6 +44,7 @@ def built(folder: Path, build_quietly: Build, tmp_path: Path, **options: object)
     return build_quietly(folder, tmp_path / f"out-{len(list(tmp_path.iterdir()))}", **{"precision": None, **options})
 
 
+@pytest.mark.slow
 def test_kept_experts_are_nearer_to_float32(stored: Callable[..., Path], build_quietly: Build, tmp_path: Path) -> None:
     """In ONNX Runtime, which computes in float32: kept experts are not rounded to bf16, all else of both is."""
     text, wanted = greedy(built(stored(), build_quietly, tmp_path, precision="fp32"), "auto")

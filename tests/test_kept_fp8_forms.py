@@ -218,7 +218,9 @@ def logits_of(artifact: Artifact, form: Form | None) -> NDArray[Any]:
     return np.stack(logits)
 
 
-@pytest.mark.parametrize(("precision", "form"), [("bf16", "auto"), ("fp16", "auto"), ("fp16", None)])
+@pytest.mark.parametrize(
+    ("precision", "form"), [("bf16", "auto"), pytest.param("fp16", "auto", marks=pytest.mark.slow), ("fp16", None)]
+)
 def test_logits_equal_those_of_the_dequantized(
     precision: str, form: Form | None, built: Callable[..., Artifact]
 ) -> None:
