@@ -7,7 +7,8 @@ Inputs, with B sequences of S tokens in this step, L rows of cache, N MoE layers
     lengths [B] i64            tokens of each row that are real in this step (0: the whole row is padding)
     budgets [N] i32            experts each MoE layer may load in a decode step (S = 1); prefill uses all
     floors [N] f32             votes for each voting token that an expert needs there (0: any vote will do)
-    past_key_values.I.key, .value [B,h,L,d]; .latent [B,1,L,d] alone where layer I attends to its latents
+    past_key_values.I.key, .value [B,h,L,d]; .latent [B,1,L,d] alone where layer I attends to its latents; fewer rows,
+        as a ring, where it has a sliding window (`attention.py`)
         .index [B,1,L,d] beside them where an indexer chooses what it attends to, unless that is all L rows
     past_states.I.conv [B,W-1,C], .recurrent [B,n,D,M] f32: where layer I keeps a state in their place (`states.py`);
         zeros before a sequence's first token
