@@ -10,6 +10,7 @@ The same functions compute, token after token, where no step is traced: what the
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -114,7 +115,8 @@ def known_functions(model: nn.Module) -> Iterator[set[str]]:
             module = sys.modules[module_name]
             for name, (ours, is_same) in _KNOWN.items():
                 original = vars(module).get(name)
-                if original is not None and is_same(original):
+                # Unwrapped: where a package of kernels is installed, transformers calls that, which takes a GPU's tensors.
+                if original is not None and is_same(inspect.unwrap(original)):
                     undo.append((module, name, original))
                     setattr(module, name, ours)
         yield {name for _, name, _ in undo}
