@@ -115,7 +115,7 @@ def known_functions(model: nn.Module) -> Iterator[set[str]]:
             module = sys.modules[module_name]
             for name, (ours, is_same) in _KNOWN.items():
                 original = vars(module).get(name)
-                # Unwrapped: where a package of kernels is installed, transformers calls that, which takes a GPU's tensors.
+                # Unwrapped: transformers calls a package of GPU kernels instead where one is installed.
                 if original is not None and is_same(inspect.unwrap(original)):
                     undo.append((module, name, original))
                     setattr(module, name, ours)
