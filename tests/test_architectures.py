@@ -54,7 +54,7 @@ OTHERS = (
 # Layers with a state in place of keys and values.
 HYBRID = ("qwen3_next", "nemotron_h", "lfm2_moe", "kimi_linear", "qwen3_5_moe", "granitemoehybrid", "bailing_hybrid")
 # Attention to the rows that an indexer chooses, fewer than there are.
-CHOOSING = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4")
+CHOOSING = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4", "dots3_note_text")
 SLOW = (*HYBRID[3:], *CHOOSING[1:], *OTHERS)
 
 

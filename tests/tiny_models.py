@@ -232,6 +232,13 @@ CONFIGS: dict[str, Any] = {
     "glm_moe_dsa": lambda: small_config("glm_moe_dsa", **_INDEXER, index_topk_freq=2),
     "axk2": lambda: small_config("axk2", **_INDEXER),
     "hy_v4": lambda: small_config("hy_v4", **_INDEXER),
+    # beside layers with a window
+    "dots3_note_text": lambda: transformers.CONFIG_MAPPING["dots3_note_text"](
+        **{**_LATENT, **COMMON, **_INDEXER, "num_key_value_heads": 4, "num_hidden_layers": 4},
+        n_group=1,
+        topk_group=1,
+        sliding_window=8,
+    ),
     "mistral_large4": lambda: transformers.MistralLarge4Config(
         text_config={**small_config("mistral_large4", **_INDEXER).to_dict()}, vision_config=_SIGHT
     ),
