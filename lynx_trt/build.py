@@ -135,6 +135,8 @@ def build(options: BuildOptions, progress: Progress) -> Artifact:
             source, checkpoint, max_length, selection, folder, progress, clock, chunk=chunk, data=options.weight_data
         )
         copy_tokenizer(tokenizer, folder)
+        if options.tensorrt != "none":
+            _note_long_caches(options, exported, max_length)
         report, absent = _engine(options, folder, max_length, sms, progress, clock)
         model = _model_record(options.model, precision, end_tokens, exported, max_length, weight_bytes)
         if report and sms:
@@ -306,6 +308,22 @@ def _sms_here(flavor: str | None, *, compiler: bool) -> list[int]:
         note(f"the engine gets no GPU kernels and won't run: their compiler is not installed: {INSTALL}")
         return []
     return found
+
+
+def _note_long_caches(options: BuildOptions, exported: Exported, max_length: int) -> None:
+    """Say what scratch memory attention may take that TensorRT has no fused kernel for."""
+    from lynx_trt.tensorrt.prepare import FUSED_ROWS
+
+    if exported.cache_rows <= FUSED_ROWS:
+        return
+    decode, prefill, length = _parse_ranges(options, max_length)
+    heads = int(getattr(exported.source.model.config.get_text_config(), "num_attention_heads", 1))
+    scores = 2 * heads * exported.cache_rows * max(decode.max, prefill.max * length.max)
+    note(
+        f"TensorRT may have no fused attention for caches of more than {FUSED_ROWS} rows; then it keeps all scores of a "
+        f"step, up to {size(scores)} of scratch memory with these profiles; smaller --prefill-batch and "
+        f"--prefill-length take less, --max-length {FUSED_ROWS - 8} takes none"
+    )
 
 
 def _engine(

@@ -32,7 +32,7 @@ from lynx_trt.plugins import aot
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.tensorrt import loader, worker
 from lynx_trt.tensorrt.build import KernelsReport, build_engine
-from lynx_trt.tensorrt.prepare import _fold_heads, _nodes, hand_over, input_dims, prepare, read
+from lynx_trt.tensorrt.prepare import FUSED_ROWS, _fold_heads, _nodes, hand_over, input_dims, prepare, read
 from lynx_trt.tensorrt.profiles import Profile, Range, decode_and_prefill
 
 try:
@@ -510,6 +510,24 @@ def test_decomposable_attention(tmp_path, dtype, shape, expected):
         attribute for attribute in node_of(model, "Attention").attribute if attribute.name == "TRT_decomposable"
     ]
     assert [attribute.i for attribute in attributes] == [1] * expected
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(FUSED_ROWS, 0), (FUSED_ROWS + 8, 1)])
+def test_long_caches_are_decomposable(tmp_path, rows, expected):
+    """Of more rows than TensorRT's fused kernels take."""
+    path = make_graph(tmp_path / "model.onnx", "fp16")
+
+    def annotate(model):
+        elem = model.graph.output[0].type.tensor_type.elem_type
+        key = node_of(model, "Attention").input[1]
+        query = helper.make_tensor_value_info("q", elem, ("batch", 4, "sequence", 64))
+        model.graph.value_info.append(query)
+        cache = next(value for value in model.graph.output if value.name == key)
+        cache.type.tensor_type.shape.dim[2].dim_value = rows
+
+    model = prepare(edit(path, annotate)).model
+    found = [each for each in node_of(model, "Attention").attribute if each.name == "TRT_decomposable"]
+    assert [attribute.i for attribute in found] == [1] * expected
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])

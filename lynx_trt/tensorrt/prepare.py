@@ -3,8 +3,8 @@
 The file that ONNX Runtime runs differs from what TensorRT wants in six points:
 
 - the ops' function bodies are dropped: TensorRT's parser silently prefers a local function to a plugin;
-- an Attention in float32 or with heads of more than FUSED_HEAD values gets `TRT_decomposable = 1`: TensorRT has no
-  fused kernel for it, and ONNX Runtime rejects the attribute;
+- an Attention in float32, with heads of more than FUSED_HEAD values or a cache of more than FUSED_ROWS rows gets
+  `TRT_decomposable = 1`: TensorRT has no fused kernel for it, and ONNX Runtime rejects the attribute;
 - the heads of latent attention are folded into one (`_fold_heads`);
 - with kernels, one lynx node carries them, and each their id (`contract.KERNELS`);
 - a LynxSelect hands the dispatch metadata to the LynxExperts that its `index` goes to, which else makes it once more
@@ -41,6 +41,8 @@ _EXPERTS_INPUTS = [tensor.name for tensor in EXPERTS_CONTRACT.inputs]
 _FIRST_WEIGHT = _EXPERTS_INPUTS.index("gate_up")
 # TensorRT's fused attention takes heads of up to so many values; of latent attention they have more.
 FUSED_HEAD = 256
+# And caches of up to so many rows: 24,512 were taken and 24,568 refused, by TensorRT for RTX 1.7 without a GPU.
+FUSED_ROWS = 24512
 
 
 @dataclass(frozen=True)
@@ -349,7 +351,7 @@ def _is_latent(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> boo
 
 
 def _decompose_attention(model: onnx.ModelProto) -> int:
-    """Allow TensorRT to decompose each Attention that is float32 or has large heads; return how many.
+    """Allow TensorRT to decompose each Attention that is float32, has large heads or many rows; return how many.
 
     What nothing says the type or size of is taken to be so: the attribute permits and does not force.
     """
@@ -368,6 +370,9 @@ def _decompose_attention(model: onnx.ModelProto) -> int:
         # In three dimensions the heads are side by side; the attributes say how many.
         count = next((each.i for each in node.attribute if each.name == "q_num_heads"), 1) or 1
         fused = fused and len(sizes) > 0 and 0 < sizes[-1].dim_value <= FUSED_HEAD * count
+        keys = known.get(node.input[1])
+        rows = [] if keys is None else keys.shape.dim
+        fused = fused and not (len(rows) == 4 and rows[2].dim_value > FUSED_ROWS)
         if not fused and not any(attribute.name == "TRT_decomposable" for attribute in node.attribute):
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
             changed += 1
