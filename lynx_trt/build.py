@@ -320,8 +320,8 @@ def _note_long_caches(options: BuildOptions, exported: Exported, max_length: int
     heads = int(getattr(exported.source.model.config.get_text_config(), "num_attention_heads", 1))
     scores = 2 * heads * exported.cache_rows * max(decode.max, prefill.max * length.max)
     note(
-        f"TensorRT may have no fused attention for caches of more than {FUSED_ROWS} rows; then it keeps all scores of a "
-        f"step, up to {size(scores)} of scratch memory with these profiles; smaller --prefill-batch and "
+        f"TensorRT may have no fused attention for caches of more than {FUSED_ROWS} rows; then it keeps all scores of "
+        f"a step, up to {size(scores)} of scratch memory with these profiles; smaller --prefill-batch and "
         f"--prefill-length take less, --max-length {FUSED_ROWS - 8} takes none"
     )
 

@@ -75,3 +75,18 @@ def test_tensorrt_takes_other_precisions(name: str, precision: str, artifact: Ca
     name = f"past_{built.manifest.model.caches[0].name}"
     caches: list[Any] = [tensor for tensor in built.manifest.engine.tensors if tensor["name"] == name]
     assert caches[0]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
+
+
+@pytest.mark.slow
+def test_a_cache_longer_than_fused_attention_takes(
+    build_quietly: Callable[..., Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is decomposed; what that may take is said."""
+    model = tiny_models.random_model("mixtral", dtype=torch.bfloat16, max_position_embeddings=32768)
+    folder = tiny_models.save(model, tmp_path / "long")
+    built = build_quietly(folder, tmp_path / "artifact", precision=None, tensorrt="auto", max_length=32768)
+    assert built.manifest.engine
+    # 4 heads, 8 prompts of 512 tokens, 32768 rows, 2 bytes each.
+    assert (
+        "more than 24512 rows; then it keeps all scores of a step, up to 1.1 GB of scratch" in capsys.readouterr().err
+    )
