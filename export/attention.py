@@ -218,10 +218,9 @@ def mask_of_rule(
     if mask_function is causal_mask_function and allow_is_causal_skip and not ring:
         return None
     zero = torch.zeros((), dtype=torch.int64)
-    if not ring:
-        return mask_function(zero, zero, q_offset[:, None, :, None], torch.arange(kv_length)[None, None, None])
-    positions = _ring_positions(kv_length, ring)[:, None, None]
-    return mask_function(zero, zero, q_offset[:, None, :, None], positions) & (positions >= 0)
+    positions = (_ring_positions(kv_length, ring) if ring else torch.arange(kv_length)[None])[:, None, None]
+    mask = mask_function(zero, zero, q_offset[:, None, :, None], positions)
+    return mask & (positions >= 0) if ring else mask
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -87,11 +87,6 @@ class CacheShape:
     rows: int = 0  # L, or those of a ring; 0: not known yet
     ring: int = 0  # its size; 0: none
 
-    @property
-    def is_key_or_value(self) -> bool:
-        """Not an indexer's."""
-        return not self.name.endswith(".index")
-
     def zeros(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
         """An empty one."""
         return torch.zeros(batch, self.heads, self.rows, self.size, dtype=dtype)
@@ -234,8 +229,9 @@ def read_source(checkpoint: Checkpoint, precision: str, *, dequantize: bool = Fa
         use_traceable_longrope(model)
         caches = _cache_shapes(model, fake)
         for layer in attention.keep_latents(model):
-            size = sum(cache.size for cache in caches[layer] if isinstance(cache, CacheShape) and cache.is_key_or_value)
-            index = [cache for cache in caches[layer] if cache.name.endswith(".index")]
+            index = [cache for cache in caches[layer] if _is_index(cache)]
+            both = (cache for cache in caches[layer] if isinstance(cache, CacheShape) and not _is_index(cache))
+            size = sum(cache.size for cache in both)
             caches[layer] = [CacheShape(f"key_values.{layer}.latent", 1, size), *index]
     quantization, parameters = checkpoint.quantization, language_parameters(model)
     left_out = model.num_parameters() - parameters
@@ -261,7 +257,7 @@ def trace(source: Source, *, max_length: int, selection: Selection, chunk: Chunk
     cache_rows = _whole(max_length + (1 if _has_sinks(model) else 0))
     if cache_rows <= (getattr(model.config.get_text_config(), "index_topk", None) or 0):
         # An indexer that may choose all rows changes nothing; its keys need no cache, and its nodes have no use.
-        source.caches = [[cache for cache in layer if not cache.name.endswith(".index")] for layer in source.caches]
+        source.caches = [[cache for cache in layer if not _is_index(cache)] for layer in source.caches]
     windows = {cache.window for layer in source.caches for cache in layer if isinstance(cache, CacheShape)} - {0}
     # A mask is known to be a ring's by its number of rows, so there is one size of rings.
     wide = None if len(windows) > 1 else chunk
@@ -299,6 +295,11 @@ def _use_fake_parameters(model: PreTrainedModel, fake: FakeTensorMode) -> None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+def _is_index(cache: CacheShape | StateShape) -> bool:
+    """Whether it is of an indexer's keys."""
+    return cache.name.endswith(".index")
+
+
 def _layer(shapes: list[CacheShape | StateShape], tensors: list[torch.Tensor]) -> Any:
     """A layer of the cache over the graph's inputs."""
     if not shapes:
@@ -307,7 +308,7 @@ def _layer(shapes: list[CacheShape | StateShape], tensors: list[torch.Tensor]) -
         return states.StateLayer(
             **{shape.name.split(".")[-1]: each for shape, each in zip(shapes, tensors, strict=True)}
         )
-    index = tensors.pop() if shapes[-1].name.endswith(".index") else None
+    index = tensors.pop() if _is_index(shapes[-1]) else None
     return attention.CacheLayer(*tensors, index=index, ring=shapes[0].ring)
 
 

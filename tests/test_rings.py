@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from host_gpu import HostGpu, tensorrt_for
 from test_states import run_all
-from test_trt_backend import with_engine
+from test_trt_backend import backend_of, with_engine
 
 from lynx_trt.artifact import Artifact, CacheRecord
 from lynx_trt.budgets import Restriction
@@ -20,7 +19,6 @@ from lynx_trt.errors import GenerationError
 from lynx_trt.inspect import cache_bytes
 from lynx_trt.runtime.lowering import Form
 from lynx_trt.runtime.ort import OrtBackend
-from lynx_trt.runtime.trt import TensorRTBackend
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # The window of the models here is 8, a step has 8 tokens, so a ring has 16: it goes round several times.
@@ -123,8 +121,7 @@ def test_sequences_come_and_go(kind: str, text: Artifact, tmp_path: Path) -> Non
     backend: Any = OrtBackend(text, 3, threads=1)
     if kind == "tensorrt":
         limits = {"decode": ((1, 4), (1, 1)), "prefill": ((1, 2), (6, 8))}
-        engined, gpu = with_engine(text, tmp_path / "artifact", limits), HostGpu()
-        backend = TensorRTBackend(engined, 3, gpu=gpu, tensorrt=tensorrt_for(engined, gpu))
+        backend = backend_of(with_engine(text, tmp_path / "artifact", limits), 3)
     copied: list[int] = []
     copy = backend.copy_slot
     backend.copy_slot = lambda source, target, length: (copied.append(length), copy(source, target, length))

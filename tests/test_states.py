@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 import tiny_models
 import torch
-from host_gpu import HostGpu, tensorrt_for
+from host_gpu import HostGpu
 from onnx import TensorProto, helper
-from test_trt_backend import with_engine
+from test_trt_backend import backend_of, with_engine
 
 from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.budgets import Restriction
@@ -27,7 +27,6 @@ from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import Policy, Scheduler
 from lynx_trt.runtime.sequence import Generated, Request
 from lynx_trt.runtime.text import Tokenizer
-from lynx_trt.runtime.trt import TensorRTBackend
 from lynx_trt.tensorrt.prepare import input_dims
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -277,7 +276,7 @@ def test_engine_gives_the_same(graphs: bool, hybrid: Callable[[str], Artifact], 
     """On a GPU of host memory: states bound in place, moved whole, zeros where a sequence begins."""
     engined = with_engine(hybrid("qwen3_next"), tmp_path / "artifact")
     gpu = HostGpu()
-    backend = TensorRTBackend(engined, 3, gpu=gpu, tensorrt=tensorrt_for(engined, gpu), graphs=graphs)
+    backend = backend_of(engined, 3, gpu, graphs=graphs)
     expected = run_all(engined, OrtBackend(engined, 3, threads=1), PROMPTS, 8, chunk=8)
     assert run_all(engined, backend, PROMPTS, 8, chunk=8) == expected
     assert (gpu.launches > 0) == graphs
@@ -290,8 +289,7 @@ def test_slots(kind: str, hybrid: Callable[[str], Artifact], tmp_path: Path) -> 
     backend: Any = OrtBackend(built, 3, threads=1)
     if kind == "tensorrt":
         built = with_engine(built, tmp_path / "artifact")
-        gpu = HostGpu()
-        backend = TensorRTBackend(built, 3, gpu=gpu, tensorrt=tensorrt_for(built, gpu))
+        backend = backend_of(built, 3)
     everything, one = Restriction((8, 8)), np.ones(1, np.int64)
     prompt, past, length = np.array([[65, 66, 67, 68]]), np.zeros(1, np.int64), np.array([4])
 
@@ -314,8 +312,7 @@ def test_a_conversation_goes_on(kind: str, hybrid: Callable[[str], Artifact], tm
     backend: Any = OrtBackend(built, 3, threads=1)
     if kind == "tensorrt":
         built = with_engine(built, tmp_path / "artifact")
-        gpu = HostGpu()
-        backend = TensorRTBackend(built, 3, gpu=gpu, tensorrt=tensorrt_for(built, gpu))
+        backend = backend_of(built, 3)
     tokenizer, limits = Tokenizer(built.path(TOKENIZER)), limits_of(built.manifest)
     scheduler = Scheduler(backend, limits, restriction=Restriction(limits.experts), policy=Policy(chunk=8, reuse=4))
     prompt = tokenizer.encode("def add(a, b):")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lynx_trt.budgets import Restriction
+from lynx_trt.errors import GenerationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -95,6 +96,21 @@ class StepSizes:
             return None
         over = past_lengths[past_lengths % self.boundary + length > self.boundary]
         return int(over[0]) if over.size else None
+
+    def check_boundary(self, past_lengths: Array, length: int) -> None:
+        """Refuse a step that would cross the boundary.
+
+        Raises:
+            GenerationError: with its length and position.
+        """
+        if (start := self.crossed(past_lengths, length)) is not None:
+            where = f"at position {start} crosses a multiple of {self.boundary}"
+            raise GenerationError(f"a step of {length} tokens {where}")
+
+
+def beginning(past_lengths: Array, lengths: Array, first: int) -> Array:
+    """The slots in which a step begins a sequence: row b is slot `first + b`."""
+    return first + np.flatnonzero((past_lengths == 0) & (lengths > 0))
 
 
 class Backend(Protocol):

@@ -33,12 +33,14 @@ class Held:
         """Whether a prompt has to be kept in a slot of its own, for it can't be taken from one that decodes."""
         return self._least > 0 and self._rewinds == 0
 
-    def wrote(self, slot: int, past: int, width: int, real: int) -> None:
-        """A step wrote `width` rows from `past` on, `real` of them the sequence's; from 0 on it is a new one."""
-        before = int(self._written[slot]) if past else 0
-        self._written[slot] = max(before, past + width)
-        if real:
-            self._real[slot] = past + real
+    def wrote(self, first: int, past: Array, width: int, real: Array) -> None:
+        """A step wrote `width` rows from `past` [B] on into the slots from `first` on, `real` [B] of them sequences'.
+
+        From 0 on it is a new one.
+        """
+        slots = slice(first, first + len(past))
+        self._written[slots] = np.maximum(np.where(past > 0, self._written[slots], 0), past + width)
+        self._real[slots] = np.where(real > 0, past + real, self._real[slots])
 
     def prompt(self, slot: int, tokens: Sequence[int]) -> None:
         """These are what the slot has now."""
@@ -67,7 +69,8 @@ class Held:
         """
         if not self._least:
             return slot, 0
-        sizes = [self._taken(prompt, source) for source in range(len(self._tokens))]
+        wanted = np.array(prompt[:-1])
+        sizes = [self._taken(wanted, source) for source in range(len(self._tokens))]
         source = max(range(len(sizes)), key=lambda each: (sizes[each], each == slot))
         return (source, sizes[source]) if sizes[source] >= self._least else (slot, 0)
 
@@ -75,7 +78,7 @@ class Held:
         """Whether the prompt will be spared work once the other one is there."""
         if not self._least:
             return False
-        size = begins(prompt[:-1], np.array(other))
+        size = begins(np.array(prompt[:-1]), np.array(other))
         return size >= self._least and (self._rewinds > 0 or size == len(other))
 
     def oldest(self, slots: Sequence[int]) -> int:
@@ -86,15 +89,15 @@ class Held:
         """Whether one of the slots has this prompt, and no more."""
         return any(self._real[s] == len(prompt) and np.array_equal(self._tokens[s], prompt) for s in slots)
 
-    def _taken(self, prompt: Sequence[int], source: int) -> int:
-        size = begins(prompt[:-1], self._tokens[source])
+    def _taken(self, prompt: Array, source: int) -> int:
+        size = begins(prompt, self._tokens[source])
         if self._rewinds == 0:
             return size if size == self._real[source] else 0
         return size if self._written[source] - size <= self._rewinds else 0
 
 
-def begins(prompt: Sequence[int], other: Array) -> int:
+def begins(prompt: Array, other: Array) -> int:
     """With how many tokens of another a prompt begins."""
     size = min(len(prompt), len(other))
-    differs = np.flatnonzero(np.array(prompt[:size]) != other[:size])
+    differs = np.flatnonzero(prompt[:size] != other[:size])
     return int(differs[0]) if len(differs) else size

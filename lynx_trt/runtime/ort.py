@@ -18,7 +18,7 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError
 from lynx_trt.machine import cores
 from lynx_trt.runtime import ort_graphs
-from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
+from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes, beginning
 from lynx_trt.runtime.ort_graphs import Device, Graph, left_to_cpu, open_graphs
 from lynx_trt.runtime.sampling import draw
 
@@ -131,11 +131,8 @@ class OrtBackend:
             raise GenerationError(
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
-        if (start := self.sizes.crossed(past_lengths, length)) is not None:
-            raise GenerationError(
-                f"a step of {length} tokens at position {start} crosses a multiple of {self.sizes.boundary}"
-            )
-        self._begin(first + np.flatnonzero((past_lengths == 0) & (lengths > 0)))
+        self.sizes.check_boundary(past_lengths, length)
+        self._begin(beginning(past_lengths, lengths, first))
         budgets, floors = restriction.arrays
         values = {IDS: input_ids, "past_lengths": past_lengths, "lengths": lengths, BUDGETS: budgets, FLOORS: floors}
         cuts = _cuts(first, batch, self._pieces if length == 1 else 1)

@@ -373,8 +373,7 @@ class Scheduler:
         if kind == "decode":
             self._steps += 1
             self._active += result.active
-        for place, (start, real) in enumerate(zip(past.tolist(), lengths.tolist(), strict=True)):
-            self._held.wrote(first + place, start, ids.shape[1], real)
+        self._held.wrote(first, past, ids.shape[1], lengths)
         for place, sequence in placed:
             sequence.cached += int(lengths[place])
             if kind == "prefill":

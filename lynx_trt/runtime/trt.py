@@ -17,7 +17,7 @@ import numpy as np
 from lynx_trt.artifact import ENGINE, Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import ArtifactError, GenerationError, TensorRTError
-from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes
+from lynx_trt.runtime.backend import Array, Draws, NextTokens, StepResult, StepSizes, beginning
 from lynx_trt.runtime.buffers import Buffers
 from lynx_trt.runtime.draws import DeviceDraws
 from lynx_trt.tensorrt.gpu import unsupported
@@ -233,10 +233,7 @@ class TensorRTBackend:
     ) -> tuple[int, int]:
         """Queue what a step needs: its inputs, and zeros where a sequence begins; its batch and length."""
         batch, length = input_ids.shape
-        if (start := self.sizes.crossed(past_lengths, length)) is not None:
-            raise GenerationError(
-                f"a step of {length} tokens at position {start} crosses a multiple of {self.sizes.boundary}"
-            )
+        self.sizes.check_boundary(past_lengths, length)
         # One token of a prompt is no decode step where those have more rows.
         if 1 < length < self._prefill_least or (length == 1 and batch < self._decode_least):
             wider = max(self._prefill_least, 2)
@@ -248,7 +245,7 @@ class TensorRTBackend:
                 f"a step of {length} tokens at position {past_lengths.max()} exceeds {self._rows} rows"
             )
         self._gpu.use()
-        for slot in first + np.flatnonzero((past_lengths == 0) & (lengths > 0)) if self._states else ():
+        for slot in beginning(past_lengths, lengths, first) if self._states else ():
             for state in self._states:
                 self._gpu.zero(state.address + int(slot) * state.slot, state.slot)
         self._io.write(input_ids, past_lengths, lengths, restriction, draws)
