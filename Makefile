@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 # Files are spread over both cores by file, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint plugin gpu gpu-kit clean help
+.PHONY: demo test test-all emulate lint plugin gpu gpu-kit clean help
 
 help:
 	@echo "make demo      build the shipped model (checkpoint -> ONNX -> TensorRT engine) and generate text"
 	@echo "make test      run the tests"
 	@echo "make test-all  run the slow ones too (some minutes, 10 GB of disk)"
+	@echo "make emulate   run the kernels' tests on the compiled kernels of SM=90, or another, on an emulated GPU (6 minutes)"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       on a machine with a GPU: kernels, engines, benchmarks, a table; under 20 minutes, see docs/gpu.md"
 	@echo "make gpu-kit   for make gpu, on a machine without a GPU: models for it to build and check, and what is right"
@@ -32,6 +33,12 @@ test: $(VENV)/.made
 
 test-all: $(VENV)/.made
 	$(PYTEST)
+
+# What the compiler made of the kernels, instruction by instruction; see docs/gpu.md.
+SM ?= 90
+emulate: $(VENV)/.made
+	LYNX_EMULATED_SM=$(SM) $(PYTEST) -k "not spill" $(addprefix tests/test_,$(addsuffix .py,\
+		experts_kernels select_kernel draw_kernel state_kernels hand_over_kernels))
 
 lint: $(VENV)/.made build/types
 	$(BIN)/ruff check .

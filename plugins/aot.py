@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,6 +44,8 @@ __all__ = ["Cubin", "Kernels", "compile_for", "lookup", "report_table"]
 INSTALL = 'pip install "lynx-trt[kernels]"'
 # Counts up when a change of ours, and not of a kernel's source, makes cached kernels useless.
 _CACHE_VERSION = 4
+# What the compiler makes: code for an SM, or the text that its assembler takes.
+Images = Literal["cubin", "ptx"]
 
 
 def compile_for(
@@ -52,8 +54,11 @@ def compile_for(
     *,
     jobs: int | None = None,
     progress: Callable[[float], None] | None = None,
+    images: Images = "cubin",
 ) -> Kernels:
     """Compile what some ops need for some SMs, `jobs` kernels at a time (None: as many as there are processors).
+
+    images: "ptx" for kernels as text, with the lines of their sources, for tests that read it; a driver takes either.
 
     Raises UsageError (an SM that kernels can't be built for), TensorRTError (the compiler is missing) and
     RuntimeError (a kernel does not compile).
@@ -64,7 +69,7 @@ def compile_for(
     chosen = _plans(ops, sms)
     options = [(sm, plan) for by_sm in chosen.values() for sm, each in by_sm.items() for plan in each]
     wanted = dict.fromkeys((step.kernel, sm) for sm, plan in options for step in plan.steps)
-    cubins = _compile_all(list(wanted), jobs or cores(), progress or (lambda _: None))
+    cubins = _compile_all(list(wanted), jobs or cores(), progress or (lambda _: None), images=images)
 
     def with_cubins(plan: Plan[Kernel], sm: int) -> Plan[Cubin]:
         return plan.with_kernels(lambda kernel: cubins[kernel, sm])
@@ -82,13 +87,16 @@ def compile_each(
     *,
     jobs: int | None = None,
     progress: Callable[[float], None] | None = None,
+    images: Images = "cubin",
 ) -> dict[Kernel, Cubin]:
     """Compile kernels for one SM, for the tuner: those that don't compile are not in the result.
+
+    images: as `compile_for` has them.
 
     Raises TensorRTError: the compiler is missing.
     """
     wanted = [(kernel, sm) for kernel in dict.fromkeys(kernels)]
-    found = _compile_all(wanted, jobs or cores(), progress or (lambda _: None), keep_going=True)
+    found = _compile_all(wanted, jobs or cores(), progress or (lambda _: None), keep_going=True, images=images)
     return {kernel: cubin for (kernel, _), cubin in found.items()}
 
 
@@ -112,11 +120,16 @@ def _plans(ops: Iterable[Op], sms: Sequence[int]) -> dict[str, dict[int, tuple[P
 
 
 def _compile_all(
-    wanted: list[tuple[Kernel, int]], jobs: int, progress: Callable[[float], None], *, keep_going: bool = False
+    wanted: list[tuple[Kernel, int]],
+    jobs: int,
+    progress: Callable[[float], None],
+    *,
+    keep_going: bool = False,
+    images: Images = "cubin",
 ) -> dict[tuple[Kernel, int], Cubin]:
     """From the cache, or else by worker processes."""
     cache = cache_root() / "kernels"
-    names = {each: _cache_name(*each) for each in wanted}
+    names = {each: _cache_name(*each, images) for each in wanted}
     found: dict[tuple[Kernel, int], Cubin] = {}
     for each in wanted:
         if (cubin := _read_cached(cache / names[each])) is not None:
@@ -124,7 +137,7 @@ def _compile_all(
     missing = [each for each in wanted if each not in found]
     if missing:
         _make_folder(cache)
-        for each, cubin in _compile(missing, min(jobs, len(missing)), keep_going=keep_going):
+        for each, cubin in _compile(missing, min(jobs, len(missing)), images, keep_going=keep_going):
             _write_cached(cache / names[each], cubin)
             found[each] = cubin
             progress(len(found) / len(wanted))
@@ -133,7 +146,7 @@ def _compile_all(
 
 
 def _compile(
-    wanted: list[tuple[Kernel, int]], jobs: int, *, keep_going: bool = False
+    wanted: list[tuple[Kernel, int]], jobs: int, images: Images = "cubin", *, keep_going: bool = False
 ) -> Iterable[tuple[tuple[Kernel, int], Cubin]]:
     """Compile in worker processes; yields as they come. The first failure ends it, or (keep_going) is left out."""
     if importlib.util.find_spec("triton") is None:
@@ -144,7 +157,7 @@ def _compile(
         tasks.put(each)
     answers: queue.SimpleQueue[tuple[tuple[Kernel, int], Cubin] | BaseException] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="lynx-kernels-") as scratch:
-        workers = [_Worker(Path(scratch) / str(number)) for number in range(jobs)]
+        workers = [_Worker(Path(scratch) / str(number), images) for number in range(jobs)]
         try:
             for worker in workers:
                 threading.Thread(target=_serve, args=(worker, tasks, answers, keep_going), daemon=True).start()
@@ -181,16 +194,17 @@ def _serve(
 class _Worker:
     """A process of `aot_worker.py`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, images: Images = "cubin") -> None:
         folder.mkdir()
-        self._folder = folder
+        self._folder, self._images = folder, images
         self._start()
 
     def _start(self) -> None:
         folder = self._folder
-        self._image = folder / "cubin"
-        # No line tables: they are a third of a cubin, and name files of the machine that compiled it.
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_DISABLE_LINE_INFO": "1"}
+        self._image = folder / "image"
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+        if self._images == "cubin":  # line tables are a third of one, and name files of the machine that compiled it
+            environment["TRITON_DISABLE_LINE_INFO"] = "1"
         environment.pop("TRITON_INTERPRET", None)
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(
@@ -207,7 +221,7 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         answer: dict[str, Any] = {}
-        request = {"kernel": asdict(kernel), "sm": sm, "image": str(self._image)}
+        request = {"kernel": asdict(kernel), "sm": sm, "image": str(self._image), "images": self._images}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -241,8 +255,8 @@ class _Worker:
         self._log.close()
 
 
-def _cache_name(kernel: Kernel, sm: int) -> str:
-    description = {"kernel": asdict(kernel), "sm": sm, "triton": _triton_version()}
+def _cache_name(kernel: Kernel, sm: int, images: Images = "cubin") -> str:
+    description = {"kernel": asdict(kernel), "sm": sm, "triton": _triton_version(), "images": images}
     description["sources"] = _sources_hash(MODULES[kernel.function])
     text = json.dumps({"version": _CACHE_VERSION, **description}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -4,11 +4,11 @@ A process of its own because the compiler is single-threaded, because the Triton
 interprets, and because what it prints is not for a user. Requests and answers are lines of JSON on standard input and
 output:
 
-    {"kernel": {...}, "sm": 90, "image": PATH}
+    {"kernel": {...}, "sm": 90, "image": PATH, "images": "cubin" or "ptx"}
     {"entry": str, "threads": int, "shared": bytes, "scratch": bytes, "registers": int, "spills": bytes}    or
     {"error": str}
 
-The cubin is written to PATH. The worker ends with its standard input.
+The image is written to PATH. The worker ends with its standard input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = compile_kernel(kernel_from_json(request["kernel"]), request["sm"], Path(request["image"]))
+            kernel, image = kernel_from_json(request["kernel"]), Path(request["image"])
+            answer = compile_kernel(kernel, request["sm"], image, request["images"])
         except Exception as error:  # any defect of a kernel or of the compiler: the parent says which kernel it was
             answer = {"error": f"{type(error).__name__}: {error}"}
         channel.write(json.dumps(answer) + "\n")
@@ -47,8 +48,8 @@ def kernel_from_json(values: dict[str, Any]) -> Kernel:
     return Kernel(values["function"], parameters, constants, values["warps"], values["stages"])
 
 
-def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
-    """Compile one kernel for one SM and write the cubin; what a launcher has to know of it."""
+def compile_kernel(kernel: Kernel, sm: int, image: Path, images: str = "cubin") -> dict[str, Any]:
+    """Compile one kernel for one SM and write the image, a cubin or PTX; what a launcher has to know of it."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -74,7 +75,8 @@ def compile_kernel(kernel: Kernel, sm: int, image: Path) -> dict[str, Any]:
         compiled, registers, spills = compiled_with(kernel.all_registers)
     if compiled.metadata.profile_scratch_size:
         raise RuntimeError("it wants profile scratch memory, which launchers don't provide")
-    image.write_bytes(compiled.asm["cubin"])
+    made = compiled.asm[images]
+    image.write_bytes(made if isinstance(made, bytes) else made.encode())
     return {
         "entry": compiled.metadata.name,
         "threads": 32 * compiled.metadata.num_warps,

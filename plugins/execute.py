@@ -76,7 +76,7 @@ def select(
         "token_mask": token_mask,
         **outputs._asdict(),
     }
-    run(select_plan(spec, _sm(choice), power_of_two(tokens), launch), tensors, tokens)
+    run(select_plan(spec, sm_of(choice), power_of_two(tokens), launch), tensors, tokens)
     return outputs
 
 
@@ -114,7 +114,7 @@ def experts(
         "dispatch": dispatch,
     }
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    run(experts_plan(spec, _sm(hidden), power_of_two(len(hidden)), launch), given, len(hidden))
+    run(experts_plan(spec, sm_of(hidden), power_of_two(len(hidden)), launch), given, len(hidden))
     return output
 
 
@@ -286,7 +286,8 @@ def _launch(step: Step[Kernel], programs: int, arguments: list[Tensor | int], de
     function[(programs,)](*arguments, **constants, **options)
 
 
-def _sm(tensor: Tensor) -> int:
+def sm_of(tensor: Tensor) -> int:
+    """The SM that plans for a tensor's device are made for."""
     if tensor.device.type == "cpu":
         return _CPU_SM
     major, minor = torch.cuda.get_device_capability(tensor.device)

@@ -1,5 +1,7 @@
 """Kernels on whatever this machine has: on its GPU in this process, else interpreted in a process of their own.
 
+With LYNX_EMULATED_SM in the environment they run on an emulated GPU of that SM, as compiled (`emulator`).
+
 The Triton language decides when it is imported whether it interprets, and something else may have imported it. So the
 interpreter gets a process, which imports it afresh; functions and tensors travel there and results back.
 """
@@ -13,8 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
+from emulator import EmulatedGpu
+
+from lynx_trt.plugins import execute
 
 Result = TypeVar("Result")
 
@@ -23,6 +29,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def on_device(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     """Call a function of a module that imports no kernels by itself, with tensors on the device; results on the CPU."""
+    if sm := os.environ.get("LYNX_EMULATED_SM"):
+        return emulated(int(sm), function, *arguments, **options)
     if DEVICE == "cuda":
         return _map(function(*_map(arguments, DEVICE), **_map(options, DEVICE)), "cpu")
     return interpreted(function, *arguments, **options)
@@ -31,6 +39,21 @@ def on_device(function: Callable[..., Result], *arguments: Any, **options: Any) 
 def interpreted(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     """Call it where kernels are interpreted, whatever this machine has."""
     return _process().submit(function, *arguments, **options).result()
+
+
+def emulated(sm: int, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call it with an emulated GPU of some SM in place of the interpreter."""
+    gpu = _emulated(sm)
+    with (
+        mock.patch.object(execute, "run", gpu.run),
+        mock.patch.object(execute, "sm_of", return_value=sm),
+    ):
+        return function(*arguments, **options)
+
+
+@functools.cache
+def _emulated(sm: int) -> EmulatedGpu:
+    return EmulatedGpu(sm)
 
 
 @functools.cache

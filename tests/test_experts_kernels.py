@@ -147,7 +147,7 @@ def _check_layer(layer: Layer, launch: ExpertsLaunch | None = DECODE) -> None:
 
 def _plan_regions(spec: ExpertsSpec, tensors: dict[str, Tensor], launch: ExpertsLaunch) -> dict[str, Tensor]:
     tokens = len(tensors["hidden"])
-    return execute.run(experts_plan(spec, 90, tokens, launch), tensors, tokens)
+    return execute.run(experts_plan(spec, execute.sm_of(tensors["hidden"]), tokens, launch), tensors, tokens)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)

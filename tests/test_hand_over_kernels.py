@@ -57,10 +57,10 @@ def layer(
         made["dispatch"] = torch.full((size,), UNWRITTEN, dtype=torch.int32, device=routing["choice"].device)
     select = replace(SELECT, dispatch_taken=handed)
     experts = replace(EXPERTS, dispatch_given=handed)
-    most = power_of_two(tokens)
+    most, sm = power_of_two(tokens), execute.sm_of(routing["choice"])
     with mock.patch.object(plans, "BLOCKS_HERE", blocks_here):
-        execute.run(plans.select_plan(select, 90, most, launches[0]), {**routing, **made}, tokens)
-        execute.run(plans.experts_plan(experts, 90, most, launches[1]), {**weights, **made}, tokens)
+        execute.run(plans.select_plan(select, sm, most, launches[0]), {**routing, **made}, tokens)
+        execute.run(plans.experts_plan(experts, sm, most, launches[1]), {**weights, **made}, tokens)
     return made
 
 

@@ -1,0 +1,76 @@
+"""What a launch asks of the hardware, counted: sectors of global memory, wavefronts of shared memory, instructions.
+
+A warp's access of global memory goes in sectors of 32 bytes. One of shared memory goes in wavefronts: 128 bytes at a
+time from 32 banks of 4 bytes, a wavefront more for each further word that is wanted of the same bank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from emulator.memory import GlobalMemory, Indices, Mask
+
+Array = Any
+
+SECTOR, BANKS, WORD = 32, 32, 4
+
+
+@dataclass
+class SharedUse:
+    """Wavefronts of an instruction of a kernel, and how few they could be."""
+
+    wavefronts: int = 0
+    least: int = 0
+
+
+@dataclass
+class Counters:
+    """Of one launch: how often each sector of the GPU's memory was read, and what instructions were executed by warps.
+
+    shared: by the line of the kernel and the instruction.
+    """
+
+    memory: GlobalMemory
+    reads: Array = None
+    writes: Array = None
+    instructions: Counter[str] = field(default_factory=Counter)
+    shared: dict[tuple[str, str], SharedUse] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sectors = self.memory.bytes.size // SECTOR
+        self.reads, self.writes = np.zeros(sectors, np.int32), np.zeros(sectors, np.int32)
+
+    def read(self, address: int, size: int) -> Array:
+        """How often each sector of an allocation was read."""
+        first = (address - self.memory.base) // SECTOR
+        return self.reads[first : first + -(-size // SECTOR)]
+
+    def count_global(self, places: Indices, size: int, warp: Array, mask: Mask | None, *, write: bool) -> None:
+        """A warp's sectors count once each."""
+        if mask is not None:
+            places, warp = places[mask], warp[mask]
+        each = places[:, None] + np.arange(0, size, SECTOR) if size > SECTOR else places[:, None]
+        sectors = each // SECTOR
+        keys = np.unique(warp[:, None].astype(np.int64) * (self.memory.bytes.size // SECTOR) + sectors)
+        np.add.at(self.writes if write else self.reads, keys % (self.memory.bytes.size // SECTOR), 1)
+
+    def count_shared(
+        self, where: tuple[str, str], places: Indices, size: int, warp: Array, lane: Array, mask: Mask | None
+    ) -> None:
+        """Lanes go together as far as they ask for 128 bytes at most."""
+        if mask is not None:
+            places, warp, lane = places[mask], warp[mask], lane[mask]
+        together = min(32, 128 // max(size, WORD))
+        phase = warp.astype(np.int64) * 32 + lane // together
+        words = (places[:, None] + np.arange(0, max(size, 1), WORD)) // WORD
+        keys = np.unique(phase[:, None] * (1 << 40) + words)
+        phases, banks = keys >> 40, (keys & ((1 << 40) - 1)) % BANKS
+        by_bank, counts = np.unique(phases * BANKS + banks, return_counts=True)
+        firsts = np.flatnonzero(np.diff(by_bank // BANKS, prepend=-1))
+        use = self.shared.setdefault(where, SharedUse())
+        use.wavefronts += int(np.maximum.reduceat(counts, firsts).sum()) if len(firsts) else 0
+        use.least += len(firsts)

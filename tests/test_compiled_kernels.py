@@ -1,0 +1,207 @@
+"""The kernels as an engine carries them, on an emulated GPU (`emulator`): what the compiler made, not the source.
+
+The tests of the kernels' sources run there too, with LYNX_EMULATED_SM=90 in the environment: `make emulate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_draw_kernel
+import test_experts_kernels
+import test_select_kernel
+import test_state_kernels
+import torch
+from emulator import EmulatedGpu, FaultError
+from kernel_process import emulated
+from numpy.typing import NDArray
+
+from lynx_trt.experts import WEIGHTS, ExpertsForm
+from lynx_trt.plugins.launch import CLUSTER_SM, SMS, ExpertsLaunch, MatmulLaunch
+from lynx_trt.plugins.plans import experts_plan
+from lynx_trt.plugins.shapes import SHAPES, STATES, Shape
+from lynx_trt.runtime.draws import BEYOND
+from lynx_trt.runtime.sampling import Sampling, draw
+from lynx_trt.selection import PRESETS
+
+Array = NDArray[Any]
+
+# Multiplies by mma.sync, by wgmma, by tcgen05; the others are like the first.
+KINDS = (80, 90, 100)
+EVERY_SM = [pytest.param(sm, marks=[] if sm in KINDS else pytest.mark.slow) for sm in SMS]
+EVERY_WEIGHTS = [
+    pytest.param(weights, sm, marks=[] if sm == 90 or (weights == "float" and sm in KINDS) else pytest.mark.slow)
+    for sm in SMS
+    for weights in WEIGHTS
+]
+
+
+@pytest.fixture(autouse=True)
+def on_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The helpers of the other tests run here what they interpret there, on the SM that the test sets."""
+    for module in (test_draw_kernel, test_experts_kernels, test_select_kernel, test_state_kernels):
+        monkeypatch.setattr(module, "on_device", lambda function, *a, **o: emulated(HERE[0], function, *a, **o))
+
+
+HERE = [90]
+
+
+def experts_layer(weights: str, tokens: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Any:
+    """One with a token that has no expert, and the last expert unused."""
+    form = sizes.pop("form", ExpertsForm(weights=weights))
+    layer = test_experts_kernels._layer(
+        tokens, **{"experts": 5, "width": 2, "hidden": 256, "inner": 384} | sizes, form=form, dtype=dtype
+    )
+    layer.index[0] = -1
+    return layer
+
+
+def check_experts(layer: Any, launch: ExpertsLaunch | None = None) -> None:
+    got = test_experts_kernels._run(layer, launch)
+    quantized = layer.spec.form.quantized
+    double = replace(layer, hidden=layer.hidden.double()) if quantized else layer.double()
+    test_experts_kernels._check(got, double.twin(), layer.twin())
+
+
+@pytest.mark.parametrize(("weights", "sm"), EVERY_WEIGHTS)
+def test_experts(weights: str, sm: int) -> None:
+    """The launches that ship, of a decode batch and of a prefill; weights in each form, and each instruction set."""
+    HERE[0] = sm
+    for tokens in (12, 150):
+        check_experts(experts_layer(weights, tokens))
+
+
+@pytest.mark.parametrize("sm", EVERY_SM)
+def test_experts_in_float16_and_float32(sm: int) -> None:
+    HERE[0] = sm
+    gpt_oss = replace(SHAPES["gpt-oss-120b"].form, limit=1.5)
+    check_experts(experts_layer("float", 20, torch.float16, hidden=48, inner=40, form=gpt_oss, bias=True))
+    check_experts(experts_layer("float", 20, torch.float32, hidden=48, inner=40))
+
+
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (100, 120))])
+def test_experts_by_descriptors(sm: int) -> None:
+    """Copies of tensors: boxes that end outside of a matrix, and rows of other experts."""
+    HERE[0] = sm
+    tile = MatmulLaunch(64, 64, 64, warps=4, stages=3, descriptors=True, per_multiprocessor=1)
+    for flatten, copied in ((False, False), (True, True)):
+        down = replace(tile, flatten=flatten, copied=copied)
+        launch = ExpertsLaunch(True, replace(tile, flatten=flatten), down, "")
+        check_experts(experts_layer("float", 90, hidden=136, inner=200), launch)
+
+
+@pytest.mark.parametrize("sm", EVERY_SM)
+def test_selection(sm: int) -> None:
+    HERE[0] = sm
+    ways = [test_select_kernel.HELD, test_select_kernel.BLOCKS]
+    ways += [test_select_kernel.CLUSTER] if sm >= CLUSTER_SM else []
+    batch = test_select_kernel._router(14, 40, 4)
+    for launch in ways:
+        for preset, budget, floor in (("lynx", 10, 0.0), ("lynx-affinity", 9, 0.01)):
+            test_select_kernel._check(batch, PRESETS[preset], budget, launch, floor)
+
+
+# Kernels that another SM's tests have.
+SAME = {(80, "nemotron-h"), (80, "granite-4.0-h"), (80, "kimi-linear"), (100, "granite-4.0-h"), (100, "kimi-linear")}
+
+
+@pytest.mark.parametrize("sm", EVERY_SM)
+@pytest.mark.parametrize("name", [name for name in STATES if "256" not in name])
+def test_layers_that_keep_a_state(name: str, sm: int) -> None:
+    """Real sizes of a state, two of the heads: a decode step, a prefill in chunks where there is one."""
+    if (sm, name) in SAME:
+        pytest.skip("as on the other SMs")
+    HERE[0] = sm
+    it = STATES[name]
+    heads = (1, 2) if it.key_heads < it.value_heads else (2, 2)
+    how: dict[str, Any] = {"rule": it.update_rule, "epsilon": it.epsilon, "per_key": it.per_key}
+    for lengths, tokens in (([1, 0, 1], 1), ([9 if it.per_key else 300], 9 if it.per_key else 300)):
+        sizes = (*heads, it.keys, it.values)
+        test_state_kernels.check(
+            test_state_kernels.attention_layer(lengths, tokens, sizes, dtype=torch.bfloat16, **how)
+        )
+        test_state_kernels.check(
+            test_state_kernels.conv_layer(lengths, tokens, 192, it.width, dtype=torch.bfloat16, bias=it.bias)
+        )
+
+
+@pytest.mark.parametrize("sm", EVERY_SM)
+def test_draws(sm: int) -> None:
+    HERE[0] = sm
+    logits = np.random.default_rng(0).standard_normal((8, 3000)).astype(np.float32) * 3
+    ways = Sampling(), Sampling(0.7), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=5)
+    draws = test_draw_kernel.draws_for(8, *ways)
+    got, wanted = test_draw_kernel.kernels(logits, draws, None), draw(logits, draws).tolist()
+    assert [row for row in range(8) if got[row] != wanted[row] and got[row] != BEYOND] == []
+    assert got.count(BEYOND) <= 2  # a top-p that isn't within what is known, for the host to draw
+
+
+def step_on(gpu: EmulatedGpu, layer: Any, launch: ExpertsLaunch | None = None) -> None:
+    """One run of a layer, without its result."""
+    spec = layer.spec
+    tensors = {name: each for name, each in layer.tensors.items() if each is not None}
+    tensors["output"] = torch.empty_like(layer.hidden)
+    gpu.run(experts_plan(spec, gpu.sm, 1 << (len(layer.hidden) - 1).bit_length(), launch), tensors, len(layer.hidden))
+
+
+REAL = [
+    *(("qwen3-30b-a3b", tokens) for tokens in (1, 16, 64)),
+    *((name, 16) for name in SHAPES if name.startswith(("gpt-oss", "deepseek", "qwen3-30b-a3b-"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("", 1), ("", 16), *(pytest.param(*each, marks=pytest.mark.slow) for each in REAL)],
+)
+def test_a_decode_step_reads_each_active_expert_once(name: str, tokens: int) -> None:
+    """All of an active expert's matrices, each sector by one instruction of one warp; nothing of any other expert's.
+
+    At the real H and I, with the launches that ship for them (of few experts), and at small ones.
+    """
+    shape = SHAPES[name] if name else Shape(8, 2, 256, 384)
+    count, width = shape.experts_per_token + 4, shape.experts_per_token
+    layer = experts_layer(
+        "float", tokens, experts=count, width=width, hidden=shape.hidden, inner=shape.inner, form=shape.form,
+        bias=shape.bias,
+    )  # fmt: skip
+    layer.index[0] = torch.randperm(count - 1)[:width]
+    gpu = EmulatedGpu(90, size=1 << 30, multiprocessors=132, counts=True)
+    step_on(gpu, layer)
+    active = set(layer.index.reshape(-1).tolist())
+    assert len(active) < count
+
+    def reads(name: str) -> Array:
+        every = [counters for _, counters in gpu.launched if counters is not None]
+        found = sum(counters.read(gpu.where[name], layer.tensors[name].nbytes) for counters in every)
+        return np.asarray(found).reshape(count, -1)
+
+    assert {"gate_up_decode_kernel", "down_decode_kernel"} < {function for function, _ in gpu.launched}
+    for matrix in ("gate_up", "down"):
+        for expert in range(count):
+            assert (reads(matrix)[expert] == (expert in active)).all(), (matrix, expert)
+            if shape.form.quantized:
+                assert ((reads(f"{matrix}_scale")[expert] > 0) == (expert in active)).all(), (matrix, expert)
+
+
+def test_shared_memory_is_used_without_conflicts() -> None:
+    """The tiles that ship: an instruction takes hardly more wavefronts than what it moves needs."""
+    gpu = EmulatedGpu(90, counts=True)
+    for tokens in (12, 150):
+        step_on(gpu, experts_layer("float", tokens))
+        for function, counters in gpu.launched:
+            assert counters is not None
+            used = counters.shared.values()
+            assert sum(u.wavefronts for u in used) <= 1.1 * sum(u.least for u in used) + 64, (function, counters.shared)
+
+
+def test_a_launch_that_lies_about_its_memory_is_seen() -> None:
+    """Weights that are shorter than the plan thinks: the emulator sees the read that a GPU might let pass."""
+    layer = experts_layer("float", 12)
+    layer.index[1, 0] = 4
+    short = replace(layer, down=layer.down[:4].contiguous())
+    with pytest.raises(FaultError, match=r"down_decode_kernel.*in no allocation"):
+        step_on(EmulatedGpu(90), short)
