@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +30,17 @@ def _kernel(image: bytes) -> Kernel:
 class EmulatedGpu:
     """A GPU of some SM with `size` bytes of memory. Launches run at once; kernels are PTX, not cubins."""
 
-    def __init__(self, sm: int, *, size: int = 1 << 26, multiprocessors: int = 4, counts: bool = False) -> None:
+    def __init__(
+        self,
+        sm: int,
+        *,
+        size: int = 1 << 26,
+        multiprocessors: int = 4,
+        counts: bool = False,
+        memory: GlobalMemory | None = None,
+    ) -> None:
         self.sm, self.multiprocessors = sm, multiprocessors
-        self.memory = GlobalMemory(size)
+        self.memory = memory or GlobalMemory(size)
         self.counts = counts
         self.launched: list[tuple[str, Counters | None]] = []  # each kernel, and what it asked for where that counts
         self.where: dict[str, int] = {}  # the addresses of what `run` ran on
@@ -47,10 +55,13 @@ class EmulatedGpu:
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Run it. Raises FaultError: the kernel does what a GPU leaves undefined."""
+        self.launch_with(launch, [int(word) for word in launch.words])
+
+    def launch_with(self, launch: Launch, words: Sequence[int]) -> None:
+        """Run it with other arguments than those that it has by now."""
         cubin = self._loaded[launch.function - 1]
         counters = Counters(self.memory) if self.counts else None
         self.launched.append((cubin.function, counters))
-        words = [int(word) for word in launch.words]
         _kernel(cubin.image).run(
             self.memory,
             words,

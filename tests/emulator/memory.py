@@ -48,6 +48,15 @@ class GlobalMemory:
         self._allowed[: self._next] = False
         self._next = 0
 
+    def mark(self) -> int:
+        """For `release`."""
+        return self._next
+
+    def release(self, mark: int) -> None:
+        """Take back what was allocated since."""
+        self._allowed[mark : self._next] = False
+        self._next = mark
+
     def view(self, address: int, size: int) -> Array:
         """Bytes of one allocation, to read and to write."""
         start = address - self.base
