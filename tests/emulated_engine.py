@@ -7,6 +7,7 @@ that TensorRT would read (`tensorrt.prepare`), made into plugins from their attr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,13 @@ from host_gpu import STREAM, HostContext, HostEngine, HostGpu
 from onnx import helper, numpy_helper
 
 from lynx_trt.artifact import Artifact
-from lynx_trt.export.ops import DOMAIN, SELECT
+from lynx_trt.export.ops import DOMAIN
 from lynx_trt.plugins import python_plugin
 from lynx_trt.plugins.aot import compile_for
 from lynx_trt.plugins.contract import CONTRACTS
 from lynx_trt.plugins.launcher import Launch, spec_of
 from lynx_trt.plugins.specs import DrawSpec, Op
-from lynx_trt.runtime.ort_graphs import WEIGHTS_FOLDER
-from lynx_trt.tensorrt.prepare import Prepared, hand_over, prepare
+from lynx_trt.tensorrt.prepare import hand_over, prepare
 
 if TYPE_CHECKING:
     from lynx_trt.plugins.blob import Cubin
@@ -86,21 +86,45 @@ class EmulatedEngine(HostEngine):
 
     def __init__(self, artifact: Artifact, gpu: EmulatedHost, logger: Any, trt: Any) -> None:
         super().__init__(artifact, gpu, logger)
-        self.trt, self.folder = trt, str(artifact.folder)
-        path = artifact.path("model.onnx")
-        self.weights = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer
+        self.trt, self.path = trt, artifact.path("model.onnx")
+        self.original = onnx.load(self.path)
+        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.original.graph.initializer}
+        # And what the copy for TensorRT has beside them.
+        added = {tensor.name: tensor for tensor in prepare(self.path).model.graph.initializer}
+        self.weights |= {
+            name: numpy_helper.to_array(tensor) for name, tensor in added.items() if name not in self.weights
         }
-        ops = _ops(_handed(prepare(path), self.weights).model, self.weights)
-        blob = compile_for(ops, [gpu.emulated.sm], images="ptx").to_bytes()
-        self.prepared = _handed(prepare(path, kernels=blob), self.weights)
-        self.steps = _steps(self)
+        self.steps: list[Any] = []
         self.stored: dict[str, int] = {}  # where weights of plugins lie
 
     def create_execution_context(self, how: Any) -> HostContext:
         super().create_execution_context(how)
         self.contexts[-1] = EmulatedContext(self)
         return self.contexts[-1]
+
+    def prepare(self, values: dict[str, Array]) -> None:
+        """Make the plugins, with the sizes that a step of these inputs has: TensorRT infers them without one."""
+        plain = prepare(self.path)
+        shapes: dict[str, list[list[int]]] = {}
+        seen = dict(values)
+        for step in _steps(self, plain.model, lambda node: _Between(self, [node], list(node.output), functions=True)):
+            step.run(seen)
+        nodes = [node for node in plain.model.graph.node if node.domain == DOMAIN]
+        for node in nodes:
+            shapes[node.name] = [list(seen[name].shape) for name in node.input]
+        hand_over(plain.model, shapes)
+        specs = {}
+        for node in nodes:
+            attributes = {name: each for name, each in _attributes(node).items() if not name.startswith("plugin_")}
+            values_of = CONTRACTS[node.op_type].parse_fields(attributes)
+            handed = [[0]] * (len(node.input) - len(shapes[node.name]))
+            kind = str(seen[node.input[0]].dtype)
+            spec = spec_of(node.op_type, values_of, [*shapes[node.name], *handed], kind)
+            specs[spec.key] = Op(spec, ((1, MOST_TOKENS),))
+        blob = compile_for(specs.values(), [self.gpu.emulated.sm], images="ptx").to_bytes()
+        ready = prepare(self.path, kernels=blob)
+        hand_over(ready.model, shapes)
+        self.steps = _steps(self, ready.model, lambda node: _Plugin(self, node))
 
 
 class EmulatedContext(HostContext):
@@ -116,54 +140,15 @@ class EmulatedContext(HostContext):
             dtype = np.dtype(self._dtype(name))
             size = int(np.prod(shapes[name])) * dtype.itemsize
             values[name] = engine.gpu.view(addresses[name], size).view(dtype).reshape(shapes[name]).copy()
+        if not engine.steps:
+            engine.prepare(values)
+        # What a plugin gets and gives of the engine's own inputs and outputs is where the backend has bound it.
+        bound = {name: addresses[name] for name in engine.names if name in addresses}
         for step in engine.steps:
-            step.run(values)
+            step.run(values, bound)
         for name in engine.outputs:
             raw = np.ascontiguousarray(values[name]).reshape(-1).view(np.uint8)
             engine.gpu.view(addresses[name], raw.size)[:] = raw
-
-
-def _handed(prepared: Prepared, weights: dict[str, Array]) -> Prepared:
-    """With the metadata handed on, as in a real build."""
-    shapes = {}
-    for node in prepared.model.graph.node:
-        if node.domain == DOMAIN:
-            known = {name: list(weights[name].shape) for name in node.input if name in weights}
-            shapes[node.name] = [known.get(name, [-1, -1]) for name in node.input]
-    experts = next(shape for each in shapes.values() for shape in each if len(shape) == 3 and shape[0] > 0)[0]
-    for node in prepared.model.graph.node:
-        if node.op_type == SELECT and node.domain == DOMAIN:
-            shapes[node.name][0] = [-1, experts]
-    hand_over(prepared.model, shapes)
-    return prepared
-
-
-def _ops(model: onnx.ModelProto, weights: dict[str, Array]) -> list[Op]:
-    """What to compile: of nodes whose experts' weights are known, and whose routers have as many experts."""
-    specs = {}
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-    down = next(weights[node.input[4]] for node in nodes if node.op_type != SELECT)
-    for node in nodes:
-        contract = CONTRACTS[node.op_type]
-        values = contract.parse_fields({name: each for name, each in _attributes(node).items() if name not in _HEADER})
-        if node.op_type == SELECT:
-            shapes: list[tuple[int, ...]] = [(1, len(down)), (1, len(down)), (1, _width(nodes, node)), (1, 1), (), (), ()]
-        else:
-            gate_up = weights[node.input[3]]
-            hidden = gate_up.shape[1] if values["transposed"] else gate_up.shape[2]
-            rest = [weights[name].shape if name in weights else (1,) for name in node.input[5:]]
-            shapes = [(1, hidden), (1, _width(nodes, node)), (1, 1), gate_up.shape, weights[node.input[4]].shape, *rest]
-        spec = spec_of(node.op_type, values, shapes, str(down.dtype))
-        specs[spec.key] = Op(spec, ((1, MOST_TOKENS),))
-    return list(specs.values())
-
-
-_HEADER = ("plugin_version", "plugin_namespace", "kernels_id", "kernels")
-WIDTH = 2  # experts a token, in the tests' models
-
-
-def _width(nodes: Any, node: Any) -> int:
-    return WIDTH
 
 
 def _attributes(node: Any) -> dict[str, Any]:
@@ -188,18 +173,25 @@ class _Plugin:
         self.plugin = creator.create_plugin(node.name, stored, trt.TensorRTPhase.RUNTIME).attach_to_context(None)
         self.plugin.driver = lambda: engine.gpu.emulated
 
-    def run(self, values: dict[str, Array]) -> None:
+    def run(self, values: dict[str, Array], bound: dict[str, int]) -> None:
         engine, trt = self.engine, self.engine.trt
         memory = engine.gpu.memory
         inputs = [np.asarray(values[name], order="C") for name in self.node.input]
-        pointers = [self._put(name, each) for name, each in zip(self.node.input, inputs, strict=True)]
+        weights = {name: self._weight(name, each) for name, each in zip(self.node.input, inputs, strict=True)}
         held = memory.mark()
-        descs = [SimpleNamespace(dims=each.shape, type=_TYPES(trt)[str(each.dtype)]) for each in inputs]
+        pointers = [
+            weights[name] or bound.get(name) or _put(memory, each)
+            for name, each in zip(self.node.input, inputs, strict=True)
+        ]
+        descs = [SimpleNamespace(dims=each.shape, type=_types(trt)[str(each.dtype)]) for each in inputs]
         contract = self.plugin.contract
         types = contract.output_types([str(each.dtype) for each in inputs])
         shapes = contract.output_shapes([each.shape for each in inputs])
         outputs = [np.zeros(shape, kind) for kind, shape in zip(types, shapes, strict=True)]
-        places = [memory.allocate(each.nbytes) for each in outputs]
+        places = [
+            bound.get(name) or memory.allocate(each.nbytes)
+            for name, each in zip(self.node.output, outputs, strict=True)
+        ]
         dynamic = [SimpleNamespace(max=desc.dims, desc=desc) for desc in descs]
         workspace = memory.allocate(self.plugin.get_workspace_size(dynamic, []))
         self.plugin.enqueue(descs, [], pointers, places, workspace, STREAM)
@@ -207,13 +199,19 @@ class _Plugin:
             values[name] = memory.view(place, like.nbytes).copy().view(like.dtype).reshape(like.shape)
         memory.release(held)
 
-    def _put(self, name: str, value: Array) -> int:
-        """Its address; weights stay where they are."""
-        stored = self.engine.stored
-        if name not in stored or name not in self.engine.weights:
-            stored[name] = self.engine.gpu.memory.allocate(value.nbytes)
-            self.engine.gpu.memory.view(stored[name], value.nbytes)[:] = value.reshape(-1).view(np.uint8)
-        return stored[name]
+    def _weight(self, name: str, value: Array) -> int:
+        """The address of one of the engine's weights, where it stays; 0: it is none."""
+        if name not in self.engine.weights:
+            return 0
+        if name not in self.engine.stored:
+            self.engine.stored[name] = _put(self.engine.gpu.memory, value)
+        return self.engine.stored[name]
+
+
+def _put(memory: GlobalMemory, value: Array) -> int:
+    address = memory.allocate(value.nbytes)
+    memory.view(address, value.nbytes)[:] = value.reshape(-1).view(np.uint8)
+    return address
 
 
 def _field(trt: Any, name: str, value: Any) -> Any:
@@ -227,7 +225,7 @@ def _field(trt: Any, name: str, value: Any) -> Any:
     return trt.PluginField(name, np.array([value], np.int32), kinds.INT32)
 
 
-def _TYPES(trt: Any) -> dict[str, Any]:  # noqa: N802
+def _types(trt: Any) -> dict[str, Any]:
     kinds = trt.DataType
     return {
         "float32": kinds.FLOAT,
@@ -240,47 +238,50 @@ def _TYPES(trt: Any) -> dict[str, Any]:  # noqa: N802
 
 
 class _Between:
-    """Nodes between plugins, in ONNX Runtime: made when the types of its inputs are known."""
+    """Nodes in ONNX Runtime: made when the types of its inputs are known. functions: lynx nodes, by their bodies."""
 
-    def __init__(self, engine: EmulatedEngine, nodes: list[Any], outputs: list[str]) -> None:
-        self.engine, self.nodes, self.outputs = engine, nodes, outputs
+    def __init__(
+        self, engine: EmulatedEngine, nodes: list[Any], outputs: list[str], *, functions: bool = False
+    ) -> None:
+        self.engine, self.nodes, self.outputs, self.functions = engine, nodes, outputs, functions
         made = {name for node in nodes for name in node.output}
         used = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
         self.inputs = [name for name in used if name not in engine.weights]
         self.constants = [name for name in used if name in engine.weights]
         self.session: Any = None
 
-    def run(self, values: dict[str, Array]) -> None:
+    def run(self, values: dict[str, Array], bound: dict[str, int] | None = None) -> None:
         if self.session is None:
             self.session = self._session(values)
         found = self.session.run(self.outputs, {name: values[name] for name in self.inputs})
         values |= dict(zip(self.outputs, found, strict=True))
 
     def _session(self, values: dict[str, Array]) -> Any:
-        model = self.engine.prepared.model
+        model = self.engine.original
         inputs = [
             helper.make_tensor_value_info(
                 name, helper.np_dtype_to_tensor_dtype(values[name].dtype), [None] * values[name].ndim
             )
             for name in self.inputs
         ]
-        kept = [each for each in model.graph.initializer if each.name in self.constants]
+        constants = [numpy_helper.from_array(self.engine.weights[name], name) for name in self.constants]
         outputs = [onnx.ValueInfoProto(name=name) for name in self.outputs]
-        graph = helper.make_graph(self.nodes, "between", inputs, outputs, kept)
+        graph = helper.make_graph(self.nodes, "between", inputs, outputs, constants)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        options.add_session_config_entry(WEIGHTS_FOLDER, self.engine.folder)
         made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+        if self.functions:
+            made.functions.extend(model.functions)
         return onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _steps(engine: EmulatedEngine) -> list[Any]:
-    """The graph in pieces: each plugin, and what lies between two."""
-    graph = engine.prepared.model.graph
+def _steps(engine: EmulatedEngine, model: onnx.ModelProto, plugin: Callable[[Any], Any]) -> list[Any]:
+    """The graph in pieces: each lynx node, and what lies between two."""
+    graph = model.graph
     pieces: list[list[Any]] = [[]]
     for node in graph.node:
         for attribute in list(node.attribute):
-            if attribute.name == "TRT_decomposable":
+            if attribute.name == "TRT_decomposable":  # for TensorRT alone
                 node.attribute.remove(attribute)
         if node.domain == DOMAIN:
             pieces += [[node], []]
@@ -289,7 +290,7 @@ def _steps(engine: EmulatedEngine) -> list[Any]:
     steps: list[Any] = []
     for number, piece in enumerate(pieces):
         if number % 2:
-            steps.append(_Plugin(engine, piece[0]))
+            steps.append(plugin(piece[0]))
             continue
         later = {name for other in pieces[number + 1 :] for node in other for name in node.input}
         later |= {each.name for each in graph.output}

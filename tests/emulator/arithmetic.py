@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,8 +201,11 @@ def _float(instruction: Instruction, kind: str) -> Function | None:
     if set(parts) & {"rz", "rm", "rp", "sat", "relu"}:
         raise UnsupportedError(instruction.opcode)
     function = _fused(kind) if name == "fma" else _FLOAT.get(name)
-    if name in ("min", "max") and "NaN" in parts:
-        function = {"min": np.minimum, "max": np.maximum}[name]
+    if name in ("min", "max"):  # of two or of three
+        of_two = ({"min": np.minimum, "max": np.maximum} if "NaN" in parts else {"min": np.fmin, "max": np.fmax})[name]
+        function = _of_all(of_two)
+    elif function is not None and len(instruction.operands) - 1 != _OPERANDS.get(name, 1):
+        raise UnsupportedError(f"{instruction.opcode} of {len(instruction.operands) - 1} operands")
     if function is None or "ftz" not in parts:
         return function
     exact = function
@@ -229,8 +233,6 @@ _FLOAT: dict[str, Function] = {
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.divide,
-    "min": np.fmin,
-    "max": np.fmax,
     "abs": np.abs,
     "neg": np.negative,
     "ex2": _exact(np.exp2),
@@ -242,6 +244,12 @@ _FLOAT: dict[str, Function] = {
     "sin": _exact(np.sin),
     "cos": _exact(np.cos),
 }
+
+_OPERANDS = {"add": 2, "sub": 2, "mul": 2, "div": 2, "fma": 3}
+
+
+def _of_all(function: Function) -> Function:
+    return lambda *values: functools.reduce(function, values)
 
 
 def _same(function: Function, count: int = 2) -> Function:
