@@ -23,6 +23,13 @@ from lynx_trt.plugins.linear_attention_kernel import load_block
 
 
 @triton.jit
+def leading(a):
+    """The leading eight bits of float32 numbers, as such and as bfloat16: cut off, for rounding takes the slow unit."""
+    bits = a.to(tl.int32, bitcast=True)
+    return (bits & -65536).to(tl.float32, bitcast=True), (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def product(a, b, added):
     """`added` and float32 by 16 bits, exact but for the sum: `a` is taken apart, into three times 8 bits or two of 11.
 
@@ -30,10 +37,9 @@ def product(a, b, added):
     there the parts are of TF32, as which a float16 is exact too.
     """
     if b.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        first, high = leading(a)
+        second, middle = leading(a - first)
+        _, low = leading(a - first - second)
         return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, added)))
     exact = b.to(tl.float32)
     high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)

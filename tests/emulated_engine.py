@@ -70,7 +70,11 @@ class _Queued:
     def launch(self, launch: Launch, stream: int) -> None:
         assert stream == STREAM
         words = [int(word) for word in launch.words]  # the launcher writes others into the same place
-        self.gpu.do(lambda: self.gpu.emulated.launch_with(launch, words))
+        self.gpu.do(lambda: self._launch(launch, words))
+
+    def _launch(self, launch: Launch, words: list[int]) -> None:
+        self.gpu.emulated.launch_with(launch, words)
+        self.gpu.emulated.synchronize()
 
 
 def draws_blob(artifact: Artifact, sm: int) -> bytes:
@@ -195,6 +199,7 @@ class _Plugin:
         dynamic = [SimpleNamespace(max=desc.dims, desc=desc) for desc in descs]
         workspace = memory.allocate(self.plugin.get_workspace_size(dynamic, []))
         self.plugin.enqueue(descs, [], pointers, places, workspace, STREAM)
+        engine.gpu.emulated.synchronize()  # the next node may be ONNX Runtime's
         for name, place, like in zip(self.node.output, places, outputs, strict=True):
             values[name] = memory.view(place, like.nbytes).copy().view(like.dtype).reshape(like.shape)
         memory.release(held)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import test_draw_kernel
 import test_experts_kernels
+import test_hand_over_kernels
 import test_select_kernel
 import test_state_kernels
 import torch
@@ -20,6 +22,7 @@ from kernel_process import emulated
 from numpy.typing import NDArray
 
 from lynx_trt.experts import WEIGHTS, ExpertsForm
+from lynx_trt.plugins import execute
 from lynx_trt.plugins.launch import CLUSTER_SM, SMS, ExpertsLaunch, MatmulLaunch
 from lynx_trt.plugins.plans import experts_plan
 from lynx_trt.plugins.shapes import SHAPES, STATES, Shape
@@ -139,6 +142,27 @@ def test_draws(sm: int) -> None:
     assert got.count(BEYOND) <= 2  # a top-p that isn't within what is known, for the host to draw
 
 
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (100, 120))])
+@pytest.mark.parametrize("way", ["held", "blocks", "cluster"])
+def test_launches_that_begin_early(way: str, sm: int) -> None:
+    """Both ops in a row, each launch as far on its way as a GPU might have it while the one before it has done nothing.
+
+    With the metadata handed over, and with each op making its own in the workspace that the other has too.
+    """
+    launches, blocks_here = test_hand_over_kernels.SELECTS[way]
+    for tokens, handed in ((33, True), (33, False), (1, True)):
+        routing, weights = test_hand_over_kernels.inputs(tokens, budget=4)
+        gpu = EmulatedGpu(sm)
+        with (
+            mock.patch.object(execute, "run", gpu.run),
+            mock.patch.object(execute, "sm_of", return_value=sm),
+            gpu.in_a_row(),
+        ):
+            chosen = launches, test_hand_over_kernels.LAUNCHES["decode"]
+            made = test_hand_over_kernels.layer(routing, weights, chosen, blocks_here, handed)
+        test_hand_over_kernels.check(made, routing, weights)
+
+
 def step_on(gpu: EmulatedGpu, layer: Any, launch: ExpertsLaunch | None = None) -> None:
     """One run of a layer, without its result."""
     spec = layer.spec
@@ -194,8 +218,8 @@ def test_shared_memory_is_used_without_conflicts() -> None:
         step_on(gpu, experts_layer("float", tokens))
         for function, counters in gpu.launched:
             assert counters is not None
-            used = counters.shared.values()
-            assert sum(u.wavefronts for u in used) <= 1.1 * sum(u.least for u in used) + 64, (function, counters.shared)
+            used = counters.wavefronts.values()
+            assert sum(use.taken for use in used) <= 1.1 * sum(use.least for use in used) + 64, (function, used)
 
 
 def test_a_launch_that_lies_about_its_memory_is_seen() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import FaultError, UnsupportedError
-from emulator.machine import Kernel
+from emulator.machine import Kernel, Running
 from emulator.memory import GlobalMemory
 from emulator.program import parse
 from numpy.typing import NDArray
@@ -246,6 +246,29 @@ def test_programs_run_and_end_on_their_own() -> None:
 END:
     """
     assert run(body, grid=600).tolist() == [500] * 32
+
+
+def test_what_is_read_before_a_launch_waits_is_what_was_there_before() -> None:
+    memory = GlobalMemory(1 << 12)
+    data, seen = memory.allocate(256), memory.allocate(256)
+
+    def launch(body: str) -> Running:
+        text = PROGRAM.replace("BODY", body).replace("THREADS", "32")
+        return Running(Kernel(parse(text)), memory, [data, seen], 1, 32, 0)
+
+    def after(body: str) -> int:
+        memory.view(data, 256)[:] = 0
+        earlier, later = launch("griddepcontrol.wait; mov.b32 %r3, 7; st.global.b32 [%rd0], %r3;"), launch(body)
+        later.begin()
+        earlier.finish()
+        later.finish()
+        return int(memory.view(seen, 4).view(np.uint32)[0])
+
+    load, wait, store = "ld.global.b32 %r3, [%rd0];", "griddepcontrol.wait;", "st.global.b32 [%rd1], %r3;"
+    assert after(wait + load + store) == 7
+    assert after(load + wait + store) == 0
+    with pytest.raises(FaultError, match="it lets the next launch start before it has waited"):
+        launch("griddepcontrol.launch_dependents; griddepcontrol.wait;").finish()
 
 
 @pytest.mark.parametrize(

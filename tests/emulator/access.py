@@ -62,7 +62,8 @@ def global_places(
     """Where addresses lie in the GPU's memory. Raises FaultError: in no allocation, or not a multiple of the size."""
     places = state.memory.places(addresses, size, mask, _noun(instruction))
     if state.counters is not None:
-        state.counters.count_global(places, size, state.warp, mask, write=write)
+        where = instruction.where, instruction.opcode
+        state.counters.count_global(where, places, size, state.warp, mask, write=write)
     return places
 
 

@@ -19,11 +19,15 @@ Array = Any
 SECTOR, BANKS, WORD = 32, 32, 4
 
 
-@dataclass
-class SharedUse:
-    """Wavefronts of an instruction of a kernel, and how few they could be."""
+# A line of a kernel's source, and the instruction.
+Where = tuple[str, str]
 
-    wavefronts: int = 0
+
+@dataclass
+class Use:
+    """How much of the hardware's units an instruction of a kernel took, and how few would do for what it moved."""
+
+    taken: int = 0
     least: int = 0
 
 
@@ -31,14 +35,15 @@ class SharedUse:
 class Counters:
     """Of one launch: how often each sector of the GPU's memory was read, and what instructions were executed by warps.
 
-    shared: by the line of the kernel and the instruction.
+    sectors and wavefronts: of each instruction, those of a warp's access that are not in the L1 cache counted again.
     """
 
     memory: GlobalMemory
     reads: Array = None
     writes: Array = None
     instructions: Counter[str] = field(default_factory=Counter)
-    shared: dict[tuple[str, str], SharedUse] = field(default_factory=dict)
+    sectors: dict[Where, Use] = field(default_factory=dict)
+    wavefronts: dict[Where, Use] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sectors = self.memory.bytes.size // SECTOR
@@ -49,17 +54,24 @@ class Counters:
         first = (address - self.memory.base) // SECTOR
         return self.reads[first : first + -(-size // SECTOR)]
 
-    def count_global(self, places: Indices, size: int, warp: Array, mask: Mask | None, *, write: bool) -> None:
-        """A warp's sectors count once each."""
+    def count_global(
+        self, where: Where, places: Indices, size: int, warp: Array, mask: Mask | None, *, write: bool
+    ) -> None:
+        """A warp's sectors count once each; the fewest are those of as many bytes side by side."""
         if mask is not None:
             places, warp = places[mask], warp[mask]
         each = places[:, None] + np.arange(0, size, SECTOR) if size > SECTOR else places[:, None]
         sectors = each // SECTOR
         keys = np.unique(warp[:, None].astype(np.int64) * (self.memory.bytes.size // SECTOR) + sectors)
         np.add.at(self.writes if write else self.reads, keys % (self.memory.bytes.size // SECTOR), 1)
+        # Lanes that ask for the same get it at once.
+        asked = np.unique(warp.astype(np.int64) * self.memory.bytes.size + places) // self.memory.bytes.size
+        use = self.sectors.setdefault(where, Use())
+        use.taken += len(keys)
+        use.least += int((-(-np.unique(asked, return_counts=True)[1] * size // SECTOR)).sum())
 
     def count_shared(
-        self, where: tuple[str, str], places: Indices, size: int, warp: Array, lane: Array, mask: Mask | None
+        self, where: Where, places: Indices, size: int, warp: Array, lane: Array, mask: Mask | None
     ) -> None:
         """Lanes go together as far as they ask for 128 bytes at most."""
         if mask is not None:
@@ -71,6 +83,6 @@ class Counters:
         phases, banks = keys >> 40, (keys & ((1 << 40) - 1)) % BANKS
         by_bank, counts = np.unique(phases * BANKS + banks, return_counts=True)
         firsts = np.flatnonzero(np.diff(by_bank // BANKS, prepend=-1))
-        use = self.shared.setdefault(where, SharedUse())
-        use.wavefronts += int(np.maximum.reduceat(counts, firsts).sum()) if len(firsts) else 0
+        use = self.wavefronts.setdefault(where, Use())
+        use.taken += int(np.maximum.reduceat(counts, firsts).sum()) if len(firsts) else 0
         use.least += len(firsts)

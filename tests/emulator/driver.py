@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from emulator.counters import Counters
-from emulator.machine import Kernel
+from emulator.machine import Kernel, Running
 from emulator.memory import GlobalMemory
 from emulator.program import parse
 from lynx_trt.plugins import aot
@@ -28,7 +29,12 @@ def _kernel(image: bytes) -> Kernel:
 
 
 class EmulatedGpu:
-    """A GPU of some SM with `size` bytes of memory. Launches run at once; kernels are PTX, not cubins."""
+    """A GPU of some SM with `size` bytes of memory; kernels are PTX, not cubins.
+
+    A launch that may start while the one before it still runs does so as early as a GPU could: it goes on to where it
+    waits before any of the other has run (what that one does before it waits itself has been done). So what is read too
+    early is what was there before. `synchronize` runs what is left.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,8 @@ class EmulatedGpu:
         self.launched: list[tuple[str, Counters | None]] = []  # each kernel, and what it asked for where that counts
         self.where: dict[str, int] = {}  # the addresses of what `run` ran on
         self._loaded: list[Cubin] = []
+        self._pending: Running | None = None
+        self._row: list[Any] | None = None
 
     def device(self) -> Device:
         return Device(self.sm, self.multiprocessors, context=1)
@@ -54,15 +62,18 @@ class EmulatedGpu:
         return len(self._loaded)
 
     def launch(self, launch: Launch, stream: int) -> None:
-        """Run it. Raises FaultError: the kernel does what a GPU leaves undefined."""
+        """Launch it, with the arguments that it has by now."""
         self.launch_with(launch, [int(word) for word in launch.words])
 
     def launch_with(self, launch: Launch, words: Sequence[int]) -> None:
-        """Run it with other arguments than those that it has by now."""
+        """Launch it with other arguments."""
         cubin = self._loaded[launch.function - 1]
         counters = Counters(self.memory) if self.counts else None
         self.launched.append((cubin.function, counters))
-        _kernel(cubin.image).run(
+        if not launch.programmatic:
+            self.synchronize()
+        running = Running(
+            _kernel(cubin.image),
             self.memory,
             words,
             launch.programs,
@@ -71,6 +82,16 @@ class EmulatedGpu:
             cluster=launch.cluster,
             counters=counters,
         )
+        if launch.programmatic:
+            running.begin()
+            self.synchronize()
+        self._pending = running
+
+    def synchronize(self) -> None:
+        """Run what was launched to its end. Raises FaultError: a kernel does what a GPU leaves undefined."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.finish()
 
     def put(self, tensor: Tensor) -> int:
         """The address of a copy of a tensor."""
@@ -89,26 +110,42 @@ class EmulatedGpu:
     ) -> dict[str, Tensor]:
         """What `execute.run` does, here: launch a plan's steps on tensors by name; the regions of its workspace.
 
-        The kernels are compiled for this SM, as an engine would have them.
+        The kernels are compiled for this SM, as an engine would have them. Within `in_a_row` it only notes them.
         """
+        if self._row is not None:
+            self._row.append((plan, tensors, tokens, sequences))
+            return {}
+        self._run([(plan, tensors, tokens, sequences)])
+        return {
+            region.name: torch.from_numpy(self.memory.view(self.where[region.name], region.size(tokens)).copy())
+            for region in plan.regions
+        }
+
+    @contextlib.contextmanager
+    def in_a_row(self) -> Iterator[None]:
+        """Ops that are launched one after the other, as in an engine: on one workspace, and none waits for the host."""
+        self._row = row = []
+        yield
+        self._row = None
+        self._run(row)
+
+    def _run(self, ops: Sequence[tuple[Plan[Source], Mapping[str, Tensor], int, int]]) -> None:
         self.memory.clear()
         self.launched.clear()
-        wanted = dict.fromkeys(step.kernel for step in plan.steps)
+        wanted = dict.fromkeys(step.kernel for plan, *_ in ops for step in plan.steps)
         built = aot.compile_each(wanted, self.sm, images="ptx")
         if missing := [kernel for kernel in wanted if kernel not in built]:
             raise RuntimeError(f"this does not compile for SM {self.sm}: {missing[0]}")
+        tensors = {name: tensor for _, given, *_ in ops for name, tensor in given.items()}
         where = {name: self.put(tensor) for name, tensor in tensors.items()}
-        size = plan.workspace_bytes(tokens)
+        size = max(plan.workspace_bytes(tokens) for plan, _, tokens, _ in ops)
         workspace = self.memory.allocate(size)
         self.memory.view(workspace, size)[:] = 255  # NaN, so that a read of what nothing wrote is seen
-        offsets = plan.offsets(tokens)
-        self.where = addresses = where | {name: workspace + offset for name, offset in offsets.items()}
-        ready = plan.with_kernels(built.__getitem__)
-        for launch in launches_of(ready, tokens, self.device(), self, addresses, sequences):
-            self.launch(launch, 0)
+        for plan, _, tokens, sequences in ops:
+            self.where = where | {name: workspace + offset for name, offset in plan.offsets(tokens).items()}
+            ready = plan.with_kernels(built.__getitem__)
+            for launch in launches_of(ready, tokens, self.device(), self, self.where, sequences):
+                self.launch(launch, 0)
+        self.synchronize()
         for name, tensor in tensors.items():
             tensor.copy_(self.get(where[name], tensor))
-        return {
-            region.name: torch.from_numpy(self.memory.view(addresses[region.name], region.size(tokens)).copy())
-            for region in plan.regions
-        }

@@ -175,7 +175,7 @@ def _copy_tensor(instruction: Instruction) -> Execute:
         starts = [np.broadcast_to(read(state), (state.lanes,)) for read in coordinates]
         for lane in lanes_of(state, mask):
             held = state.memory.view(int(descriptors[lane]), _DESCRIBED_SIZE).copy().view(DESCRIPTOR)[0]
-            box = _box(state, held, [int(each[lane]) for each in starts])
+            box = _box(state, instruction, held, [int(each[lane]) for each in starts])
             _put_box(state, lane, int(targets[lane]), held, box)
             one = known(state, (int(state.local[lane]), int(barriers[lane])))
             one.bytes -= box.nbytes
@@ -184,7 +184,7 @@ def _copy_tensor(instruction: Instruction) -> Execute:
     return execute
 
 
-def _box(state: State, held: Any, start: list[int]) -> Array:
+def _box(state: State, instruction: Instruction, held: Any, start: list[int]) -> Array:
     """The elements of a box as bytes, [..., inner, bytes of an element], outermost dimension first."""
     rank = int(held["rank"]) + 1
     if rank != len(start) or held["interleave_layout"] or held["fill_mode"]:
@@ -204,7 +204,8 @@ def _box(state: State, held: Any, start: list[int]) -> Array:
     addresses = (np.uint64(held["global_address"]) + wanted.astype(np.uint64)).reshape(-1)
     places = state.memory.places(addresses, each, inside.reshape(-1), "a copy of a tensor")
     if state.counters is not None:
-        state.counters.count_global(places, each, np.zeros(len(places), np.int64), inside.reshape(-1), write=False)
+        where, one = (instruction.where, instruction.opcode), np.zeros(len(places), np.int64)
+        state.counters.count_global(where, places, each, one, inside.reshape(-1), write=False)
     values = state.memory.bytes[places[:, None] + np.arange(each)]
     return np.where(inside.reshape(-1, 1), values, np.uint8(0)).reshape(*inside.shape, each)
 

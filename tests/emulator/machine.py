@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,12 +24,20 @@ class Kernel:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._steps = [_step(each) for each in program.instructions]
-        self._end = len(self._steps)
-        self._whole = [_wants_a_warp(each) for each in program.instructions]
+        self.steps = [_step(each) for each in program.instructions]
+        self.whole = [_wants_a_warp(each) for each in program.instructions]
 
-    def run(
+    def run(self, memory: GlobalMemory, words: Sequence[int], grid: int, threads: int, shared: int) -> None:
+        """Run `grid` programs with these words as parameters. Raises FaultError, UnsupportedError."""
+        Running(self, memory, words, grid, threads, shared).finish()
+
+
+class Running:
+    """A launch on its way: `begin` goes as far as a program may go while the launch before it still runs."""
+
+    def __init__(
         self,
+        kernel: Kernel,
         memory: GlobalMemory,
         words: Sequence[int],
         grid: int,
@@ -40,51 +47,90 @@ class Kernel:
         cluster: bool = False,
         counters: Counters | None = None,
     ) -> None:
-        """Run `grid` programs with these words as parameters. Raises FaultError, UnsupportedError."""
-        if self.program.threads and self.program.threads != threads:
-            raise FaultError(f"{self.program.name} is for {self.program.threads} threads and launched with {threads}")
+        program = kernel.program
+        if program.threads and program.threads != threads:
+            raise FaultError(f"{program.name} is for {program.threads} threads and launched with {threads}")
         most = grid if cluster else max(1, MOST_LANES // threads)
+        self._parts = [
+            _Lockstep(
+                kernel,
+                State(program, memory, words, first, min(most, grid - first), grid, threads, shared, counters),
+                cluster=cluster,
+            )
+            for first in range(0, grid, most)
+        ]
+
+    def begin(self) -> None:
+        """Up to where each program waits for earlier launches (griddepcontrol.wait), or its end."""
         with np.errstate(all="ignore"):
-            for first in range(0, grid, most):
-                programs = min(most, grid - first)
-                state = State(self.program, memory, words, first, programs, grid, threads, shared, counters)
-                self._run(state, cluster=cluster)
+            for part in self._parts:
+                part.run(stop=True)
 
-    def _run(self, state: State, *, cluster: bool) -> None:
-        at = np.zeros(state.lanes, np.int64)
-        waiting = np.zeros(state.lanes, np.bool_)  # at a barrier
-        parked = np.zeros(state.lanes, np.bool_)  # before an instruction of a whole warp, for the warp's other lanes
+    def finish(self) -> None:
+        """Whatever is left. Raises FaultError."""
+        with np.errstate(all="ignore"):
+            while self._parts:
+                self._parts.pop(0).run(stop=False)
+
+
+class _Lockstep:
+    """Some programs of a launch, of which the lanes that are furthest behind go first."""
+
+    def __init__(self, kernel: Kernel, state: State, *, cluster: bool) -> None:
+        self.program, self._steps, self._whole = kernel.program, kernel.steps, kernel.whole
+        self._end = len(self._steps)
+        self._state, self._cluster = state, cluster
+        self._at = np.zeros(state.lanes, np.int64)
+        self._waiting = np.zeros(state.lanes, np.bool_)  # at a barrier
+        # Before an instruction of a whole warp, for the warp's other lanes.
+        self._parked = np.zeros(state.lanes, np.bool_)
+        # For launches before this one; once for all.
+        self._stopped = np.zeros(state.lanes, np.bool_)
+
+    def run(self, *, stop: bool) -> None:
+        """To the end, or (stop) no further than where it waits for earlier launches."""
+        state = self._state
+        self._stopped[:] = False
         while True:
-            if parked.any():
-                places = at.reshape(-1, WARP)
-                parked &= np.repeat((places != places[:, :1]).any(axis=1), WARP)
-            ready = ~waiting & ~parked & (at < self._end)
+            if self._parked.any():
+                places = self._at.reshape(-1, WARP)
+                self._parked &= np.repeat((places != places[:, :1]).any(axis=1), WARP)
+            ready = ~self._waiting & ~self._parked & ~self._stopped & (self._at < self._end)
             if not ready.any():
-                if parked.any():
-                    instruction = self.program.instructions[int(at[parked].min())]
-                    raise FaultError(f"{self._says(instruction)} wants all lanes of a warp, and some never come")
-                if waiting.any():
-                    raise FaultError(f"{self.program.name}: lanes wait at a barrier for others that have ended")
+                if not self._stopped.any():
+                    self._check_ended()
                 return
-            place = int(at[ready].min())
-            here = ready & (at == place)
-            mask = None if here.all() else here
-            others = at[ready & ~here]
-            place, last = self._straight(state, place, mask, int(others.min()) if len(others) else self._end)
+            place = int(self._at[ready].min())
+            here = ready & (self._at == place)
+            others = self._at[ready & ~here]
+            meet = int(others.min()) if len(others) else self._end
+            place, last = self._straight(state, place, None if here.all() else here, meet, stop=stop)
             if last is None:
-                at[here] = place
+                self._at[here] = place
                 if place == self._end:
-                    at, waiting, parked = self._shrink(state, at, waiting, parked)
+                    self._shrink(state)
                 elif self._whole[place]:
-                    parked |= here & ~_full(here)
+                    self._parked |= here & ~_full(here)
+            elif last.parts[:2] == ("griddepcontrol", "wait"):
+                self._at[here] = place + 1
+                self._stopped |= here
             elif last.parts[0] in _BARRIERS:
-                at[here] = place + 1
-                waiting[here] = True
-                self._release(state, waiting, at, last, cluster=cluster)
+                self._at[here] = place + 1
+                self._waiting[here] = True
+                self._release(state, last)
             else:
-                self._branch(state, at, here, place, last)
+                self._branch(state, here, place, last)
 
-    def _straight(self, state: State, place: int, mask: Mask | None, meet: int) -> tuple[int, Instruction | None]:
+    def _check_ended(self) -> None:
+        if self._parked.any():
+            instruction = self.program.instructions[int(self._at[self._parked].min())]
+            raise FaultError(f"{self._says(instruction)} wants all lanes of a warp, and some never come")
+        if self._waiting.any():
+            raise FaultError(f"{self.program.name}: lanes wait at a barrier for others that have ended")
+
+    def _straight(
+        self, state: State, place: int, mask: Mask | None, meet: int, *, stop: bool
+    ) -> tuple[int, Instruction | None]:
         """Execute from a place on up to where others are (`meet`), the end, or an instruction that parts lanes.
 
         Returns that place, and that instruction.
@@ -96,6 +142,13 @@ class Kernel:
                 if instruction.guard is not None:
                     raise UnsupportedError("a return of some lanes")
                 return self._end, None
+            if kind == "griddepcontrol":
+                if instruction.parts[1] == "wait":
+                    state.waited = True
+                    if stop:
+                        return place, instruction
+                elif not state.waited:
+                    raise FaultError(f"{self._says(instruction)}: it lets the next launch start before it has waited")
             if kind == "bra" or (kind in _BARRIERS and not {"warp", "arrive"} & set(instruction.parts)):
                 return place, instruction
             if mask is not None and self._whole[place] and (mask & ~_full(mask)).any():
@@ -117,23 +170,23 @@ class Kernel:
     def _says(self, instruction: Instruction) -> str:
         return f"{self.program.name}, {instruction.where}, {instruction.opcode}"
 
-    def _branch(self, state: State, at: Any, here: Mask, place: int, instruction: Instruction) -> None:
+    def _branch(self, state: State, here: Mask, place: int, instruction: Instruction) -> None:
         target = instruction.operands[0]
         assert isinstance(target, Symbol)
         to = self.program.labels[target.name]
         if instruction.guard is None:
-            at[here] = to
+            self._at[here] = to
             return
         taken = reader(instruction.guard, "pred")(state)
         taken = here & (~taken if instruction.negated else taken)
-        at[here] = place + 1
-        at[taken] = to
+        self._at[here] = place + 1
+        self._at[taken] = to
 
-    def _release(self, state: State, waiting: Mask, at: Any, instruction: Instruction, *, cluster: bool) -> None:
-        """Let those go on of whose program (cluster: of all programs) all lanes wait."""
-        whole = instruction.parts[:2] == ("barrier", "cluster")
-        if whole:
-            if not cluster:
+    def _release(self, state: State, instruction: Instruction) -> None:
+        """Let those go on of whose program (at a cluster's barrier, of all programs) all lanes wait."""
+        at, waiting = self._at, self._waiting
+        if instruction.parts[:2] == ("barrier", "cluster"):
+            if not self._cluster:
                 raise FaultError("a barrier of a cluster in a launch that is none")
             free = np.full(len(waiting), waiting.all())
         else:
@@ -141,22 +194,22 @@ class Kernel:
             some[state.local[~waiting & (at < self._end)]] = True
             free = ~some[state.local]
         if free.any():
-            if len(np.unique(at[free & waiting])) > 1 and not whole:
-                for program in np.unique(state.local[free]):
-                    if len(np.unique(at[state.local == program])) > 1:
-                        raise FaultError("lanes of a program wait at different barriers")
+            for program in np.unique(state.local[free]) if len(np.unique(at[free & waiting])) > 1 else ():
+                if len(np.unique(at[(state.local == program) & waiting])) > 1:
+                    raise FaultError("lanes of a program wait at different barriers")
             waiting[free] = False
             state.epoch[np.unique(state.local[free])] += 1
 
-    def _shrink(self, state: State, *lanes: Any) -> Any:
-        """Leave out programs that have ended, when they are many; `lanes`: where each is, and what else there is."""
+    def _shrink(self, state: State) -> None:
+        """Leave out programs that have ended, when they are many."""
         alive = np.zeros(len(state.epoch), np.bool_)
-        alive[state.local[lanes[0] < self._end]] = True
+        alive[state.local[self._at < self._end]] = True
         kept = alive[state.local]
         if 0 < kept.sum() <= state.lanes // 2:
             state.keep(kept)
-            return tuple(each[kept] for each in lanes)
-        return lanes
+            self._at, self._waiting, self._parked, self._stopped = (
+                each[kept] for each in (self._at, self._waiting, self._parked, self._stopped)
+            )
 
 
 def _wants_a_warp(instruction: Instruction) -> bool:

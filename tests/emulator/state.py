@@ -62,6 +62,7 @@ class State:
         counters: Counters | None = None,
     ) -> None:
         self.counters = counters
+        self.waited = False  # for earlier launches
         self.program, self.memory, self.words, self.grid = program, memory, words, grid
         self.threads = threads
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), programs)
