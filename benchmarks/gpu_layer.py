@@ -200,9 +200,9 @@ class Kernels:
     def prepare(self, spec: Spec, tensors: Mapping[str, Tensor], tokens: int, sequences: int = 0) -> Callable[[], None]:
         """A function that launches an op, without an allocation."""
         if self._kernels is None:
-            plan = find_plan(plans(spec, self._sm, tokens), tokens)
+            plan = find_plan(plans(spec, self._sm, tokens), tokens, sequences)
             return execute.prepare(plan, tensors, tokens, sequences)[0]
-        compiled = find_plan(lookup(self._kernels, self._sm, spec.key), tokens)
+        compiled = find_plan(lookup(self._kernels, self._sm, spec.key), tokens, sequences)
         return execute.prepare_compiled(compiled, tensors, tokens, self._driver, sequences)
 
 

@@ -149,7 +149,8 @@ def causal_conv(
     output, state = torch.empty_like(values), past_state if in_place else torch.empty_like(past_state)
     tensors = {"values": values, "weight": weight, "past_state": past_state, "lengths": lengths}
     tensors |= {"output": output, "present_state": state} | ({} if bias is None else {"bias": bias})
-    run(causal_conv_plan(spec, power_of_two(len(values))), tensors, len(values), len(lengths))
+    longest = power_of_two(len(values) // len(lengths))
+    run(causal_conv_plan(spec, longest), tensors, len(values), len(lengths))
     return output, state
 
 
@@ -173,7 +174,8 @@ def linear_attention(
     output, state = torch.empty_like(value), past_state if in_place else torch.empty_like(past_state)
     tensors = {"query": query, "key": key, "value": value, "decay": decay, "beta": beta, "past_state": past_state}
     tensors |= {"lengths": lengths, "output": output, "present_state": state}
-    run(linear_attention_plan(spec, power_of_two(len(value)), chunks=chunks), tensors, len(value), len(lengths))
+    longest = power_of_two(len(value) // len(lengths))
+    run(linear_attention_plan(spec, longest, chunks=chunks), tensors, len(value), len(lengths))
     return output, state
 
 

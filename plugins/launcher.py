@@ -94,12 +94,7 @@ def workspace_bytes(kernels: Kernels, key: str, max_tokens: int) -> int:
     if key not in kernels.ops:
         raise ArtifactError(f"this engine has no kernels for {key}: build it again")
     return max(
-        (
-            plan.workspace_bytes(min(plan.max_tokens, max_tokens))
-            for options in kernels.ops[key].values()
-            for plan in options
-        ),
-        default=0,
+        (plan.most_workspace(max_tokens) for options in kernels.ops[key].values() for plan in options), default=0
     )
 
 
@@ -214,7 +209,7 @@ class Launcher:
         device = self._driver.device()
         options = lookup(self._kernels, device.sm, self._key)
         try:
-            plan = find_plan(options, tokens)
+            plan = find_plan(options, tokens, sequences)
         except ValueError as error:
             raise ArtifactError(f"{error}: build the engine again with larger profiles") from None
         launches: list[Launch] = []

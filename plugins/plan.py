@@ -157,7 +157,7 @@ class Step(Generic[Launchable]):
 
 @dataclass(frozen=True)
 class Plan(Generic[Launchable]):
-    """The launches for up to `max_tokens` tokens."""
+    """The launches for up to `max_tokens` tokens; of an op whose sequences have states, tokens of a sequence."""
 
     max_tokens: int
     steps: tuple[Step[Launchable], ...]
@@ -183,10 +183,16 @@ class Plan(Generic[Launchable]):
         """The workspace for T tokens."""
         return sum(-(-region.size(tokens) // ALIGNMENT) * ALIGNMENT for region in self.regions)
 
+    def most_workspace(self, tokens: int) -> int:
+        """The workspace for as many tokens as it is for, of up to T in a step."""
+        of_sequences = any(step.grid.sequences for step in self.steps)
+        return self.workspace_bytes(tokens if of_sequences else min(self.max_tokens, tokens))
 
-def find_plan(options: Sequence[Plan[Launchable]], tokens: int) -> Plan[Launchable]:
-    """The plan for T tokens. Raises ValueError: more than any is made for."""
+
+def find_plan(options: Sequence[Plan[Launchable]], tokens: int, sequences: int = 0) -> Plan[Launchable]:
+    """The plan for T tokens, of B sequences where they have states. Raises ValueError: more than any is made for."""
+    longest, what = (tokens // sequences, "sequence") if sequences else (tokens, "batch")
     for plan in options:
-        if tokens <= plan.max_tokens:
+        if longest <= plan.max_tokens:
             return plan
-    raise ValueError(f"a batch of {tokens} tokens: the kernels are made for up to {options[-1].max_tokens}")
+    raise ValueError(f"a {what} of {longest} tokens: the kernels are made for up to {options[-1].max_tokens}")

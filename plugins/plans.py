@@ -45,14 +45,17 @@ DISPATCH_SLOTS = 512
 KEEP_WARPS = 8
 # The likeliest tokens of each block of logits, and those of a row, among which a nucleus is looked for.
 DRAW_LEADING, DRAW_NUCLEUS = 32, 256
-# Up to so many tokens a batch is taken for one of decode.
-DECODE_TOKENS = 256
+# Up to so many tokens of a sequence go one after the other: a chunk takes as long, and another launch.
+FEW_TOKENS = 4
 # From this SM on a launch may start before the one before it has ended.
 PROGRAMMATIC_SM = 90
 
 
 def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:
-    """An op's plans on an SM, by rising `max_tokens`, the last of which is at least the one given."""
+    """An op's plans on an SM, by rising `max_tokens`, the last of which is at least the one given.
+
+    Where sequences have states, these are tokens of a sequence.
+    """
     make: Callable[[int], Plan[Kernel]]
     if isinstance(spec, SelectSpec):
         make = lambda tokens: select_plan(spec, sm, tokens)  # noqa: E731
@@ -83,9 +86,7 @@ def workspace_bytes(spec: Spec, max_tokens: int) -> int:
     LynxExperts: T K (I b + H c + 8) bytes, b those of an element and c too, but 4 up to FLOAT32_TOKENS tokens, and
     tables as above.
     """
-    return max(
-        plan.workspace_bytes(min(plan.max_tokens, max_tokens)) for sm in SMS for plan in plans(spec, sm, max_tokens)
-    )
+    return max(plan.most_workspace(max_tokens) for sm in SMS for plan in plans(spec, sm, max_tokens))
 
 
 def select_plan(spec: SelectSpec, sm: int, tokens: int, launch: SelectLaunch | None = None) -> Plan[Kernel]:
@@ -443,7 +444,7 @@ def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Ker
 
 
 def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
-    """LynxCausalConv for up to `tokens` tokens.
+    """LynxCausalConv for up to `tokens` tokens of a sequence.
 
     Nothing of it is measured. A decode batch wants a value a thread; in a prefill, where the programs of a sequence are
     few and long, they are to be more, and each to have much on its way at a time.
@@ -451,7 +452,7 @@ def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
     value = POINTERS[spec.dtype]
     buffers = {"values": value, "weight": value, "past_state": value}
     buffers |= {"lengths": "*i64", "bias": value, "output": value, "present_state": value}
-    most, rows = (128, 8) if tokens <= DECODE_TOKENS else (64, 32)
+    most, rows = (128, 8) if tokens <= FEW_TOKENS else (64, 32)
     block = min(max(power_of_two(spec.channels), 16), most)
     constants: dict[str, Value] = {"C": spec.channels, "W": spec.width, "ACTIVATION": spec.activation}
     constants |= {
@@ -466,10 +467,9 @@ def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
 
 
 def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: bool | None = None) -> Plan[Kernel]:
-    """LynxLinearAttention for up to `tokens` tokens, in chunks of several or token after token (None: as below).
+    """LynxLinearAttention for up to `tokens` tokens of a sequence, in chunks or token after token (None: as below).
 
-    Nothing of it is measured. A plan does not know how many of its tokens a sequence has: beyond DECODE_TOKENS it takes
-    them for a prefill, and of a larger batch of decode, chunks of one token are right too. By the machine code on SM 90
+    Nothing of it is measured. By the machine code on SM 90
     (benchmarks/kernel_cycles.py, which leaves out what the matrix units wait for) a program takes 255 cycles a token in
     chunks and 1638 token after token (qwen3-next), 186 and 619 (nemotron-h), for twice the values.
 
@@ -477,7 +477,7 @@ def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: boo
     and where one warp has all their rows, no sum has to go through shared memory.
     """
     if chunks is None:
-        chunks = tokens > DECODE_TOKENS
+        chunks = tokens > FEW_TOKENS
     # Of more keys a warp would have half its registers full of the state alone.
     if chunks and not spec.per_key and spec.dtype != "float32" and spec.keys <= 128:
         return _linear_attention_in_chunks(spec, tokens)

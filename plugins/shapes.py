@@ -116,7 +116,7 @@ def ops_of(name: str, dtype: str) -> list[Op]:
     """Both ops of a known model's layer, for decode and prefill; the experts without and with the metadata given."""
     ranges = (DECODE_TOKENS, PREFILL_TOKENS)
     if name in STATES:
-        return [Op(spec, ranges) for spec in state_specs(name, dtype)]
+        return [Op(spec, ((1, 1), PREFILL_TOKENS)) for spec in state_specs(name, dtype)]
     return [
         Op(select_spec(name), ranges),
         *(Op(experts_spec(name, dtype, dispatch_given=given), ranges) for given in (True, False)),

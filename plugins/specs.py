@@ -279,7 +279,10 @@ Spec = MoeSpec | DrawSpec | StateSpec
 
 @dataclass(frozen=True)
 class Op:
-    """An op of an engine: its spec, and the ranges of T (both ends included) of the engine's profiles."""
+    """An op of an engine: its spec, and the ranges (both ends included) of the engine's profiles.
+
+    Of T; of an op whose sequences have states, of the tokens of one.
+    """
 
     spec: Spec
     ranges: tuple[tuple[int, int], ...]

@@ -727,7 +727,7 @@ def test_another_gpu_is_told(trt, monkeypatch):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_states_are_launched_for_their_sequences(trt, monkeypatch, name):
-    """T and B are arguments; a step of as many tokens of fewer sequences is another."""
+    """T and B are arguments; a step of as many tokens of fewer sequences is another, and of many more another plan."""
     values, shapes = CONTRACTS[name].parse_fields(ATTRIBUTES[name]), list(STATES[name].values())
     spec = launcher.spec_of(name, values, shapes, "float16")
     kernels = fake_kernels([spec], (90,), 64)
@@ -736,8 +736,8 @@ def test_states_are_launched_for_their_sequences(trt, monkeypatch, name):
     driver = FakeDriver()
     monkeypatch.setattr(type(plugin), "driver", staticmethod(lambda: driver))
     inputs, outputs = [256 * n for n in range(1, 1 + len(shapes))], [8192, 16384]
-    (plan,) = plans(spec, 90, 64)
-    (step,) = plan.steps
+    few, *_, many = plans(spec, 90, 64)
+    (step,) = few.steps
     for sequences in (2, 3):
         given = [(sequences, *shape[1:]) if shape[0] == 2 else shape for shape in shapes]
         descs = [SimpleNamespace(dims=shape, type=trt.DataType.HALF) for shape in given]
@@ -746,4 +746,14 @@ def test_states_are_launched_for_their_sequences(trt, monkeypatch, name):
         assert launch["words"] == [*inputs, *outputs, 6, sequences, 0, 0]
         assert launch["programs"] == step.grid.per * sequences
     dynamic = [SimpleNamespace(max=desc.dims, desc=desc) for desc in descs]
-    assert plugin.get_workspace_size(dynamic, []) == 0
+    assert plugin.get_workspace_size(dynamic, []) == many.workspace_bytes(6)
+    del driver.launched[:]
+    sizes = {"T": 48, "B": 2}
+    tensors = CONTRACTS[name].inputs_of(len(shapes))
+    given = [
+        tuple(sizes.get(at, size) for at, size in zip(t.shape, shape, strict=True))
+        for t, shape in zip(tensors, shapes, strict=True)
+    ]
+    descs = [SimpleNamespace(dims=shape, type=trt.DataType.HALF) for shape in given]
+    plugin.enqueue(descs, [], inputs, outputs, 4096, 77)
+    assert [launch["programs"] for launch in driver.launched] == [each.grid.programs(48, 132, 2) for each in many.steps]

@@ -127,7 +127,7 @@ def test_conv_decode(dtype: torch.dtype, in_place: bool) -> None:
         ),  # tokens and channels in several tiles, short ones
         conv_layer([40, 37], 40, 24, dtype=torch.bfloat16),
         conv_layer([9], 12, 8, 2, bias=False),  # a state of one row
-        conv_layer([70, 1, 5, 0], 70, 72, dtype=torch.float16),  # more than DECODE_TOKENS: the other tiles
+        conv_layer([70, 1, 5, 0], 70, 72, dtype=torch.float16),  # more than a few: the other tiles
     ],
     ids=["ragged", "tiles", "bfloat16", "narrow", "prefill"],
 )
@@ -200,8 +200,8 @@ def test_attention_in_chunks(layer: Layer) -> None:
 
 def test_a_prefill_goes_in_chunks() -> None:
     layer = attention_layer([150, 70], 150, (1, 2, 16, 16), dtype=torch.bfloat16)
-    assert len(linear_attention_plan(layer.spec, 512).steps) == 2
-    assert len(linear_attention_plan(layer.spec, 256).steps) == 1
+    assert len(linear_attention_plan(layer.spec, 8).steps) == 2
+    assert len(linear_attention_plan(layer.spec, 4).steps) == 1
     check(layer)
 
 

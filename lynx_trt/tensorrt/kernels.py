@@ -13,7 +13,7 @@ from typing import Any
 from lynx_trt.errors import TensorRTError, UsageError
 from lynx_trt.plugins.contract import COMPUTED, CONTRACTS
 from lynx_trt.plugins.launcher import spec_of
-from lynx_trt.plugins.specs import DrawSpec, Op
+from lynx_trt.plugins.specs import DrawSpec, Op, StateSpec
 from lynx_trt.tensorrt.profiles import Profile
 
 # More than any profile decodes or prefills at a time.
@@ -27,7 +27,9 @@ def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> 
 
     Raises TensorRTError (a size that the graph leaves open) and UsageError (a size that no kernel is made for).
     """
-    ranges = tuple(dict.fromkeys(_tokens(profile) for profile in profiles))
+    ranges, of_a_sequence = (
+        tuple(dict.fromkeys(_tokens(profile, only=only) for profile in profiles)) for only in (False, True)
+    )
     specs = {}
     for layer in layers:
         values = CONTRACTS[layer["op"]].parse_fields(layer["attributes"])
@@ -41,7 +43,7 @@ def ops_of(layers: Sequence[Mapping[str, Any]], profiles: Sequence[Profile]) -> 
                     )
         spec = spec_of(layer["op"], values, shapes, layer["type"])
         specs[spec.key] = spec
-    return [Op(spec, ranges) for spec in specs.values()]
+    return [Op(spec, of_a_sequence if isinstance(spec, StateSpec) else ranges) for spec in specs.values()]
 
 
 def write_draws(path: Path, vocabulary: int, sms: Sequence[int], progress: Callable[[float], None]) -> None:
@@ -56,12 +58,12 @@ def write_draws(path: Path, vocabulary: int, sms: Sequence[int], progress: Calla
     path.write_bytes(compile_for(ops, sms, progress=progress).to_bytes())
 
 
-def _tokens(profile: Profile) -> tuple[int, int]:
-    """The least and the most tokens in a step of a profile."""
+def _tokens(profile: Profile, *, only: bool) -> tuple[int, int]:
+    """The least and the most tokens in a step of a profile; `only` those of one sequence, of inputs by sequences."""
     for name in TOKEN_INPUTS:
         if name in profile.shapes:
             smallest, _, largest = profile.shapes[name]
-            return math.prod(smallest), math.prod(largest)
+            return (smallest[-1], largest[-1]) if only else (math.prod(smallest), math.prod(largest))
     raise UsageError(
         f"profile {profile.name} has none of the inputs {', '.join(TOKEN_INPUTS)}, so its number of tokens, which "
         "kernels are compiled for, is unknown"

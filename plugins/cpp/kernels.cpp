@@ -156,7 +156,7 @@ bool Kernels::runsOn(int64_t built, int64_t sm) const {
             [&](Cubin const& cubin) { return cubin.sm != built || cubin.shared <= kSharedMemory86; });
 }
 
-Plan const& Kernels::plan(std::string const& key, int64_t sm, int64_t tokens) const {
+Plan const& Kernels::plan(std::string const& key, int64_t sm, int64_t tokens, int64_t sequences) const {
     std::set<int64_t> built;
     std::string names;
     int64_t best = 0;
@@ -172,12 +172,13 @@ Plan const& Kernels::plan(std::string const& key, int64_t sm, int64_t tokens) co
             ", and this GPU is SM " + std::to_string(sm) + ": build it again with --sm " + std::to_string(sm));
     }
     std::vector<Plan> const& options = op(key).at(best);
+    int64_t const longest = sequences > 0 ? tokens / sequences : tokens;
     for (Plan const& plan : options) {
-        if (tokens <= plan.maxTokens) {
+        if (longest <= plan.maxTokens) {
             return plan;
         }
     }
-    throw std::runtime_error("a batch of " + std::to_string(tokens) + " tokens: the kernels are made for up to " +
+    throw std::runtime_error((sequences > 0 ? "a sequence of " : "a batch of ") + std::to_string(longest) + " tokens: the kernels are made for up to " +
         std::to_string(options.empty() ? 0 : options.back().maxTokens) + ": build the engine again with larger profiles");
 }
 
@@ -185,7 +186,10 @@ int64_t Kernels::workspaceBytes(std::string const& key, int64_t maxTokens) const
     int64_t most = 0;
     for (auto const& [sm, options] : op(key)) {
         for (Plan const& plan : options) {
-            most = std::max(most, plan.workspaceBytes(std::min(plan.maxTokens, maxTokens)));
+            bool const ofSequences = std::any_of(
+                plan.steps.begin(), plan.steps.end(), [](Step const& step) { return step.grid.sequences != 0; });
+            int64_t const tokens = ofSequences ? maxTokens : std::min(plan.maxTokens, maxTokens);
+            most = std::max(most, plan.workspaceBytes(tokens));
         }
     }
     return most;

@@ -60,8 +60,9 @@ public:
     Kernels(Kernels const&) = delete;  // cubins point into the blob, and are known by their address
     Kernels& operator=(Kernels const&) = delete;
 
-    // The plan for T tokens of an op on a GPU. Throws std::runtime_error: there is none; it names the SMs.
-    Plan const& plan(std::string const& key, int64_t sm, int64_t tokens) const;
+    // The plan for T tokens of an op on a GPU, of B sequences where they have states (else 0). Throws
+    // std::runtime_error: there is none; it names the SMs.
+    Plan const& plan(std::string const& key, int64_t sm, int64_t tokens, int64_t sequences) const;
     // The workspace of an op for up to that many tokens, on any SM that there are kernels for.
     int64_t workspaceBytes(std::string const& key, int64_t maxTokens) const;
     Cubin const& cubin(std::size_t number) const { return cubins_[number]; }

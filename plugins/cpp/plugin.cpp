@@ -362,7 +362,8 @@ private:
         }
         Device const device = currentDevice();
         Kernels const& kernels = published(kernelsId_);
-        Plan const& plan = kernels.plan(keyOf(contract_, values_, shapes, inputs[0].type), device.sm, tokens);
+        std::string const key = keyOf(contract_, values_, shapes, inputs[0].type);
+        Plan const& plan = kernels.plan(key, device.sm, tokens, sequences);
         auto const offsets = plan.offsets(tokens);
         for (Step const& step : plan.steps) {
             int64_t const programs = step.grid.programs(tokens, device.multiprocessors, sequences);
