@@ -7,8 +7,12 @@ error), the state that token i sees is exp(G_i) S + sum over j of exp(G_i - G_j)
 
 Whatever needs no state `linear_attention_chunks_kernel` makes for all chunks side by side: (1 + A)^-1 by forward
 substitution, the queries' products with the keys, norms and decays. `linear_attention_prefill_kernel` goes along a
-sequence and has products with the state alone. One decay a head: one of each key would need powers of it that
-overflow, so such layers stay with `linear_attention_kernel`, and so does float32, whose products have no exact factor.
+sequence and has products with the state alone. float32 stays with `linear_attention_kernel`: its products have no exact
+factor.
+
+Where each key decays by itself, exp(G_i - G_j) is inside of the products of keys. As a factor of each token it would
+overflow, so `linear_attention_key_chunks_kernel` sums up all pairs of a chunk by themselves, and writes the queries and
+keys with their decays down, as float32 in three parts: what the next kernel multiplies with the state are these.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -30,6 +34,15 @@ def leading(a):
 
 
 @triton.jit
+def thirds(a):
+    """float32 as three bfloat16 whose sum it is."""
+    first, high = leading(a)
+    second, middle = leading(a - first)
+    _, low = leading(a - first - second)
+    return high, middle, low
+
+
+@triton.jit
 def product(a, b, added):
     """`added` and float32 by 16 bits, exact but for the sum: `a` is taken apart, into three times 8 bits or two of 11.
 
@@ -37,9 +50,7 @@ def product(a, b, added):
     there the parts are of TF32, as which a float16 is exact too.
     """
     if b.dtype == tl.bfloat16:
-        first, high = leading(a)
-        second, middle = leading(a - first)
-        _, low = leading(a - first - second)
+        high, middle, low = thirds(a)
         return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, added)))
     exact = b.to(tl.float32)
     high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -47,9 +58,43 @@ def product(a, b, added):
 
 
 @triton.jit
+def store_thirds(row, value, mask, D: tl.constexpr):
+    """A block of float32 in three parts, which lie D apart."""
+    high, middle, low = thirds(value)
+    tl.store(row, high, mask=mask)
+    tl.store(row + D, middle, mask=mask)
+    tl.store(row + 2 * D, low, mask=mask)
+
+
+@triton.jit
+def product_of_thirds(a, row, mask, D: tl.constexpr, TRANSPOSED: tl.constexpr, added):
+    """`added` and float32 by float32 that lies in thirds: six products, and what is left out is below the last bit."""
+    high, middle, low = thirds(a)
+    b_high = tl.load(row, mask=mask, other=0.0)
+    b_middle = tl.load(row + D, mask=mask, other=0.0)
+    b_low = tl.load(row + 2 * D, mask=mask, other=0.0)
+    if TRANSPOSED:
+        b_high, b_middle, b_low = tl.trans(b_high), tl.trans(b_middle), tl.trans(b_low)
+    small = tl.dot(low, b_high, tl.dot(high, b_low, tl.dot(middle, b_middle, added)))
+    return tl.dot(high, b_high, tl.dot(middle, b_high, tl.dot(high, b_middle, small)))
+
+
+@triton.jit
 def factors_of(squares, EPSILON: tl.constexpr):
     """What queries or keys with such sums of squares are multiplied with: 1 if EPSILON is 0."""
     return 1 / tl.sqrt(squares + EPSILON) if EPSILON > 0 else tl.full(squares.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def inverse_of(a, CHUNK: tl.constexpr):
+    """(1 + A)^-1 of an A that lies transposed, rows j and columns i above them: by forward substitution."""
+    place = tl.arange(0, CHUNK)
+    result = (place[:, None] == place[None, :]).to(tl.float32)
+    for i in range(1, CHUNK):
+        entries = tl.sum(tl.where(place[None, :] == i, a, 0.0), axis=1)
+        total = tl.sum(entries[:, None] * result, axis=0)
+        result -= tl.where(place[:, None] == i, total[None, :], 0.0)
+    return result
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -120,13 +165,93 @@ def linear_attention_chunks_kernel(
     tl.store(at_factors + 3, tl.zeros([CHUNK], tl.float32) + whole, mask=real)
     if DELTA:
         a = tl.where(later, key_norms[:, None] * (b * key_norms)[None, :] * between * of_keys, 0.0)
-        result = (place[:, None] == place[None, :]).to(tl.float32)
-        for i in range(1, CHUNK):
-            entries = tl.sum(tl.where(place[None, :] == i, a, 0.0), axis=1)
-            total = tl.sum(entries[:, None] * result, axis=0)
-            result -= tl.where(place[:, None] == i, total[None, :], 0.0)
         each = (at * N + head)[:, None] * CHUNK + place[None, :]
-        tl.store(inverse + each, result * b[None, :], mask=real[:, None])
+        tl.store(inverse + each, inverse_of(a, CHUNK) * b[None, :], mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def linear_attention_key_chunks_kernel(
+    query,  # [T,G D] 16 bits
+    key,  # [T,G D] 16 bits
+    decay,  # [T,N D] float32
+    beta,  # [T,N] float32
+    lengths,  # [B] int64
+    factors,  # [T,N,4] float32, out: of q S, of k S, of k in the state after the chunk; norms alone
+    scores,  # [T,N,CHUNK] float32, out, and so the next: as of linear_attention_chunks_kernel
+    inverse,  # [T,N,CHUNK] float32
+    decayed,  # [T,N,3,3,D] bfloat16, out: queries and keys since the chunk began, keys until it ends, each in thirds
+    wholes,  # [T,N,D] float32, out: of a chunk's first token, the whole chunk's decay
+    T,
+    B,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DELTA: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLAB: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid: (N * number of chunks,) or more. What is of tokens that are not real is not written."""
+    S = T // B
+    chunks = (S + CHUNK - 1) // CHUNK
+    head = tl.program_id(0) % N
+    sequence = (tl.program_id(0) // N // chunks).to(tl.int64)
+    place = tl.arange(0, CHUNK)
+    first = tl.program_id(0) // N % chunks * CHUNK
+    token = first + place
+    length = tl.minimum(tl.load(lengths + sequence, mask=sequence < B, other=0), S)
+    real = token < length
+    begin = sequence * S + first
+    at = begin + place
+    # Of the chunk's first token; rows of others are so many apart.
+    keys_at, decays_at = (begin * G + head // (N // G)) * D, (begin * N + head) * D
+    key_squares, query_squares = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    of_keys, of_queries = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
+    for slab in tl.static_range(BLOCK_D // SLAB):
+        row = slab * SLAB + tl.arange(0, SLAB)
+        inside = row < D
+        here = real[:, None] & inside[None, :]
+        at_key = keys_at + (place * (G * D))[:, None] + row[None, :]
+        at_decay = decays_at + (place * (N * D))[:, None] + row[None, :]
+        k, q = load_block(key + at_key, here), load_block(query + at_key, here)
+        key_squares += tl.sum(k * k, axis=1)
+        query_squares += tl.sum(q * q, axis=1)
+        g = load_block(decay + at_decay, here)
+        since = tl.exp(tl.cumsum(g, axis=0))
+        # Each sum by itself, not as the difference of two that may be large.
+        later = ((token + 1 < length) & (place + 1 < CHUNK))[:, None] & inside[None, :]
+        until = tl.exp(tl.cumsum(load_block(decay + N * D + at_decay, later), axis=0, reverse=True))
+        thirds_at = decayed + 9 * decays_at + (place * (9 * N * D))[:, None] + row[None, :]
+        store_thirds(thirds_at, q * since, here, D)
+        store_thirds(thirds_at + 3 * D, k * since, here, D)
+        store_thirds(thirds_at + 6 * D, k * until, here, D)
+        tl.store(wholes + decays_at + row, tl.exp(tl.sum(g, axis=0)), mask=inside & (first < length))
+        # From the last token to the first: what lies between it and each later one.
+        between = tl.zeros([CHUNK, SLAB], tl.float32)
+        for back in range(CHUNK):
+            j = CHUNK - 1 - back
+            there = inside & (first + j < length)
+            each = tl.exp(between) * load_block(key + keys_at + j * (G * D) + row, there)[None, :]
+            column = (place[None, :] == j) & (place[:, None] >= j)
+            of_keys += tl.where(column, tl.sum(k * each, axis=1)[:, None], 0.0)
+            of_queries += tl.where(column, tl.sum(q * each, axis=1)[:, None], 0.0)
+            own = load_block(decay + decays_at + j * (N * D) + row, there)
+            between += tl.where(place[:, None] >= j, own[None, :], 0.0)
+    key_norms, query_norms = factors_of(key_squares, EPSILON), factors_of(query_squares, EPSILON) * SCALE
+    b = load_block(beta + at * N + head, real)
+    at_factors = factors + (at * N + head) * 4
+    tl.store(at_factors, query_norms, mask=real)
+    tl.store(at_factors + 1, key_norms, mask=real)
+    tl.store(at_factors + 2, key_norms if DELTA else key_norms * b, mask=real)
+    rows = key_norms if DELTA else key_norms * b
+    each = (at * N + head)[:, None] * CHUNK + place[None, :]
+    tl.store(scores + each, query_norms[:, None] * rows[None, :] * of_queries, mask=real[:, None])
+    if DELTA:
+        before = place[None, :] < place[:, None]
+        a = tl.where(before, (b * key_norms)[:, None] * key_norms[None, :] * of_keys, 0.0)
+        tl.store(inverse + each, inverse_of(tl.trans(a), CHUNK) * b[None, :], mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -139,6 +264,8 @@ def linear_attention_prefill_kernel(
     factors,  # [T,N,4] float32, as the kernel before makes it, and so the next two
     scores,  # [T,N,CHUNK] float32
     inverse,  # [T,N,CHUNK] float32; not read without DELTA
+    decayed,  # [T,N,3,3,D] bfloat16: in place of queries and keys; not read without PER_KEY, and so the next
+    wholes,  # [T,N,D] float32
     output,  # [T,N M] 16 bits, out
     present_state,  # [B,N,D,M] float32, out
     T,
@@ -147,6 +274,7 @@ def linear_attention_prefill_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
+    PER_KEY: tl.constexpr,
     DELTA: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLAB: tl.constexpr,
@@ -176,25 +304,31 @@ def linear_attention_prefill_kernel(
         inside = (row < D)[None, :] & values[:, None]
         state = state + (tl.load(past_state + slab * SLAB * M + within, mask=inside, other=0.0),)  # noqa: RUF005
     # Places of a chunk's tokens, to go with one address of them all.
-    at_key = (place * (G * D))[:, None] + tl.arange(0, SLAB)[None, :]
+    KEYS: tl.constexpr = 9 * N if PER_KEY else G
+    at_key = (place * (KEYS * D))[:, None] + tl.arange(0, SLAB)[None, :]
     at_value = (place * (N * M))[None, :] + column[:, None]
     at_row = (place * (N * CHUNK))[None, :] + place[:, None]
     at_factor = place * (N * 4)
     begin = sequence * S
     for first in range(0, length, CHUNK):
         real = first + place < length
-        queries = query + ((begin + first) * G + head // (N // G)) * D
-        keys = key + ((begin + first) * G + head // (N // G)) * D
         each = (begin + first) * N + head
+        of_group = ((begin + first) * G + head // (N // G)) * D
         known, result = tl.zeros([BLOCK_M, CHUNK], tl.float32), tl.zeros([BLOCK_M, CHUNK], tl.float32)
         for slab in tl.static_range(BLOCK_D // SLAB):
             row = slab * SLAB + tl.arange(0, SLAB)
             here = real[:, None] & (row < D)[None, :]
-            if DELTA:
-                k = tl.load(keys + slab * SLAB + at_key, mask=here, other=0.0)
-                known = product(state[slab], tl.trans(k), known)
-            q = tl.load(queries + slab * SLAB + at_key, mask=here, other=0.0)
-            result = product(state[slab], tl.trans(q), result)
+            if PER_KEY:
+                queries = decayed + each * (9 * D) + slab * SLAB + at_key
+                if DELTA:
+                    known = product_of_thirds(state[slab], queries + 3 * D, here, D, True, known)
+                result = product_of_thirds(state[slab], queries, here, D, True, result)
+            else:
+                if DELTA:
+                    k = tl.load(key + of_group + slab * SLAB + at_key, mask=here, other=0.0)
+                    known = product(state[slab], tl.trans(k), known)
+                q = tl.load(query + of_group + slab * SLAB + at_key, mask=here, other=0.0)
+                result = product(state[slab], tl.trans(q), result)
         u = load_block(value + each * M + at_value, real[None, :] & values[:, None])
         if DELTA:
             u -= load_block(factors + each * 4 + 1 + at_factor, real)[None, :] * known
@@ -204,14 +338,21 @@ def linear_attention_prefill_kernel(
         there = real[None, :] & values[:, None]
         tl.store(output + each * M + at_value, result.to(output.dtype.element_ty), mask=there)
         u *= load_block(factors + each * 4 + 2 + at_factor, real)[None, :]
-        whole = tl.load(factors + each * 4 + 3)
+        whole = 1.0 if PER_KEY else tl.load(factors + each * 4 + 3)
         after = ()
         for slab in tl.static_range(BLOCK_D // SLAB):
             row = slab * SLAB + tl.arange(0, SLAB)
-            k = tl.load(keys + slab * SLAB + at_key, mask=real[:, None] & (row < D)[None, :], other=0.0)
+            here = real[:, None] & (row < D)[None, :]
             # By itself, and not into the state: small parts lose no digits, and nothing spills.
-            change = product(u, k, tl.zeros([BLOCK_M, SLAB], tl.float32))
-            after = after + (whole * state[slab] + change,)  # noqa: RUF005
+            change = tl.zeros([BLOCK_M, SLAB], tl.float32)
+            if PER_KEY:
+                keys = decayed + each * (9 * D) + 6 * D + slab * SLAB + at_key
+                change = product_of_thirds(u, keys, here, D, False, change)
+                kept = tl.load(wholes + each * D + row, mask=row < D, other=0.0)
+                after = after + (kept[None, :] * state[slab] + change,)  # noqa: RUF005
+            else:
+                k = tl.load(key + of_group + slab * SLAB + at_key, mask=here, other=0.0)
+                after = after + (whole * state[slab] + product(u, k, change),)  # noqa: RUF005
         state = after
     for first in range(length // CHUNK * CHUNK, S, CHUNK):
         there = ((first + place >= length) & (first + place < S))[None, :] & values[:, None]

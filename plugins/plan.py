@@ -54,6 +54,7 @@ MODULES = {
     "causal_conv_kernel": "causal_conv_kernel",
     "linear_attention_kernel": "linear_attention_kernel",
     "linear_attention_chunks_kernel": "linear_attention_prefill_kernel",
+    "linear_attention_key_chunks_kernel": "linear_attention_prefill_kernel",
     "linear_attention_prefill_kernel": "linear_attention_prefill_kernel",
 }
 

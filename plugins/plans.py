@@ -470,8 +470,9 @@ def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: boo
     """LynxLinearAttention for up to `tokens` tokens of a sequence, in chunks or token after token (None: as below).
 
     Nothing of it is measured. By the machine code on SM 90
-    (benchmarks/kernel_cycles.py, which leaves out what the matrix units wait for) a program takes 255 cycles a token in
-    chunks and 1638 token after token (qwen3-next), 186 and 619 (nemotron-h), for twice the values.
+    (benchmarks/kernel_cycles.py, which leaves out what the matrix units wait for) a program takes 233 cycles a token in
+    chunks and 1638 token after token (qwen3-next), 152 and 619 (nemotron-h), for twice the values, and 255 for four
+    times as many where each key decays by itself (kimi-linear).
 
     Token after token, a thread has 32 values of a state; eight columns at least are what a row's read is whole with,
     and where one warp has all their rows, no sum has to go through shared memory.
@@ -479,7 +480,7 @@ def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: boo
     if chunks is None:
         chunks = tokens > FEW_TOKENS
     # Of more keys a warp would have half its registers full of the state alone.
-    if chunks and not spec.per_key and spec.dtype != "float32" and spec.keys <= 128:
+    if chunks and spec.dtype != "float32" and spec.keys <= 128:
         return _linear_attention_in_chunks(spec, tokens)
     value = POINTERS[spec.dtype]
     buffers = {"query": value, "key": value, "value": value, "decay": "*fp32", "beta": "*fp32", "past_state": "*fp32"}
@@ -498,29 +499,38 @@ def _linear_attention_in_chunks(spec: LinearAttentionSpec, tokens: int) -> Plan[
     """For a prefill. A program is a warp with 16 columns of the state, the fewest that the matrix units take.
 
     So there are most programs, and none has to wait for another warp. Chunks of 32 would want more registers than there
-    are, and slabs of more than 16 keys too.
+    are, and slabs of more than 16 keys too. Where each key decays by itself two warps share what they read, which is
+    more, in slabs of 32: one register spills on SM 90, 17 on SM 120, for three quarters of the time that slabs of 16
+    take by the machine code, which spill less.
     """
     value, delta = POINTERS[spec.dtype], spec.update_rule == "gated_delta"
-    rows, columns, chunk = max(power_of_two(spec.keys), 16), 16, 16
+    rows, warps, chunk = max(power_of_two(spec.keys), 16), 2 if spec.per_key else 1, 16
+    columns = 16 * warps
     sizes: dict[str, Value] = {"N": spec.value_heads, "G": spec.key_heads, "D": spec.keys, "DELTA": delta}
     sizes |= {"BLOCK_D": rows, "CHUNK": chunk}
     made = {"factors": "*fp32", "scores": "*fp32", "inverse": "*fp32"}
     names = {} if delta else {"inverse": "null"}
     buffers = {"query": value, "key": value, "decay": "*fp32", "beta": "*fp32", "lengths": "*i64", **made}
-    constants = {**sizes, "SCALE": spec.scale, "EPSILON": spec.epsilon, "SLAB": min(rows, 64)}
     # Of the sequences' last chunks, which may not be full, there are B more at most.
     grid = Grid(per=spec.value_heads, times=1, over=chunk, sequences=1)
-    first = _step("linear_attention_chunks_kernel", grid, buffers, constants, 1, 1, names)
+    first = "linear_attention_key_chunks_kernel" if spec.per_key else "linear_attention_chunks_kernel"
+    buffers |= {"decayed": "*bf16", "wholes": "*fp32"} if spec.per_key else {}
+    constants = {**sizes, "SCALE": spec.scale, "EPSILON": spec.epsilon, "SLAB": min(rows, 64)}
+    steps = [_step(first, grid, buffers, constants, 4 if spec.per_key else 1, 1, names)]
     buffers = {"query": value, "key": value, "value": value, "past_state": "*fp32", "lengths": "*i64", **made}
-    buffers |= {"output": value, "present_state": "*fp32"}
-    constants = {**sizes, "M": spec.values, "BLOCK_M": columns, "SLAB": 16}
+    buffers |= {"decayed": "*bf16", "wholes": "*fp32", "output": value, "present_state": "*fp32"}
+    names |= {} if spec.per_key else {"decayed": "null", "wholes": "null"}
+    constants = {**sizes, "M": spec.values, "PER_KEY": spec.per_key, "BLOCK_M": columns, "SLAB": min(rows, 16 * warps)}
     grid = Grid(per=spec.value_heads * -(-spec.values // columns), sequences=1)
     # Two stages: the next chunk's queries and keys are on their way while this one's are used.
-    second = _step("linear_attention_prefill_kernel", grid, buffers, constants, 1, 2, names)
+    steps.append(_step("linear_attention_prefill_kernel", grid, buffers, constants, warps, 2, names))
     regions = [Region("factors", per=16 * spec.value_heads), Region("scores", per=4 * spec.value_heads * chunk)]
     if delta:
         regions.append(Region("inverse", per=4 * spec.value_heads * chunk))
-    return Plan(tokens, (first, second), tuple(regions))
+    if spec.per_key:
+        table = spec.value_heads * spec.keys
+        regions += [Region("decayed", per=3 * 6 * table), Region("wholes", per=4 * table)]
+    return Plan(tokens, tuple(steps), tuple(regions))
 
 
 def _step(
