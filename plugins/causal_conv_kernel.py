@@ -57,12 +57,15 @@ def causal_conv_kernel(
     new = tl.load(tokens[None, :] + at[:, None] * C, mask=wanted & (at >= KEPT)[:, None], other=0.0)
     state = tl.where((at < KEPT)[:, None], old, new)
 
+    factors = ()
+    for tap in tl.static_range(W):
+        factor = tl.load(weight + channel * W + tap, mask=inside, other=0.0).to(tl.float32)
+        factors = factors + (factor,)  # noqa: RUF005
     if S == 1:
         total = tl.zeros([BLOCK_C], tl.float32) + first
         for tap in tl.static_range(W):
             rows = past + tap * C if tap < KEPT else tokens + KEPT * C
-            factor = tl.load(weight + channel * W + tap, mask=inside, other=0.0).to(tl.float32)
-            total += tl.load(rows, mask=inside, other=0.0).to(tl.float32) * factor
+            total += tl.load(rows, mask=inside, other=0.0).to(tl.float32) * factors[tap]
         tl.store(results, activate(total, ACTIVATION).to(output.dtype.element_ty), mask=inside)
     else:
         for start in range(0, S, BLOCK_S):
@@ -71,12 +74,13 @@ def causal_conv_kernel(
             sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32) + first
             for tap in tl.static_range(W):
                 row = token + tap
-                before = (row < KEPT)[:, None]
-                x = tl.load(tokens[None, :] + row[:, None] * C, mask=there & (before == 0), other=0.0)
-                if tap < KEPT:
-                    x += tl.load(past[None, :] + row[:, None] * C, mask=there & before, other=0.0)
-                factor = tl.load(weight + channel * W + tap, mask=inside, other=0.0).to(tl.float32)
-                sums += x.to(tl.float32) * factor[None, :]
+                x = tl.load(tokens[None, :] + row[:, None] * C, mask=there & (row >= KEPT)[:, None], other=0.0)
+                sums += x.to(tl.float32) * factors[tap][None, :]
+            if start < KEPT:
+                for tap in tl.static_range(KEPT):
+                    row = token + tap
+                    x = tl.load(past[None, :] + row[:, None] * C, mask=there & (row < KEPT)[:, None], other=0.0)
+                    sums += x.to(tl.float32) * factors[tap][None, :]
             at_results = results[None, :] + token[:, None] * C
             tl.store(at_results, activate(sums, ACTIVATION).to(output.dtype.element_ty), mask=there)
 

@@ -219,7 +219,8 @@ def logits_of(artifact: Artifact, form: Form | None) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "form"), [("bf16", "auto"), pytest.param("fp16", "auto", marks=pytest.mark.slow), ("fp16", None)]
+    ("precision", "form"),
+    [*(pytest.param(each, "auto", marks=pytest.mark.slow) for each in ("bf16", "fp16")), ("fp16", None)],
 )
 def test_logits_equal_those_of_the_dequantized(
     precision: str, form: Form | None, built: Callable[..., Artifact]

@@ -18,7 +18,8 @@ from lynx_trt.artifact import Artifact
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp16")]
+    ("dtype", "precision"),
+    [(torch.bfloat16, "bf16"), pytest.param(torch.float16, "fp16", marks=pytest.mark.slow), (torch.float32, "fp16")],
 )
 def test_the_checkpoint_s_own_is_the_default(
     dtype: torch.dtype, precision: str, build_quietly: Callable[..., Artifact], tmp_path: Path

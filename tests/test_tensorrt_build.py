@@ -184,7 +184,12 @@ def test_kernels_of_quantized_weights(tmp_path, asked, where, form):
     assert handed_over(plan) == [1] * 8
 
 
-@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.weights)
+# What is compiled for the others runs on the emulated GPU (test_compiled_kernels.py).
+@pytest.mark.parametrize(
+    "form",
+    [form if form.weights == "fp8" else pytest.param(form, marks=pytest.mark.slow) for form in QUANTIZED],
+    ids=lambda form: form.weights,
+)
 def test_compiled_kernels_of_quantized_weights(tmp_path, monkeypatch, form):
     """The real ones: each kernel that reads weights reads their scales."""
     pytest.importorskip("triton")
