@@ -14,7 +14,7 @@ counted down, so that the largest key is the best token, of equals the lower. A 
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803 -- sizes are named as in the glossary: T, V
+# ruff: noqa: N803, SIM102 -- sizes are named as in the glossary: T, V; constants want an `if` of their own
 
 import triton
 import triton.language as tl
@@ -66,13 +66,22 @@ def where_reached(weights, place, target):
     return tl.minimum(beyond, last)
 
 
+@triton.jit
+def is_restricted(row, scale, top_p, top_k, V: tl.constexpr):
+    """Whether a row is drawn from a part of its tokens."""
+    k = tl.load(top_k + row)
+    return (tl.load(scale + row) != 0) & ((tl.load(top_p + row) < 1) | ((k > 0) & (k < V)))
+
+
 @triton.jit(do_not_specialize=["T"])
 def draw_blocks_kernel(
     logits,  # [T,V] float32
     scale,  # [T] float32: 1 / temperature; 0: greedy
+    top_p,  # [T] float64; not read if LEADING is 0, and so the next
+    top_k,  # [T] int32
     best,  # [T,BLOCKS] int64, out: the key of a block's best token
     mass,  # [T,BLOCKS] float64, out: the sum of exp((logit - best) * scale)
-    leading,  # [T,BLOCKS,LEADING] int64, out: the keys of a block's best tokens, falling; not written if LEADING is 0
+    leading,  # [T,BLOCKS,LEADING] int64, out: the keys of a block's best tokens, falling; of restricted rows alone
     T,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,8 +99,10 @@ def draw_blocks_kernel(
     weights = weight_of(value, value_of(top), tl.load(scale + row))
     tl.store(mass + row * BLOCKS + block, tl.sum(weights, axis=0))
     if LEADING > 0:
-        place = (row * BLOCKS + block) * LEADING + tl.arange(0, LEADING)
-        tl.store(leading + place, tl.topk(key, LEADING))
+        # Six times the work of all that is above.
+        if is_restricted(row, scale, top_p, top_k, V):
+            place = (row * BLOCKS + block) * LEADING + tl.arange(0, LEADING)
+            tl.store(leading + place, tl.topk(key, LEADING))
 
 
 @triton.jit
@@ -175,25 +186,23 @@ def draw_kernel(
     value = tl.load(logits + row * V + at, mask=at < V, other=-float("inf"))
     drawn = chosen * BLOCK + where_reached(weight_of(value, largest, by), within, target - before)
     if LEADING > 0:
-        p, k = tl.load(top_p + row), tl.load(top_k + row)
-        restricted = (p < 1) | ((k > 0) & (k < V))
-        nucleus = draw_from_nucleus(
-            leading,
-            row,
-            largest,
-            by,
-            p,
-            k,
-            chance,
-            total,
-            V,
-            BLOCK,
-            BLOCKS,
-            BLOCK_B,
-            LEADING,
-            SLOTS,
-            NUCLEUS,
-        )
-        drawn = tl.where(restricted, nucleus, drawn)
+        if is_restricted(row, scale, top_p, top_k, V):
+            drawn = draw_from_nucleus(
+                leading,
+                row,
+                largest,
+                by,
+                tl.load(top_p + row),
+                tl.load(top_k + row),
+                chance,
+                total,
+                V,
+                BLOCK,
+                BLOCKS,
+                BLOCK_B,
+                LEADING,
+                SLOTS,
+                NUCLEUS,
+            )
     drawn = tl.where(by == 0, token_of(top), drawn)
     tl.store(token + row, tl.where(is_finite(largest), drawn, NOT_FINITE))

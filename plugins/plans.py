@@ -429,10 +429,10 @@ def draw_plan(spec: DrawSpec, tokens: int, block: int | None = None) -> Plan[Ker
     }
     tables = {"best": "*i64", "mass": "*fp64", "leading": "*i64"}
     names = {} if spec.nucleus else {"leading": "null"}
-    buffers = {"logits": "*fp32", "scale": "*fp32", **tables}
+    rows = {"top_p": "*fp64", "top_k": "*i32"}
+    buffers = {"logits": "*fp32", "scale": "*fp32", **rows, **tables}
     first = _step("draw_blocks_kernel", Grid(times=blocks), buffers, constants, 8 if block > 2048 else 4, names=names)
-    rows = {"top_p": "*fp64", "top_k": "*i32", "uniform": "*fp64"}
-    buffers = {"logits": "*fp32", "scale": "*fp32", **rows, **tables, "token": "*i32"}
+    buffers = {"logits": "*fp32", "scale": "*fp32", **rows, "uniform": "*fp64", **tables, "token": "*i32"}
     # Two at least: the compiler has no arrays of one.
     slots = power_of_two(blocks * DRAW_LEADING)
     rooms = {"BLOCK_B": max(power_of_two(blocks), 2), "SLOTS": slots, "NUCLEUS": min(slots, DRAW_NUCLEUS)}
