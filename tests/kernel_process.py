@@ -21,16 +21,20 @@ import torch
 from emulator import EmulatedGpu
 
 from lynx_trt.plugins import execute
+from lynx_trt.plugins.launch import CLUSTER_SM
 
 Result = TypeVar("Result")
 
+EMULATED_SM = int(os.environ.get("LYNX_EMULATED_SM", 0))
+# Whether programs can wait for each other where kernels run here.
+CLUSTERS = not 0 < EMULATED_SM < CLUSTER_SM
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_device(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     """Call a function of a module that imports no kernels by itself, with tensors on the device; results on the CPU."""
-    if sm := os.environ.get("LYNX_EMULATED_SM"):
-        return emulated(int(sm), function, *arguments, **options)
+    if EMULATED_SM:
+        return emulated(EMULATED_SM, function, *arguments, **options)
     if DEVICE == "cuda":
         return _map(function(*_map(arguments, DEVICE), **_map(options, DEVICE)), "cpu")
     return interpreted(function, *arguments, **options)

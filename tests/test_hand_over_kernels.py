@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_process import on_device
+from kernel_process import CLUSTERS, on_device
 from torch import Tensor
 
 from lynx_trt.experts import ExpertsForm
@@ -26,7 +26,7 @@ SELECTS = {
     "held": (SelectLaunch(1, 16, 4, 16, ""), 64),
     "blocks": (SelectLaunch(0, 4, 4, 4, ""), 64),
     "tiled-blocks": (SelectLaunch(0, 2, 4, 4, ""), 64),
-    "cluster": (SelectLaunch(8, 8, 4, 8, ""), 64),
+    **({"cluster": (SelectLaunch(8, 8, 4, 8, ""), 64)} if CLUSTERS else {}),
     "many-blocks": (SelectLaunch(0, 4, 4, 4, ""), 1),
 }
 _TILE = MatmulLaunch(16, 16, 32, warps=4, stages=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_process import on_device
+from kernel_process import CLUSTERS, on_device
 from numpy.typing import NDArray
 from test_selection import Batch, batches, budgets, floors, selections
 
@@ -30,7 +30,7 @@ HELD = SelectLaunch(1, 16, 4, 16, "")
 BLOCKS = SelectLaunch(0, 2, 4, 2, "")
 CLUSTER = SelectLaunch(4, 4, 4, 4, "")
 TILES = SelectLaunch(2, 2, 4, 8, "")
-WAYS = {"held": HELD, "blocks": BLOCKS, "cluster": CLUSTER, "tiles": TILES}
+WAYS = {"held": HELD, "blocks": BLOCKS} | ({"cluster": CLUSTER, "tiles": TILES} if CLUSTERS else {})
 
 
 def _spec(
@@ -215,6 +215,7 @@ def test_no_token_counts(way: str) -> None:
     _check(batch, PRESETS["lynx"], 2, WAYS[way])
 
 
+@pytest.mark.skipif(not CLUSTERS, reason="no clusters here")
 # Bits of an int64; programs with one token, and with none; E is no power; tiles of which some are empty, and one alone.
 @pytest.mark.parametrize(
     ("tokens", "programs", "tile", "block"),
@@ -229,6 +230,7 @@ def test_clusters(preset: str, tokens: int, programs: int, tile: int, block: int
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CLUSTERS, reason="no clusters here")
 def test_the_largest_decode_batch_in_one_launch() -> None:
     """512 tokens, 512 experts, 16 a token: 16 tiles a program."""
     _check(_router(512, 512, 16), PRESETS["lynx"], 200, SelectLaunch(8, 4, 8, 64, ""))
@@ -332,7 +334,7 @@ def test_dispatch_of_any_index(tokens: int, width: int, experts: int) -> None:
 def run_dispatch(index: torch.Tensor, experts: int) -> torch.Tensor:
     """The metadata that a LynxExperts which is not given it makes from `index`."""
     spec = ExpertsSpec(experts, index.shape[1], 8, 8, "float32", ExpertsForm())
-    whole = plans.experts_plan(spec, 90, len(index))
+    whole = plans.experts_plan(spec, execute.sm_of(index), len(index))
     steps = tuple(step for step in whole.steps if step.kernel.function.startswith("dispatch"))
     regions = execute.run(plans.Plan(whole.max_tokens, steps, whole.regions), {"index": index}, len(index))
     return regions["dispatch"].view(torch.int32)[: 2 * experts + 2 + index.numel()]

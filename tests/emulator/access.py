@@ -231,12 +231,8 @@ def _begin_copy(instruction: Instruction) -> Execute:
             raise UnsupportedError("a copy of a part of its size")
         reads = full if mask is None else full & mask
         places = global_places(state, instruction, out_of(state), size, reads)
-        values = (
-            state.memory.load(places // 4 * 4, 4)[:, None]
-            if size == 4
-            else state.memory.bytes[places[:, None] + np.arange(size)]
-        )
-        raw = np.where(full[:, None], values.view(np.uint8).reshape(state.lanes, size), np.uint8(0))
+        values = state.memory.bytes[places[:, None] + np.arange(size)]
+        raw = np.where(full[:, None], values, np.uint8(0))
         target_places = shared_places(state, instruction, into(state), size, mask)
         state.shared.writing(target_places, size, state.warp, state.epochs, mask, "a copy")
         state.shared.copying(target_places, size, mask, True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from emulator.counters import Counters
+from emulator.faults import UnsupportedError
 from emulator.machine import Kernel, Running
 from emulator.memory import GlobalMemory
 from emulator.program import parse
 from lynx_trt.plugins import aot
+from lynx_trt.plugins.launch import CLUSTER_SM
 from lynx_trt.plugins.launcher import Device, Launch, launches_of
 from lynx_trt.plugins.plan import Kernel as Source
 from lynx_trt.plugins.plan import Plan
@@ -132,6 +134,8 @@ class EmulatedGpu:
     def _run(self, ops: Sequence[tuple[Plan[Source], Mapping[str, Tensor], int, int]]) -> None:
         self.memory.clear()
         self.launched.clear()
+        if self.sm < CLUSTER_SM and any(step.cluster for plan, *_ in ops for step in plan.steps):
+            raise UnsupportedError(f"clusters, which begin at SM {CLUSTER_SM}")
         wanted = dict.fromkeys(step.kernel for plan, *_ in ops for step in plan.steps)
         built = aot.compile_each(wanted, self.sm, images="ptx")
         if missing := [kernel for kernel in wanted if kernel not in built]:
