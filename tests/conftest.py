@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 
@@ -105,3 +106,19 @@ def byte_model(byte_checkpoint: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def text_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
     return build_quietly(byte_model, workspace / "bytes-artifact", preset="lynx", budget="2")
+
+
+@pytest.fixture(scope="session")
+def trt() -> Any:
+    """TensorRT for RTX, with our plugins in its registry."""
+    from lynx_trt.plugins import python_plugin
+    from lynx_trt.tensorrt import loader
+
+    for wheel in loader.RTX_WHEELS:
+        try:
+            importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{wheel} is not installed: {loader.INSTALL_CPU}")
+    module = loader.load("rtx").module
+    python_plugin.register(module)
+    return module

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 from emulator import EmulatedGpu
 from emulator.memory import GlobalMemory
-from host_gpu import STREAM, HostContext, HostEngine, HostGpu
+from host_gpu import STREAM, HostContext, HostEngine, HostGpu, tensorrt_for
 from onnx import helper, numpy_helper
 
 from lynx_trt.artifact import Artifact
@@ -308,17 +308,7 @@ def _steps(engine: EmulatedEngine, model: onnx.ModelProto, plugin: Callable[[Any
 def tensorrt_with_plugins(artifact: Artifact, gpu: EmulatedHost, trt: Any) -> Any:
     """What the backend uses of TensorRT's module."""
 
-    class Logger:
-        Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+    def engine(artifact: Artifact, gpu: EmulatedHost, logger: Any) -> EmulatedEngine:
+        return EmulatedEngine(artifact, gpu, logger, trt)
 
-        def __init__(self) -> None: ...
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            self.logger = logger
-
-        def deserialize_cuda_engine(self, plan: Any) -> Any:
-            return EmulatedEngine(artifact, gpu, self.logger, trt)
-
-    strategy = SimpleNamespace(USER_MANAGED=2)
-    return SimpleNamespace(ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=strategy)
+    return tensorrt_for(artifact, gpu, engine=engine)

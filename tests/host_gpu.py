@@ -178,7 +178,14 @@ class HostDriver:
         floats(token, np.int32)[:] = tokens
 
 
-def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan", *, rtx: bool = False) -> Any:
+def tensorrt_for(
+    artifact: Artifact,
+    gpu: HostGpu,
+    plan: bytes = b"plan",
+    *,
+    rtx: bool = False,
+    engine: Callable[..., HostEngine] | None = None,
+) -> Any:
     """What the backend uses of TensorRT's module, or that of TensorRT for RTX; it takes plans that begin so."""
     begin = plan
     gpu.driver.vocabulary = artifact.manifest.model.vocabulary
@@ -196,7 +203,7 @@ def tensorrt_for(artifact: Artifact, gpu: HostGpu, plan: bytes = b"plan", *, rtx
             if bytes(plan[: len(begin)]) != begin:
                 self.logger.log(1, "the engine\n is of another version")
                 return None
-            return HostEngine(artifact, gpu, self.logger)
+            return (engine or HostEngine)(artifact, gpu, self.logger)
 
     more = {"DynamicShapesKernelSpecializationStrategy": SimpleNamespace(LAZY=0, EAGER=1)} if rtx else {}
     return SimpleNamespace(

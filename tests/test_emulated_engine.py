@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,11 @@ from test_trt_backend import PROMPTS, stored_in, texts, with_engine
 
 from lynx_trt.artifact import DRAWS, Artifact
 from lynx_trt.budgets import Restriction
-from lynx_trt.plugins import python_plugin
 from lynx_trt.runtime.ort import OrtBackend
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.trt import TensorRTBackend
-from lynx_trt.tensorrt import loader
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def trt() -> Any:
-    for wheel in loader.RTX_WHEELS:
-        try:
-            importlib.metadata.version(wheel)
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{wheel} is not installed: {loader.INSTALL_CPU}")
-    module = loader.load("rtx").module
-    python_plugin.register(module)
-    return module
 
 
 def emulated(artifact: Artifact, folder: Path, trt: Any, sm: int, slots: int) -> tuple[Artifact, Any, EmulatedHost]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -33,7 +32,6 @@ from lynx_trt.plugins.contract import (
 from lynx_trt.plugins.plans import plans
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 from lynx_trt.selection import PRESETS
-from lynx_trt.tensorrt import loader
 
 HANDED = {"dispatch": 1}
 SELECT_ATTRIBUTES = select_attributes(PRESETS["lynx"], experts_per_token=2, renormalize=True, scale=1.0)
@@ -47,18 +45,6 @@ ATTRIBUTES = {
     ),
 }
 MOE, STATEFUL = ("LynxSelect", "LynxExperts"), ("LynxCausalConv", "LynxLinearAttention")
-
-
-@pytest.fixture(scope="module")
-def trt():
-    for wheel in loader.RTX_WHEELS:
-        try:
-            importlib.metadata.version(wheel)
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{wheel} is not installed: {loader.INSTALL_CPU}")
-    module = loader.load("rtx").module
-    python_plugin.register(module)
-    return module
 
 
 # ---- the contract

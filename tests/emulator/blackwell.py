@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,12 @@ def _places(
     return rows, first[:, None] + np.arange(count)
 
 
+def _by_program(state: State, chosen: Array) -> Iterator[tuple[Array, Array]]:
+    """Each program's tensor memory, and its lanes among those."""
+    for program in np.unique(state.local[chosen]):
+        yield memory_of(state, int(program)), chosen[state.local[chosen] == program]
+
+
 def _access(instruction: Instruction, where: Any, split: Any, count: int) -> Any:
     read = address(where, shared=True)
     half = int(split.value) if isinstance(split, Immediate) else 0
@@ -109,9 +116,8 @@ def _load(instruction: Instruction) -> Execute:
         chosen = lanes_of(state, mask)
         rows, columns = places(state, chosen)
         found = np.zeros(columns.shape, np.uint32)
-        for program in np.unique(state.local[chosen]):
-            mine = chosen[state.local[chosen] == program]
-            found[mine] = memory_of(state, int(program))[rows[mine, None], columns[mine]]
+        for memory, mine in _by_program(state, chosen):
+            found[mine] = memory[rows[mine, None], columns[mine]]
         for number, write in enumerate(writes):
             write(state, found[:, number].copy(), mask)
 
@@ -129,9 +135,8 @@ def _store(instruction: Instruction) -> Execute:
         chosen = lanes_of(state, mask)
         rows, columns = places(state, chosen)
         values = np.stack([np.broadcast_to(read(state), (state.lanes,)) for read in reads], axis=1)
-        for program in np.unique(state.local[chosen]):
-            mine = chosen[state.local[chosen] == program]
-            memory_of(state, int(program))[rows[mine, None], columns[mine]] = values[mine]
+        for memory, mine in _by_program(state, chosen):
+            memory[rows[mine, None], columns[mine]] = values[mine]
 
     return execute
 
