@@ -76,7 +76,14 @@ def test_real_kernels(tmp_path, monkeypatch):
         CausalConvSpec(CHANNELS, WIDTH, "bfloat16", True, "silu"),
         LinearAttentionSpec(KEYS, VALUES, "bfloat16", decays, *heads, "gated_delta", scale, 1e-6),
     ]
-    assert {cubin.function for cubin in made[0].cubins} == {"causal_conv_kernel", "linear_attention_kernel"}
+    # One token of a sequence in decode; more of them, in chunks, in a prefill.
+    assert {op.ranges[0] for op in asked} == {(1, 1)}
+    assert {cubin.function for cubin in made[0].cubins} == {
+        "causal_conv_kernel",
+        "linear_attention_kernel",
+        "linear_attention_key_chunks_kernel",
+        "linear_attention_prefill_kernel",
+    }
     assert made[0].to_bytes() in path.with_suffix(".plan").read_bytes()
 
 
