@@ -5,6 +5,7 @@ writes it, for `present_state` may lie where `past_state` does.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code=assignment
 # ruff: noqa: N803, N806 -- sizes are named as in export/ops.py: T tokens, B sequences, S = T / B, C channels, W weights
 
 import triton
