@@ -271,6 +271,29 @@ def test_what_is_read_before_a_launch_waits_is_what_was_there_before() -> None:
         launch("griddepcontrol.launch_dependents; griddepcontrol.wait;").finish()
 
 
+def test_who_asks_a_barrier_in_vain_lets_the_others_go_first() -> None:
+    """One warp asks at an address below the other's, which arrives only then; and asks again."""
+    body = """
+    setp.eq.b32 %p1, %r0, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [%r10], 1;
+    bar.sync 0;
+    setp.ge.u32 %p2, %r0, 32;
+    mov.b32 %r3, 5;
+    @%p2 bra OTHER;
+WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r10], 0;
+    @!%p3 bra WAIT;
+    mov.b32 %r3, 7;
+    bra END;
+OTHER:
+    setp.eq.b32 %p4, %r0, 32;
+    @%p4 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 0;
+END:
+    st.global.b32 [%rd1], %r3;
+    """
+    assert run(body, threads=64).tolist() == [7] * 32 + [5] * 32
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -295,7 +318,8 @@ def test_what_is_read_before_a_launch_waits_is_what_was_there_before() -> None:
             @%p1 mbarrier.init.shared::cta.b64 [%r10], 1;
             bar.sync 0;
             @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 16;
-            mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r10], 0;""",
+            W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r10], 0;
+            @!%p2 bra W;""",
             "a wait for a phase that nothing will end",
         ),
     ],

@@ -101,8 +101,7 @@ def _barrier(instruction: Instruction) -> Execute:
             else:  # whether the phase of that parity is over
                 found[lane] = barrier.phase & 1 != int(values[0][lane]) & 1
         if write is not None:
-            if not found[lanes_of(state, mask)].all():
-                raise FaultError("a wait for a phase that nothing will end: every copy so far has arrived")
+            state.spinning = ~found if mask is None else ~found & mask
             write(state, found, mask)
 
     return execute

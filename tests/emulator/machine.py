@@ -86,11 +86,14 @@ class _Lockstep:
         self._parked = np.zeros(state.lanes, np.bool_)
         # For launches before this one; once for all.
         self._stopped = np.zeros(state.lanes, np.bool_)
+        # At a barrier in memory, which they ask again and again: after the others.
+        self._spinning = np.zeros(state.lanes, np.bool_)
 
     def run(self, *, stop: bool) -> None:
         """To the end, or (stop) no further than where it waits for earlier launches."""
         state = self._state
         self._stopped[:] = False
+        asked_again = False
         while True:
             if self._parked.any():
                 places = self._at.reshape(-1, WARP)
@@ -100,11 +103,23 @@ class _Lockstep:
                 if not self._stopped.any():
                     self._check_ended()
                 return
+            if not (ready & ~self._spinning).any():
+                if asked_again:
+                    instruction = self.program.instructions[int(self._at[ready].min())]
+                    raise FaultError(f"{self._says(instruction)}: a wait for a phase that nothing will end")
+                asked_again = True
+                self._spinning[:] = False
+            ready &= ~self._spinning
             place = int(self._at[ready].min())
             here = ready & (self._at == place)
             others = self._at[ready & ~here]
             meet = int(others.min()) if len(others) else self._end
             place, last = self._straight(state, place, None if here.all() else here, meet, stop=stop)
+            if state.spinning is not None:
+                self._spinning, state.spinning = self._spinning | state.spinning, None
+            if (here & ~self._spinning).any():
+                asked_again = False
+                self._spinning &= here
             if last is None:
                 self._at[here] = place
                 if place == self._end:
@@ -207,8 +222,8 @@ class _Lockstep:
         kept = alive[state.local]
         if 0 < kept.sum() <= state.lanes // 2:
             state.keep(kept)
-            self._at, self._waiting, self._parked, self._stopped = (
-                each[kept] for each in (self._at, self._waiting, self._parked, self._stopped)
+            self._at, self._waiting, self._parked, self._stopped, self._spinning = (
+                each[kept] for each in (self._at, self._waiting, self._parked, self._stopped, self._spinning)
             )
 
 

@@ -63,6 +63,7 @@ class State:
     ) -> None:
         self.counters = counters
         self.waited = False  # for earlier launches
+        self.spinning: Array = None  # lanes that have just asked a barrier in vain
         self.program, self.memory, self.words, self.grid = program, memory, words, grid
         self.threads = threads
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), programs)
