@@ -469,10 +469,9 @@ def causal_conv_plan(spec: CausalConvSpec, tokens: int) -> Plan[Kernel]:
 def linear_attention_plan(spec: LinearAttentionSpec, tokens: int, *, chunks: bool | None = None) -> Plan[Kernel]:
     """LynxLinearAttention for up to `tokens` tokens of a sequence, in chunks or token after token (None: as below).
 
-    Nothing of it is measured. By the machine code on SM 90
-    (benchmarks/kernel_cycles.py, which leaves out what the matrix units wait for) a program takes 233 cycles a token in
-    chunks and 1638 token after token (qwen3-next), 152 and 619 (nemotron-h), for twice the values, and 255 for four
-    times as many where each key decays by itself (kimi-linear).
+    Nothing of it is measured. By the machine code on SM 90 (benchmarks/kernel_cycles.py, which leaves out what the
+    matrix units wait for) a program takes 233 cycles a token in chunks and 1638 token after token (qwen3-next), 152 and
+    619 (nemotron-h), for twice the values, and 255 for four times as many with a decay of each key (kimi-linear).
 
     Token after token, a thread has 32 values of a state; eight columns at least are what a row's read is whole with,
     and where one warp has all their rows, no sum has to go through shared memory.

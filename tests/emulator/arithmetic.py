@@ -29,6 +29,8 @@ COMPARE: dict[str, Function] = {
     "hs": np.greater_equal,
 }
 LOGIC: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+# To whole numbers.
+WHOLE: dict[str, Function] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 TINY = np.float32(2.0**-126)
 
 
@@ -122,7 +124,7 @@ def _convert(instruction: Instruction) -> Execute:
     if target in INTEGERS and source in INTEGERS:
         return _apply(instruction, [source], target, lambda value: value)
     if target in INTEGERS:
-        rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how[0]]
+        rounding = WHOLE[how[0]]
         limits = np.iinfo(INTEGERS[target])
 
         def to_integer(value: Array) -> Array:
@@ -130,8 +132,8 @@ def _convert(instruction: Instruction) -> Execute:
             return np.clip(whole, limits.min, limits.max).astype(INTEGERS[target])
 
         return _apply(instruction, [source], target, to_integer)
-    if set(how) & {"rni", "rzi", "rmi", "rpi"}:
-        rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how[0]]
+    if set(how) & WHOLE.keys():
+        rounding = WHOLE[how[0]]
         return _apply(instruction, [source], target, rounding)
     if set(how) - {"rn"}:
         raise UnsupportedError(instruction.opcode)

@@ -19,7 +19,26 @@ NOBODY, SEVERAL, GROUP_OF_WARPS = -1, -2, -3
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-class GlobalMemory:
+class _Memory:
+    """Bytes, read and written at places that are multiples of what is there."""
+
+    bytes: NDArray[np.uint8]
+
+    def load(self, places: Indices, size: int) -> Array:
+        """[lanes] elements of `size` bytes, at places that are multiples of it."""
+        return self.bytes.view(_UNSIGNED[size])[places // size]
+
+    def store(self, places: Indices, values: Array, mask: Mask | None) -> None:
+        """Put elements there; of two lanes at one place the later one wins."""
+        each = self.bytes.view(values.dtype)
+        where = places // values.dtype.itemsize
+        if mask is None:
+            each[where] = values
+        else:
+            each[where[mask]] = values[mask]
+
+
+class GlobalMemory(_Memory):
     """Memory of a fixed size, at real addresses; allocations lie apart, with bytes between that nobody may touch."""
 
     GAP = 256
@@ -45,8 +64,7 @@ class GlobalMemory:
 
     def clear(self) -> None:
         """Take everything back that was allocated."""
-        self._allowed[: self._next] = False
-        self._next = 0
+        self.release(0)
 
     def mark(self) -> int:
         """For `release`."""
@@ -83,21 +101,8 @@ class GlobalMemory:
             raise FaultError(f"{what} of {size} bytes at an address that is not a multiple of {size}")
         return inside
 
-    def load(self, places: Indices, size: int) -> Array:
-        """[lanes] elements of `size` bytes, at places that are multiples of it."""
-        return self.bytes.view(_UNSIGNED[size])[places // size]
 
-    def store(self, places: Indices, values: Array, mask: Mask | None) -> None:
-        """Put elements there; of two lanes at one place the later one wins."""
-        each = self.bytes.view(values.dtype)
-        where = places // values.dtype.itemsize
-        if mask is None:
-            each[where] = values
-        else:
-            each[where[mask]] = values[mask]
-
-
-class SharedMemory:
+class SharedMemory(_Memory):
     """That of some programs, `size` bytes each, and for each byte who used it since the last barrier.
 
     Reads and writes of lanes are at `places`: the program's number times size, plus the offset.
@@ -195,13 +200,3 @@ class SharedMemory:
             places, warp, epoch = places[mask], warp[mask], epoch[mask]
         each = (places[:, None] + np.arange(size)).reshape(-1)
         return each, np.repeat(warp, size), np.repeat(epoch, size)
-
-    def load(self, places: Indices, size: int) -> Array:
-        return self.bytes.view(_UNSIGNED[size])[places // size]
-
-    def store(self, places: Indices, values: Array, mask: Mask | None) -> None:
-        each, where = self.bytes.view(values.dtype), places // values.dtype.itemsize
-        if mask is None:
-            each[where] = values
-        else:
-            each[where[mask]] = values[mask]
