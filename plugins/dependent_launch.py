@@ -26,3 +26,16 @@ def let_next_start(PROGRAMMATIC: tl.constexpr):
     """The next launch may start as soon as all programs of this one have come here or ended."""
     if PROGRAMMATIC:
         gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_lines(at):
+    """Have the 128 bytes at each of some pointers, multiples of 16, brought to L2; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 128; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -16,7 +16,7 @@ share the weights through L2.
 import triton
 import triton.language as tl
 
-from lynx_trt.plugins.dependent_launch import let_next_start, wait_for_earlier
+from lynx_trt.plugins.dependent_launch import let_next_start, prefetch_lines, wait_for_earlier
 from lynx_trt.plugins.experts_parts import (
     activate_gate_up,
     expert_items,
@@ -56,6 +56,35 @@ def program_work(
         expert, tile, first, last = find_item(dispatch, tiles, ends, item, exists, E, BLOCK_T, N_TILES, GROUP)
         last = tl.minimum(last, first + BLOCK_T)
     return expert.to(tl.int64), tile, first, last, exists
+
+
+@triton.jit
+def prefetch_down(
+    down,
+    expert,  # int64
+    row,  # the first row
+    begin,  # the first of the summed dimension
+    H: tl.constexpr,
+    I: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Have the first PREFETCH values of each of BLOCK_H rows brought to L2; lines past a matrix' end become its last.
+
+    PACKED: two values a byte.
+    """
+    BYTES: tl.constexpr = down.dtype.element_ty.primitive_bitwidth // 8
+    OUTER: tl.constexpr = I if TRANSPOSED else H  # of the matrix as it lies in memory
+    ROW: tl.constexpr = H * BYTES if TRANSPOSED else I * BYTES // (2 if PACKED else 1)  # bytes
+    WIDE: tl.constexpr = BLOCK_H * BYTES if TRANSPOSED else PREFETCH * BYTES // (2 if PACKED else 1)
+    first, offset = (begin, row) if TRANSPOSED else (row, begin)
+    outer = tl.minimum(first + tl.arange(0, PREFETCH if TRANSPOSED else BLOCK_H), OUTER - 1)
+    inside = offset * BYTES // (2 if PACKED else 1) + tl.arange(0, max(WIDE // 128, 1)) * 128
+    inside = tl.minimum(inside, ROW - 128)
+    at = down.to(tl.pointer_type(tl.int8)) + expert * (OUTER * ROW)
+    prefetch_lines(at + outer.to(tl.int64)[:, None] * ROW + inside[None, :])
 
 
 @triton.jit
@@ -159,11 +188,13 @@ def down_decode_kernel(
     ONE_TILE: tl.constexpr,
     SWAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     """Grid: (items,), items = SPLIT x ceil(H / BLOCK_H) x active experts (ONE_TILE), or x tiles of their pairs.
 
-    Each of SPLIT programs has a part of the sum over I, so that a few experts too occupy the whole GPU.
+    Each of SPLIT programs has a part of the sum over I, so that a few experts too occupy the whole GPU. While gate_up
+    still runs, a program may ask for the weights that it begins with (PREFETCH of the sum).
     """
     N_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     PIECE: tl.constexpr = ((I + BLOCK_I - 1) // BLOCK_I + SPLIT - 1) // SPLIT * BLOCK_I
@@ -174,6 +205,11 @@ def down_decode_kernel(
     if HAS_BIAS:
         biased = rows < tl.where(exists & (begin == 0), H, 0)  # the first summand alone
         bias = tl.load(down_bias + expert * H + rows, mask=biased, other=0.0).to(tl.float32)
+    if PREFETCH > 0:
+        if exists:
+            PACKED: tl.constexpr = WEIGHTS != "float" and WEIGHTS != "fp8"
+            row = item // SPLIT * BLOCK_H
+            prefetch_down(down, expert, row, begin, H, I, TRANSPOSED, PACKED, BLOCK_H, PREFETCH)
     wait_for_earlier(PROGRAMMATIC)
     let_next_start(PROGRAMMATIC)
     if not exists:

@@ -35,7 +35,8 @@ class MatmulLaunch:
     swap: the rows are the matmul's M. descriptors: weights through tensor descriptors; copied: the pairs too (of down
     in prefill). per_multiprocessor: programs of a persistent launch (0: one program an item); flatten: they load for
     the next item before they are done with one. split: programs that share a tile's sum (of down in decode).
-    programmatic: start while the launch before still runs, where the SM can.
+    programmatic: start while the launch before still runs, where the SM can; prefetch: have so much of the summed
+    dimension brought to L2 meanwhile (of down in decode).
     """
 
     block_t: int
@@ -50,6 +51,7 @@ class MatmulLaunch:
     programmatic: bool = True
     copied: bool = False
     flatten: bool = False
+    prefetch: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from lynx_trt.experts import FORMATS
+from lynx_trt.experts import FORMATS, values_an_element
 from lynx_trt.plugins.launch import (
     BLOCKS_HERE,
     FLOAT32_TOKENS,
@@ -49,6 +49,8 @@ DRAW_LEADING, DRAW_NUCLEUS = 32, 256
 FEW_TOKENS = 4
 # From this SM on a launch may start before the one before it has ended.
 PROGRAMMATIC_SM = 90
+# Bytes that are brought to L2 at a time.
+LINE = 128
 
 
 def plans(spec: Spec, sm: int, max_tokens: int) -> tuple[Plan[Kernel], ...]:
@@ -338,12 +340,23 @@ def _down_step(spec: ExpertsSpec, launch: ExpertsLaunch, sm: int, tokens: int, p
         "BLOCK_H": launch.down.block_n,
         "BLOCK_I": launch.down.block_d,
     }
-    constants |= {"COPIED": launch.down.copied} if launch.prefill else {"SPLIT": launch.down.split}
+    if launch.prefill:
+        constants["COPIED"] = launch.down.copied
+    else:
+        constants |= {"SPLIT": launch.down.split, "PREFETCH": _prefetch(spec, launch.down, sm)}
     grid = _matmul_grid(spec, launch, launch.down, tokens, spec.hidden)
     function = "down_prefill_kernel" if launch.prefill else "down_decode_kernel"
     tiles, names = launch.down, {"down_bias": bias, **_no_scale(spec, "down")}
     how = tiles.warps, tiles.stages, names
     return _step(function, grid, buffers, constants, *how, programmatic=tiles.programmatic)
+
+
+def _prefetch(spec: ExpertsSpec, matmul: MatmulLaunch, sm: int) -> int:
+    """What down brings to L2 ahead: nothing where it doesn't start early, or of rows that are no lines of 16 bytes."""
+    width = spec.hidden if spec.form.transposed else spec.inner
+    row = width // values_an_element(spec.form.weights) * (1 if spec.form.quantized else BYTES[spec.dtype])
+    early = matmul.programmatic and sm >= PROGRAMMATIC_SM
+    return matmul.prefetch if early and row >= LINE and row % 16 == 0 else 0
 
 
 def _weights(spec: ExpertsSpec, name: str) -> dict[str, str]:

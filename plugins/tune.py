@@ -44,7 +44,7 @@ from lynx_trt.plugins.launch import (
 )
 from lynx_trt.plugins.launch_source import render_table
 from lynx_trt.plugins.plan import Kernel, Plan
-from lynx_trt.plugins.plans import experts_plan, select_plan
+from lynx_trt.plugins.plans import PROGRAMMATIC_SM, experts_plan, select_plan
 from lynx_trt.plugins.shapes import SHAPES, experts_spec, routers, select_spec
 from lynx_trt.plugins.specs import ExpertsSpec, SelectSpec
 
@@ -61,8 +61,10 @@ BATCHES, BATCHES_UP_TO = 4, 512
 # Each matmul's candidates are timed alone, in short rounds; the best of both then together, in all combinations.
 _SCREENING = {"rounds": 3, "microseconds": 1500.0}
 _FINALISTS = {"gate_up": 3, "down": 4}
-# Whether gate_up and down may start while the launch before them still runs.
-_EARLY = ((True, True), (False, False), (False, True))
+# Whether gate_up and down may start while the launch before them still runs, and how much of its sum a decode's down
+# then has brought to L2 meanwhile: what a program begins with.
+_AHEAD = 256
+_EARLY = ((True, True, 0), (False, False, 0), (False, True, 0), (True, True, _AHEAD))
 
 # Another launch replaces the estimate only if it is clearly faster: the spread of two runs is about a hundredth.
 _CLEARLY = 0.99
@@ -277,12 +279,16 @@ def usable(plan: Plan[Kernel], cubins: Mapping[Kernel, Cubin | None], sm: int) -
 
 
 def experts_plans(spec: ExpertsSpec, sm: int, tokens: int) -> Iterator[Plan[Kernel]]:
-    """All that is tried of a layer for a batch: each candidate of one matmul beside the estimate of the other."""
+    """All that is tried of a layer for a batch: each candidate of one matmul beside the estimate of the other.
+    Those of down that prefetch too: any may turn out to be one of the best, of which that is tried.
+    """
     for prefill in families(spec, tokens):
         start = estimate(spec, sm, tokens, prefill=prefill)
         for part in PARTS:
             for each in candidates(spec, sm, tokens, part, prefill=prefill):
                 yield experts_plan(spec, sm, tokens, with_part(start, part, each))
+                if part == "down" and _can_prefetch(spec, sm, each, prefill=prefill):
+                    yield experts_plan(spec, sm, tokens, with_part(start, part, replace(each, prefetch=_AHEAD)))
 
 
 def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> ExpertsLaunch:
@@ -298,10 +304,12 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
         start = estimate(spec, gpu.sm, tokens, prefill=prefill)
         finalists = {part: _screened(bench, spec, gpu.sm, batches, start, part) for part in PARTS}
         for gate_up, down, early in itertools.product(finalists["gate_up"], finalists["down"], _EARLY):
+            if early[2] and not _can_prefetch(spec, gpu.sm, down, prefill=prefill):
+                continue
             launch = replace(
                 start,
                 gate_up=replace(gate_up, programmatic=early[0]),
-                down=replace(down, programmatic=early[1]),
+                down=replace(down, programmatic=early[1], prefetch=early[2]),
             )
             times[launch] = bench.time(experts_plan(spec, gpu.sm, tokens, launch), batches, tokens)
     bucket = tokens_bucket(tokens, spec.experts, spec.experts_per_token)
@@ -314,6 +322,11 @@ def tune_experts(gpu: Machine, bench: Bench, spec: ExpertsSpec, tokens: int) -> 
         best, fastest = usual, before
     reason = f"{tokens} tokens: {_share(spec, batches, fastest, gpu)}, the estimate took {before:.1f} us"
     return replace(best, reason=reason, microseconds=round(fastest, 2))
+
+
+def _can_prefetch(spec: ExpertsSpec, sm: int, down: MatmulLaunch, *, prefill: bool) -> bool:
+    """Whether a launch of down may start early at all, and has so much of the sum."""
+    return not prefill and sm >= PROGRAMMATIC_SM and spec.inner // down.split >= _AHEAD
 
 
 def _agree(bench: Bench, spec: ExpertsSpec, sm: int, batch: Mapping[str, Tensor], *launches: ExpertsLaunch) -> bool:

@@ -96,6 +96,41 @@ def test_experts_by_descriptors(sm: int) -> None:
         check_experts(experts_layer("float", 90, hidden=136, inner=200), launch)
 
 
+# Sizes: lines past the end of rows, rows that are no multiple of a tile, and a matrix of one line a row.
+AHEAD = [
+    ("float", {"hidden": 200, "inner": 264}, 256, 1),
+    ("float", {"hidden": 136, "inner": 72, "form": ExpertsForm(transposed=True)}, 64, 2),
+    ("fp8", {}, 256, 1),
+    ("int4_g32_zeros", {}, 256, 2),
+]
+
+
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (100, 120))])
+@pytest.mark.parametrize(("weights", "sizes", "prefetch", "split"), AHEAD)
+def test_weights_that_are_asked_for_ahead(
+    weights: str, sizes: dict[str, Any], prefetch: int, split: int, sm: int
+) -> None:
+    """They are those that down reads of active experts, each row's first; the result is the same, bit for bit."""
+    layer = experts_layer(weights, 12, **sizes)
+    tile = MatmulLaunch(16, 64, 64, warps=4, stages=3, split=split)
+    results, asked = [], []
+    for ahead in (0, prefetch):
+        gpu = EmulatedGpu(sm, counts=True)
+        results.append(step_on(gpu, layer, ExpertsLaunch(False, tile, replace(tile, prefetch=ahead), "")))
+        counters = dict(gpu.launched)["down_decode_kernel"]
+        assert counters is not None
+        sectors, every = (
+            counters.read(gpu.where["down"], layer.tensors["down"].nbytes, ahead=early) for early in (True, False)
+        )
+        assert (every > 0)[sectors > 0].all()
+        asked.append((int((sectors > 0).sum()), int((every > 0).sum())))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert asked[0][0] == 0
+    spec = layer.spec
+    share = min(prefetch * split, spec.inner) / spec.inner
+    assert asked[1][0] >= 0.9 * share * asked[1][1]
+
+
 @pytest.mark.parametrize("sm", EVERY_SM)
 def test_selection(sm: int) -> None:
     HERE[0] = sm
@@ -163,12 +198,13 @@ def test_launches_that_begin_early(way: str, sm: int) -> None:
         test_hand_over_kernels.check(made, routing, weights)
 
 
-def step_on(gpu: EmulatedGpu, layer: Any, launch: ExpertsLaunch | None = None) -> None:
-    """One run of a layer, without its result."""
+def step_on(gpu: EmulatedGpu, layer: Any, launch: ExpertsLaunch | None = None) -> torch.Tensor:
+    """One run of a layer."""
     spec = layer.spec
     tensors = {name: each for name, each in layer.tensors.items() if each is not None}
     tensors["output"] = torch.empty_like(layer.hidden)
     gpu.run(experts_plan(spec, gpu.sm, 1 << (len(layer.hidden) - 1).bit_length(), launch), tensors, len(layer.hidden))
+    return tensors["output"]
 
 
 REAL = [

@@ -376,7 +376,7 @@ def test_what_spills_or_has_no_room_is_not_tried() -> None:
 
 @pytest.mark.parametrize("agree", [True, False])
 def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: bool) -> None:
-    """All but a GPU: a made-up one on which more stages and split sums are faster, and a compiler that never fails."""
+    """All but a GPU: a made-up one on which more stages, split sums and prefetching are faster, and a compiler that never fails."""
     driver, compiled = FakeDriver(), []
 
     def compile_each(kernels: Iterable[Kernel], sm: int, **_: object) -> dict[Kernel, Cubin]:
@@ -390,11 +390,11 @@ def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def time_graph(function: Callable[[], object], **_: object) -> float:
         function()
-        return 400.0
+        return 800.0
 
     monkeypatch.setattr(launch_table, "EXPERTS", {})
     monkeypatch.setattr(launch_table, "SELECT", {})
-    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 128))
+    monkeypatch.setitem(SHAPES, "tiny", Shape(8, 2, 64, 1024))
     monkeypatch.setattr(tune, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "machine", lambda: tune.Machine(90, "a GPU", 1e12))
     monkeypatch.setattr(tune, "time_graph", time_graph)
@@ -406,7 +406,10 @@ def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     bench_time = tune.Bench.time
 
     def time(self: tune.Bench, plan: Plan[Kernel], *others: Any, **how: Any) -> float:
-        gain = sum(step.kernel.stages + dict(step.kernel.constants).get("SPLIT", 0) for step in plan.steps)  # type: ignore[misc, operator]
+        gain = 0.0
+        for step in plan.steps:
+            constants = dict(step.kernel.constants)
+            gain += step.kernel.stages + constants.get("SPLIT", 0) + constants.get("PREFETCH", 0) / 256  # type: ignore[operator]
         return bench_time(self, plan, *others, **how) - 4 * gain
 
     monkeypatch.setattr(tune.Bench, "time", time)
@@ -414,17 +417,20 @@ def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tune.main(shape=["tiny"], tokens="1,2,1024", output=path)
     table = runpy.run_path(str(path))
     assert set(table["SELECT"]) == {(90, 8, 2, tokens) for tokens in (1, 2, 1024)}
-    assert set(table["EXPERTS"]) == {(90, 8, 2, 64, 128, "float")}
-    launches = table["EXPERTS"][90, 8, 2, 64, 128, "float"]
+    assert set(table["EXPERTS"]) == {(90, 8, 2, 64, 1024, "float")}
+    launches = table["EXPERTS"][90, 8, 2, 64, 1024, "float"]
     assert {tokens: launch.prefill for tokens, launch in launches.items()} == {1: False, 2: False, 1024: True}
     assert all(launch.microseconds for launch in launches.values())
     if agree:
         assert launches[1].gate_up.stages == 6
         assert launches[1].down.split > 1
+        assert launches[1].down.prefetch == 256
+        assert launches[1024].down.prefetch == 0
         assert launches[1024].down.stages == 5
     else:  # what is faster and says something else is not taken
-        assert launches[1].down == experts_estimate(1, 64, 128, "bfloat16", 90).down
-    # All candidates were compiled at once.
+        assert launches[1].down == experts_estimate(1, 64, 1024, "bfloat16", 90).down
+    # All candidates of a batch were compiled at once; those of two tokens were there.
+    assert len(compiled) == 4
     assert max(compiled) > 50
 
 

@@ -33,7 +33,7 @@ class Use:
 
 @dataclass
 class Counters:
-    """Of one launch: how often each sector of the GPU's memory was read, and what instructions were executed by warps.
+    """Of one launch: how often each sector of the GPU's memory was read or prefetched by a thread, and what instructions were executed by warps.
 
     sectors and wavefronts: of each instruction, those of a warp's access that are not in the L1 cache counted again.
     """
@@ -41,18 +41,22 @@ class Counters:
     memory: GlobalMemory
     reads: Array = None
     writes: Array = None
+    prefetches: Array = None
     instructions: Counter[str] = field(default_factory=Counter)
     sectors: dict[Where, Use] = field(default_factory=dict)
     wavefronts: dict[Where, Use] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sectors = self.memory.bytes.size // SECTOR
-        self.reads, self.writes = np.zeros(sectors, np.int32), np.zeros(sectors, np.int32)
+        self.reads, self.writes, self.prefetches = (np.zeros(sectors, np.int32) for _ in range(3))
 
-    def read(self, address: int, size: int) -> Array:
-        """How often each sector of an allocation was read."""
+    def read(self, address: int, size: int, *, ahead: bool = False) -> Array:
+        """How often each sector of an allocation was read, or (ahead) prefetched."""
         first = (address - self.memory.base) // SECTOR
-        return self.reads[first : first + -(-size // SECTOR)]
+        return (self.prefetches if ahead else self.reads)[first : first + -(-size // SECTOR)]
+
+    def count_prefetch(self, places: Indices, mask: Mask | None) -> None:
+        np.add.at(self.prefetches, (places if mask is None else places[mask]) // SECTOR, 1)
 
     def count_global(
         self, where: Where, places: Indices, size: int, warp: Array, mask: Mask | None, *, write: bool

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from emulator.access import address
+from emulator.counters import SECTOR
 from emulator.faults import FaultError, UnsupportedError
 from emulator.memory import GROUP_OF_WARPS, SHARED_BASE, Indices, Mask
 from emulator.numbers import decode
@@ -51,6 +52,8 @@ def build(instruction: Instruction) -> Execute | None:
         return _multiply(instruction) if instruction.parts[1] == "mma_async" else nothing
     if instruction.opcode.startswith("cp.async.bulk.tensor"):
         return _copy_tensor(instruction)
+    if instruction.opcode.startswith("cp.async.bulk.prefetch.L2"):
+        return _prefetch(instruction)
     if instruction.opcode.startswith("cp.async.bulk"):
         return nothing  # copies of descriptors and tensors are done at once
     return None
@@ -58,6 +61,22 @@ def build(instruction: Instruction) -> Execute | None:
 
 def nothing(state: State, mask: Mask | None) -> None:
     """What has to do with things that are done at once here."""
+
+
+def _prefetch(instruction: Instruction) -> Execute:
+    """Of so many bytes, both they and where they begin multiples of 16. Changes nothing but what is counted."""
+    where, size = address(instruction.operands[0], shared=False), instruction.operands[1]
+    assert isinstance(size, Immediate)
+    if size.value % 16:
+        raise FaultError(f"{instruction.opcode} of {size.value} bytes, which are not a multiple of 16")
+
+    def execute(state: State, mask: Mask | None) -> None:
+        for part in range(0, size.value, 16):
+            places = state.memory.places(where(state) + np.uint64(part), 16, mask, "a prefetch")
+            if state.counters is not None and part % SECTOR == 0:
+                state.counters.count_prefetch(places, mask)
+
+    return execute
 
 
 def swizzled(offsets: Array, row: int) -> Array:
