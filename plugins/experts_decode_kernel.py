@@ -11,7 +11,7 @@ share the weights through L2.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: E741, N803, N806 -- sizes are named as in the glossary: T, E, K, H, I
+# ruff: noqa: E741, N803, N806, SIM102 -- sizes are named as in the glossary: T, E, K, H, I; constants have an `if` apart
 
 import triton
 import triton.language as tl

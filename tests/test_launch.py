@@ -376,7 +376,7 @@ def test_what_spills_or_has_no_room_is_not_tried() -> None:
 
 @pytest.mark.parametrize("agree", [True, False])
 def test_the_tuner_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agree: bool) -> None:
-    """All but a GPU: a made-up one on which more stages, split sums and prefetching are faster, and a compiler that never fails."""
+    """All but a GPU: one on which more stages, split sums and prefetching are faster, a compiler that never fails."""
     driver, compiled = FakeDriver(), []
 
     def compile_each(kernels: Iterable[Kernel], sm: int, **_: object) -> dict[Kernel, Cubin]:

@@ -33,8 +33,9 @@ class Use:
 
 @dataclass
 class Counters:
-    """Of one launch: how often each sector of the GPU's memory was read or prefetched by a thread, and what instructions were executed by warps.
+    """Of one launch: how often each sector of the GPU's memory was read, and what instructions were executed by warps.
 
+    prefetches: of each sector, those that threads asked for.
     sectors and wavefronts: of each instruction, those of a warp's access that are not in the L1 cache counted again.
     """
 
