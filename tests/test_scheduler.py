@@ -24,7 +24,7 @@ from lynx_trt.runtime.sequence import Generated, Limits, Request
 
 VOCABULARY = 50
 LENGTH = 40
-LIMITS = Limits(LENGTH, (8, 8, 4), frozenset({0}))
+LIMITS = Limits(LENGTH, VOCABULARY, (8, 8, 4), frozenset({0}))
 
 
 def next_of(tokens: list[int]) -> int:

@@ -116,7 +116,7 @@ def slowly(step: Callable[..., Any], seconds: float = 0.005) -> Callable[..., An
 def tensors(**values: Any) -> dict[str, Array]:
     """As the server's Python backend hands them over."""
     dtypes = {"max_tokens": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.int64}
-    dtypes |= {"stream": np.bool_, "deadline": np.float32, "top_k": np.int32}
+    dtypes |= {"stream": np.bool_, "deadline": np.float32, "top_k": np.int32, "input_ids": np.int32, "ignore_eos": np.bool_}
     made = {}
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -183,6 +183,27 @@ def test_stop_seed_and_sampling(served: Served) -> None:
     assert served.ask(**warm, seed=6, top_k=1).wait().text == full  # of one token there is one draw
 
 
+def test_token_ids_are_taken_as_they_are(served: Served) -> None:
+    ids = served.parser.tokenizer.encode(PROMPT)
+    wanted = served.ask(text_input=PROMPT, max_tokens=20).wait()
+    got = served.ask(input_ids=ids, max_tokens=20).wait()
+    assert got.text == wanted.text
+    assert got.responses[-1]["prompt_tokens"][0] == len(ids)
+
+
+def test_an_answer_may_go_on_past_its_end(text_artifact: Artifact) -> None:
+    """The token that ends a text is made one that the model writes."""
+    (alone,), _ = generate_text(text_artifact, [PROMPT], budget="8", max_new_tokens=20, threads=1)
+    model = text_artifact.manifest.model.model_copy(update={"end_tokens": [alone.tokens[4]]})
+    artifact = Artifact(text_artifact.folder, text_artifact.manifest.model_copy(update={"model": model}))
+    served = Served(artifact, Settings(slots=2, quality="max"))
+    ends = [served.ask(text_input=PROMPT, max_tokens=20, ignore_eos=on).wait().responses[-1] for on in (False, True)]
+    served.service.close()
+    assert [end["finish_reason"][0] for end in ends] == [b"end", b"length"]
+    assert ends[0]["output_tokens"][0] <= 4
+    assert ends[1]["output_tokens"][0] == 20
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"text_input": ""}, "the prompt is empty"),
     ({"max_tokens": 5}, "text_input is missing"),
@@ -209,6 +230,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "x", "stop": ["y"] * 17}, "stop has 17 texts"),
     ({"text_input": "x", "deadline": 0.0}, "deadline is 0.0"),
     ({"text_input": "x", "deadline": float("nan")}, "deadline is nan"),
+    ({"input_ids": []}, "the prompt is empty"),
+    ({"input_ids": [1] * 64}, "the prompt has 64 tokens"),
+    ({"input_ids": [3, 256]}, "the prompt has the token 256, and the model has 0 to 255"),
+    ({"input_ids": [3, -1]}, "the prompt has the token -1"),
+    ({"input_ids": [3], "text_input": "x"}, "there are text_input and input_ids; give one of them"),
     ({"text_input": "x", "parameters": '{"temprature": 0.3}'}, "unknown parameter 'temprature'; a request has these"),
 ]
 

@@ -15,7 +15,8 @@ Name = Literal["auto", "onnxruntime", "tensorrt"]
 def limits_of(manifest: Manifest) -> Limits:
     """Length, experts and end tokens of the model."""
     model = manifest.model
-    return Limits(model.max_length, tuple(layer.experts for layer in model.moe_layers), frozenset(model.end_tokens))
+    experts = tuple(layer.experts for layer in model.moe_layers)
+    return Limits(model.max_length, model.vocabulary, experts, frozenset(model.end_tokens))
 
 
 def backend_available(name: Name) -> bool:

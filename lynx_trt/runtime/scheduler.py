@@ -410,7 +410,7 @@ class Scheduler:
 
 
 def check_prompt(prompt: Sequence[int], limits: Limits, what: str = "the prompt") -> None:
-    """Refuse a prompt without tokens, and one that leaves no room for a new token.
+    """Refuse a prompt without tokens, one that leaves no room for a new token, and tokens that the model hasn't.
 
     Raises:
         GenerationError: such a prompt.
@@ -422,3 +422,6 @@ def check_prompt(prompt: Sequence[int], limits: Limits, what: str = "the prompt"
             f"{what} has {len(prompt)} tokens, and the cache holds {limits.max_length} with the output: "
             f"shorten it to {limits.max_length - 1} tokens, or build with a larger --max-length if the model takes more"
         )
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < limits.vocabulary:
+            raise GenerationError(f"{what} has the token {token}, and the model has 0 to {limits.vocabulary - 1}")

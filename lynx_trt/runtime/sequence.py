@@ -16,9 +16,10 @@ from lynx_trt.runtime.text import Stream
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model allows: tokens a sequence, and experts of each MoE layer."""
+    """What the model allows: tokens a sequence, different tokens, and experts of each MoE layer."""
 
     max_length: int
+    vocabulary: int
     experts: tuple[int, ...]
     end_tokens: frozenset[int]
 
@@ -33,6 +34,7 @@ class Request:
         stop: texts that end the sequence before them.
         restriction: what each MoE layer may load in a decode step; None follows the scheduler's default.
         deadline: time.monotonic() in seconds after which nobody wants it any more.
+        ignore_eos: a token that ends a text is one as any other.
     """
 
     max_new_tokens: int
@@ -41,6 +43,7 @@ class Request:
     stop: tuple[str, ...] = ()
     restriction: Restriction | None = None
     deadline: float = float("inf")
+    ignore_eos: bool = False
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Generated:
         """Take the next token: text grows and is passed on, and the sequence may have its end."""
         if self.times.first_token is None:
             self.times.first_token = time.monotonic()
-        if token in limits.end_tokens:
+        if token in limits.end_tokens and not self.request.ignore_eos:
             self.finish = "end"
             self._show("", final=True)
             return

@@ -21,6 +21,9 @@ from lynx_trt.serving.settings import Settings
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+# A request has one of these.
+PROMPTS = ("text_input", "messages", "input_ids")
+_OTHERS = " or ".join(PROMPTS[1:])
 # Parameters that the server and its clients set themselves.
 SERVER_PARAMETERS = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output"}
 
@@ -61,24 +64,33 @@ class Parser:
             stop=_stops(values),
             restriction=None if quality is None else self.dial.restriction(quality),
             deadline=time.monotonic() + self._seconds(values),
+            ignore_eos=bool(_one(values, "ignore_eos", False)),
         )
         return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))
 
     def _prompt(self, values: Mapping[str, Array]) -> list[int]:
+        given = [name for name in PROMPTS if values.get(name) is not None]
+        if not given:
+            raise GenerationError(f"text_input is missing: there is nothing to continue (nor are there {_OTHERS})")
+        if len(given) > 1:
+            raise GenerationError(f"there are {' and '.join(given)}; give one of them")
         text, messages, options = (_text(values, name) for name in ("text_input", "messages", "chat_options"))
-        if messages is None:
-            if options is not None:
-                raise GenerationError("chat_options is for messages, and there are none; leave it out")
-            if text is None:
-                raise GenerationError("text_input is missing: there is nothing to continue (nor are there messages)")
-            return self._tokens(text, special=True)
+        if options is not None and messages is None:
+            raise GenerationError("chat_options is for messages, and there are none; leave it out")
         if text is not None:
-            raise GenerationError("there are text_input and messages; give one of them")
+            return self._tokens(text, special=True)
+        if messages is None:
+            return self._ids(values["input_ids"])
         if self.template is None:
             raise GenerationError("messages need a chat template, and this model has none; give text_input instead")
         self._check_length(messages)
         rendered = self.template.render(parse_messages(messages), parse_options(options or "{}"))
         return self._tokens(rendered, special=False)
+
+    def _ids(self, ids: Array) -> list[int]:
+        prompt = [int(each) for each in ids.reshape(-1)]
+        check_prompt(prompt, self.limits)
+        return prompt
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         # Said here and not of its tokens: some tokenizers begin every text with one.
