@@ -55,6 +55,9 @@ def main(
     http_port: Annotated[int, typer.Option(help="Port of HTTP.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port of gRPC.", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics.", min=1, max=65535)] = 8002,
+    openai_port: Annotated[
+        int | None, typer.Option(help="With --start: answer OpenAI's API too, on this port.", min=1, max=65535)
+    ] = None,
     drain: Annotated[int, typer.Option(help="Seconds that requests in flight have after SIGTERM.", min=0)] = 30,
     set_quality: Annotated[
         str | None,
@@ -78,6 +81,8 @@ def main(
     if set_quality is not None:
         _set_quality(output, set_quality, json_output)
         return
+    if openai_port is not None:
+        _check_openai(start)
     if start:
         check_threads(threads)
     if artifact is None:
@@ -96,13 +101,23 @@ def main(
     opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
     name = name or _name(opened)
     output = output or Path("out") / f"{name}-repository"
-    address = Address(host, http_port, grpc_port, metrics_port)
+    address = Address(host, http_port, grpc_port, metrics_port, openai_port)
     repository = write_repository(opened, output, name=name, settings=settings, overwrite=overwrite)
     more = _more_requirements(opened, backend)
     command = _docker(repository, address, image or IMAGE, drain, more) if docker else None
     _tell(opened, repository, settings, command, json_output)
     if start:
         _start(repository, address, drain, more, json_output)
+
+
+def _check_openai(start: bool) -> None:
+    """Before anything is made. Raises UsageError, or ServingError: what it needs is missing."""
+    import importlib.util
+
+    if not start:
+        raise UsageError("--openai-port is for --start; in front of another server run python -m lynx_trt.openai NAME")
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ServingError('aiohttp is missing, which --openai-port needs: pip install "lynx-trt[serve]"')
 
 
 def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet: bool = True) -> Artifact:
@@ -221,7 +236,7 @@ def _tell(
 
 
 def _start(repository: Repository, address: Any, drain: int, more: list[str], json_output: bool) -> None:
-    from lynx_trt.serving.server import local_command, start
+    from lynx_trt.serving.server import local_command, openai_command, start
 
     with Progress(quiet=json_output) as progress:
         command = local_command(repository, address, drain=drain, phase=progress.phase, more=more)
@@ -229,7 +244,9 @@ def _start(repository: Repository, address: Any, drain: int, more: list[str], js
         url = f"http://{address.host}:{address.http}/v2/models/{repository.name}/generate"
         typer.echo(f"Serving at {url}; when it is ready:")
         typer.echo(f"""  curl {url} -d '{{"text_input": "def add(a, b):", "max_tokens": 32}}'""")
-    start(command)
+        if address.openai is not None:
+            typer.echo(f"OpenAI's API at http://{address.host}:{address.openai}/v1 for {repository.name}")
+    start(command, openai_command(repository, address, drain=drain) if address.openai is not None else ())
 
 
 def _set_quality(output: Path | None, quality: str, json_output: bool) -> None:

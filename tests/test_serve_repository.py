@@ -95,7 +95,7 @@ def test_bf16_is_served_on_the_cpu_too(
 @needs_client
 def test_text_model_s_configuration(text_artifact: Artifact) -> None:
     settings = Settings(slots=7, quality="fast")
-    config = parsed(text_config("tiny", text_artifact.manifest, settings))
+    config = parsed(text_config("tiny", text_artifact.manifest, settings, {"top_k": 20}))
     assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 0)
     assert config.model_transaction_policy.decoupled
     assert [tensor.name for tensor in config.input] == [tensor.name for tensor in INPUTS]
@@ -276,7 +276,7 @@ def test_taken_port_is_said() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServingError, match=f"can't listen on 127.0.0.1:{port}.*--http-port"):
             server._check_ports(server.Address(http=port, grpc=1, metrics=2))
-    with pytest.raises(UsageError, match="not three"):
+    with pytest.raises(UsageError, match="are not 3"):
         server._check_ports(server.Address(http=8000, grpc=8000))
 
 

@@ -46,8 +46,8 @@ MAX_LENGTH = 600
 COUNTERS = ("lynx_output_tokens_total", "lynx_decode_steps_total")
 
 
-def free_ports() -> list[int]:
-    sockets = [socket.socket() for _ in range(3)]
+def free_ports(number: int = 3) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
     ports = [one.getsockname()[1] for one in sockets]

@@ -116,7 +116,13 @@ def slowly(step: Callable[..., Any], seconds: float = 0.005) -> Callable[..., An
 def tensors(**values: Any) -> dict[str, Array]:
     """As the server's Python backend hands them over."""
     dtypes = {"max_tokens": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.int64}
-    dtypes |= {"stream": np.bool_, "deadline": np.float32, "top_k": np.int32, "input_ids": np.int32, "ignore_eos": np.bool_}
+    dtypes |= {
+        "stream": np.bool_,
+        "deadline": np.float32,
+        "top_k": np.int32,
+        "input_ids": np.int32,
+        "ignore_eos": np.bool_,
+    }
     made = {}
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
@@ -345,7 +351,7 @@ def test_defect_is_told_to_one_client(
     with monkeypatch.context() as broken:
         broken.setattr(Tokenizer, "encode", lambda *_, **__: 1 / 0)
         reply = served.ask(text_input="x", max_tokens=5)
-    assert reply.error == ("internal", "an internal error ended this request; see the server's log")
+    assert reply.error == ("internal", "this request failed: see the server's log")
     assert "ZeroDivisionError" in capfd.readouterr().err
     assert served.ask(text_input="x", max_tokens=5).wait().text
 

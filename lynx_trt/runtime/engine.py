@@ -58,5 +58,5 @@ class Engine:
             except Exception:
                 # A defect of ours: those it hit are told, the next ones find a clean scheduler.
                 traceback.print_exc(file=sys.stderr)
-                self.scheduler.abort(GenerationError("an internal error ended this request; see the server's log"))
+                self.scheduler.abort(GenerationError("an internal error ended it; see the server's log"))
             self._wake.wait(IDLE_SECONDS)

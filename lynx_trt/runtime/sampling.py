@@ -6,9 +6,12 @@ exp((logit - best) / temperature) in float32 and add in float64: they differ onl
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +52,20 @@ class Sampling:
     def generator(self, sequence: int) -> np.random.Generator:
         """The generator of one sequence: it depends on the seed and its number, not on what else is in the batch."""
         return np.random.default_rng([self.seed, sequence])
+
+
+def recommended(folder: Path) -> dict[str, float]:
+    """What a checkpoint's generation config says of temperature, top_p and top_k; what can't be used is left out."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    made: dict[str, float] = {}
+    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+        value = found.get(name) if isinstance(found, dict) else None
+        with contextlib.suppress(UsageError, TypeError, ValueError, OverflowError):
+            made[name] = getattr(Sampling(**{name: kind(value)}), name)  # type: ignore[arg-type]
+    return made
 
 
 def draws_of(batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]]) -> Draws:

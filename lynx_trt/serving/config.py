@@ -18,13 +18,21 @@ class Name(str):
     """A word that protobuf text has without quotes: an enum's value."""
 
 
-def text_config(name: str, manifest: Manifest, settings: Settings) -> str:
-    """The model that takes text: Python backend, decoupled, its warm-up and its settings."""
+def text_config(name: str, manifest: Manifest, settings: Settings, sampling: Mapping[str, float]) -> str:
+    """The model that takes text: Python backend, decoupled, its warm-up and its settings.
+
+    `sampling` is what its checkpoint recommends; here it is for clients to read.
+    """
     warm_up = {
         "text_input": {"data_type": Name("TYPE_STRING"), "dims": [1], "input_data_file": "text"},
         "max_tokens": {"data_type": Name("TYPE_INT32"), "dims": [1], "input_data_file": "max_tokens"},
     }
-    about = {"lynx_model": manifest.model.name, "lynx_precision": manifest.model.precision}
+    about = {
+        "lynx_model": manifest.model.name,
+        "lynx_precision": manifest.model.precision,
+        "lynx_max_length": str(manifest.model.max_length),
+        "lynx_sampling": json.dumps(dict(sampling)),
+    }
     return protobuf_text(
         {
             "name": name,

@@ -29,6 +29,7 @@ from lynx_trt import __version__
 from lynx_trt.artifact import MANIFEST, Artifact, sha256
 from lynx_trt.errors import ServingError, UsageError
 from lynx_trt.partials import partial
+from lynx_trt.runtime.sampling import recommended
 from lynx_trt.serving.config import LAYER_LABELS, WARM_UP_TEXT, text_config
 from lynx_trt.serving.settings import Settings
 
@@ -163,7 +164,8 @@ def _write_text_model(folder: Path, artifact: Artifact, name: str, settings: Set
     version = folder / "1"
     version.mkdir(parents=True)
     manifest = artifact.manifest
-    (folder / "config.pbtxt").write_text(text_config(name, manifest, settings), encoding="utf-8")
+    config = text_config(name, manifest, settings, recommended(artifact.folder))
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
     (folder / LAYER_LABELS).write_text(_lines([layer.name for layer in manifest.model.moe_layers]), encoding="utf-8")
     warm_up = folder / "warmup"
     warm_up.mkdir()

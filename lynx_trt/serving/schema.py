@@ -16,6 +16,10 @@ class Tensor:
     meaning: str
 
 
+# How errors begin that are no fault of the request: HTTP has one status for all that a model answers.
+BUSY = ("the queue is full", "the deadline passed while the request waited")
+FAILED = "this request failed"
+
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", (1,), True, "text to continue"),
     Tensor("messages", "TYPE_STRING", (1,), True, "or messages to a chat model, as JSON: a list of role and content"),

@@ -9,6 +9,8 @@ import secrets
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ class Address:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+    openai: int | None = None  # where a process beside it answers OpenAI's API
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,33 @@ def _variables(made: Environment, *, wheel: bool) -> dict[str, str]:
     return variables
 
 
-def start(command: Command) -> None:
-    """Become the server; signals to this process are then the server's own. Doesn't return."""
+def start(command: Command, beside: Sequence[str] = ()) -> None:
+    """Become the server; signals to this process are then the server's own. Doesn't return.
+
+    `beside` is the command of a process that is started with it, and has to see to it that it ends with it.
+    """
+    if beside:
+        subprocess.Popen(beside, stdin=subprocess.DEVNULL)  # noqa: S603
     limit, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     if limit != resource.RLIM_INFINITY and limit < wanted:
         resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
     os.execve(command.arguments[0], command.arguments, command.variables)  # noqa: S606
+
+
+def openai_command(repository: Repository, address: Address, *, drain: int) -> list[str]:
+    """What answers OpenAI's API in front of the server that this process becomes."""
+    host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104  (to connect to, not to bind)
+    there = f"[{host}]" if ":" in host else host
+    options = {
+        "--server": f"{there}:{address.http}",
+        "--host": address.host,
+        "--port": str(address.openai),
+        "--drain": str(drain),
+        "--parent": str(os.getpid()),
+    }
+    words = [word for pair in options.items() for word in pair]
+    return [sys.executable, "-m", "lynx_trt.openai", repository.name, *words]
 
 
 def docker_command(
@@ -146,20 +169,27 @@ def docker_command(
 
 
 def _check_ports(address: Address) -> None:
-    ports = (address.http, address.grpc, address.metrics)
-    if len(set(ports)) < len(ports):
-        raise UsageError(f"the ports {', '.join(map(str, ports))} are not three; choose others")
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    for port in ports:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address.host, port))
-            except OSError as error:
-                raise ServingError(
-                    f"can't listen on {address.host}:{port}: {error.strerror}; choose other ports (--http-port, "
-                    "--grpc-port, --metrics-port) or end what listens there"
-                ) from None
+    ports = {"--http-port": address.http, "--grpc-port": address.grpc, "--metrics-port": address.metrics}
+    if address.openai is not None:
+        ports["--openai-port"] = address.openai
+    if len(set(ports.values())) < len(ports):
+        raise UsageError(f"the ports {', '.join(map(str, ports.values()))} are not {len(ports)}; choose others")
+    for option, port in ports.items():
+        check_port(address.host, port, option)
+
+
+def check_port(host: str, port: int, option: str) -> None:
+    """Raises ServingError: nobody can listen there; `option` is what chooses another port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"can't listen on {host}:{port}: {error.strerror}; choose another port ({option}) or end what listens "
+                "there"
+            ) from None
 
 
 def _remove_stale_memory() -> None:

@@ -25,6 +25,7 @@ from lynx_trt.runtime.scheduler import Policy, Scheduler
 from lynx_trt.runtime.sequence import Generated
 from lynx_trt.serving.metrics import Metrics
 from lynx_trt.serving.requests import Parser
+from lynx_trt.serving.schema import FAILED
 
 CANCEL_SECONDS = 0.25  # between two looks whether clients are still there
 METRICS_SECONDS = 1.0
@@ -103,7 +104,7 @@ class Service:
         except Exception as error:  # a defect of ours: this client is told, the others don't notice
             _log(f"{type(error).__name__}: {error}")
             self._metrics.rejected("error")
-            reply.fail("internal", "an internal error ended this request; see the server's log")
+            reply.fail("internal", f"{FAILED}: see the server's log")
 
     def close(self) -> None:
         """End everything; requests that are still here get an error."""
@@ -182,7 +183,10 @@ class Service:
         sequence = answer.sequence
         if sequence.error is not None:
             late = sequence.times.started is None and not self._stopping.is_set()
-            answer.reply.fail("busy" if late else "internal", str(sequence.error))
+            if late:
+                answer.reply.fail("busy", str(sequence.error))
+            else:
+                answer.reply.fail("internal", f"{FAILED}: {sequence.error}")
         else:
             answer.reply.send(final_outputs(sequence, _drain(answer.pieces)), final=True)
 

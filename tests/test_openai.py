@@ -1,0 +1,344 @@
+"""OpenAI's API in front of the real server, asked by OpenAI's own client: answers, streams, mistakes, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from lynx_trt.artifact import TOKENIZER, Artifact
+from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.runtime.text import Tokenizer
+
+openai = pytest.importorskip("openai", reason='needs the client: pip install "lynx-trt[test]"')
+pytest.importorskip("aiohttp", reason='needs its server: pip install "lynx-trt[serve]"')
+
+from test_serve_server import Server, alone, free_ports, long_artifact, metric, prepared  # noqa: E402
+
+from lynx_trt.openai import app as command  # noqa: E402
+from lynx_trt.openai_api.errors import ApiError  # noqa: E402
+from lynx_trt.openai_api.requests import ALL_TOKENS, ChatBody, CompletionBody, Sampling  # noqa: E402
+from lynx_trt.serve import app as serve_command  # noqa: E402
+
+__all__ = ["alone", "long_artifact", "prepared"]  # fixtures
+
+PROMPT = "def add(a, b):\n"
+MESSAGES = [{"role": "user", "content": "hi"}]
+Text = Callable[[str, int], str]
+
+
+class Front:
+    """A served model with OpenAI's API in front, and its client."""
+
+    def __init__(self, artifact: Artifact, folder: Any) -> None:
+        (self.port,) = free_ports(1)
+        self.server = Server(artifact, folder, "--openai-port", str(self.port)).wait()
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="any", max_retries=0)
+        end = time.monotonic() + 20
+        while self.ask("GET", "/health")[0] != 200:
+            assert time.monotonic() < end, self.server.log.read_text()[-3000:]
+            time.sleep(0.1)
+
+    def ask(self, method: str, path: str, body: bytes = b"", kind: str = "application/json") -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, {"Content-Type": kind})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        except ConnectionError:
+            return 0, ""
+        finally:
+            connection.close()
+
+    def process(self) -> psutil.Process:
+        return next(each for each in self.server.children() if "lynx_trt.openai" in each.cmdline())
+
+
+@pytest.fixture(scope="module")
+def front(long_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    started = Front(long_artifact, tmp_path_factory.mktemp("openai"))
+    try:
+        yield started
+    finally:
+        started.server.end(signal.SIGKILL)
+
+
+# --- What a client gets.
+
+
+def complete(front: Front, prompt: Any = PROMPT, **settings: Any) -> Any:
+    greedy = {"temperature": 0, "max_tokens": 30, "extra_body": {"quality": "max"}}
+    return front.client.completions.create(model="tiny", prompt=prompt, **{**greedy, **settings})
+
+
+def chat(front: Front, messages: Any = MESSAGES, **settings: Any) -> Any:
+    greedy = {"temperature": 0, "max_completion_tokens": 30, "extra_body": {"quality": "max"}}
+    return front.client.chat.completions.create(model="tiny", messages=messages, **{**greedy, **settings})
+
+
+def test_completion(front: Front, alone: Text) -> None:
+    answer = complete(front)
+    (choice,) = answer.choices
+    assert choice.text == alone(PROMPT, 30)
+    assert (choice.finish_reason, choice.index) == ("length", 0)
+    tokens = len(PROMPT.encode())
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        tokens, 30, tokens + 30
+    )  # fmt: skip
+    assert choice.lynx["output_tokens"] == 30
+    assert choice.lynx["active_experts"] == [2.0, 2.0]
+    assert complete(front, max_tokens=openai.NOT_GIVEN).usage.completion_tokens == 16
+    stopped = complete(front, stop=choice.text[5:8]).choices[0]
+    assert stopped.text == choice.text[: choice.text.index(choice.text[5:8])]
+    assert stopped.finish_reason == "stop"
+
+
+def test_completion_in_pieces(front: Front, alone: Text) -> None:
+    chunks = list(complete(front, max_tokens=400, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == alone(PROMPT, 400)
+    assert len(chunks) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "length"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 400
+    assert all(chunk.usage is None for chunk in complete(front, stream=True))
+
+
+def test_chat(front: Front, alone: Text) -> None:
+    """The model's template is around the messages; text in parts is text."""
+    answer = chat(front)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == alone("user:hi>", 30)
+    assert answer.usage.prompt_tokens == len("user:hi>")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    assert chat(front, parts).choices[0].message.content == alone("user:h\ni>", 30)
+    chunks = list(chat(front, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+    # Where nobody says how long, it goes on to the model's end.
+    whole = chat(front, max_completion_tokens=openai.NOT_GIVEN)
+    assert whole.usage.total_tokens == 600
+
+
+def test_several_answers(front: Front) -> None:
+    """Each prompt's in a row; the same seed gives the same ones, none gives others each time."""
+    ids = Tokenizer(front.server.repository / "tiny" / "1" / "artifact" / TOKENIZER).encode("import")
+    prompts = [complete(front, prompt).choices[0].text for prompt in (PROMPT, "import")]
+    assert [choice.text for choice in complete(front, [PROMPT, "import"]).choices] == prompts
+    assert complete(front, ids).choices[0].text == complete(front, [ids]).choices[0].text == prompts[1]
+    warm = {"temperature": 1.0, "n": 2, "max_tokens": 20}
+    seeded = [complete(front, [PROMPT, "import"], seed=7, **warm) for _ in range(2)]
+    texts = [[choice.text for choice in answer.choices] for answer in seeded]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 4
+    assert seeded[0].usage.prompt_tokens == len(PROMPT) + len("import")
+    assert seeded[0].usage.completion_tokens == 80
+    assert complete(front, **warm).choices[0].text != complete(front, **warm).choices[0].text
+    chunks = list(complete(front, [PROMPT, "import"], seed=7, stream=True, **warm))
+    streamed = ["".join(c.choices[0].text for c in chunks if c.choices[0].index == index) for index in range(4)]
+    assert streamed == texts[0]
+
+
+def test_load_generators(front: Front) -> None:
+    """They ask for answers of a length, and look at what the model takes."""
+    exact = {"quality": "max", "ignore_eos": True, "min_tokens": 25}
+    assert complete(front, max_tokens=25, extra_body=exact).usage.completion_tokens == 25
+    (model,) = front.client.models.list().data
+    assert (model.id, model.max_model_len) == ("tiny", 600)
+    assert front.client.models.retrieve("tiny").id == "tiny"
+
+
+def test_the_dial(front: Front) -> None:
+    """A quality is a field of a request: this artifact's budget is 2 experts a layer."""
+    varied = {"max_tokens": 60, "n": 8, "temperature": 1.0, "seed": 1}
+    fast, full = (complete(front, extra_body={"quality": quality}, **varied) for quality in ("fast", "max"))
+    assert fast.choices[0].lynx["active_experts"][0] < full.choices[0].lynx["active_experts"][0]
+    assert complete(front, extra_body={"quality": 0.5}).choices[0].text
+
+
+# --- What it can't break.
+
+MISTAKES: list[tuple[str, Any, int, str]] = [
+    ("completions", b"{", 400, "can't be read as JSON"),
+    ("completions", b"[" * 100_000, 400, "can't be read as JSON"),
+    ("completions", b"[]", 400, "no JSON object"),
+    ("completions", {"prompt": "x"}, 400, "model is missing"),
+    ("completions", {"model": "tiny"}, 400, "prompt is missing"),
+    ("completions", {"model": "gpt-5", "prompt": "x"}, 404, "there is no model 'gpt-5' here; it is 'tiny'"),
+    ("completions", {"model": "tiny", "prompt": ""}, 400, "the prompt is empty"),
+    ("completions", {"model": "tiny", "prompt": []}, 400, "the prompt is an empty list"),
+    ("completions", {"model": "tiny", "prompt": [[]]}, 400, "the prompt is empty"),
+    ("completions", {"model": "tiny", "prompt": [1 << 40]}, 400, "input_ids is 1099511627776, which is out of"),
+    ("completions", {"model": "tiny", "prompt": [999]}, 400, "the prompt has the token 999"),
+    ("completions", {"model": "tiny", "prompt": "x" * 5000}, 400, "the prompt has 5000"),
+    ("completions", {"model": "tiny", "prompt": "x", "temperature": "hot"}, 400, 'temperature is "hot": input should'),
+    ("completions", {"model": "tiny", "prompt": "x", "temperature": -1}, 400, "the temperature is -1"),
+    ("completions", {"model": "tiny", "prompt": "x", "max_tokens": 0}, 400, "max_tokens is 0"),
+    ("completions", {"model": "tiny", "prompt": "x", "max_tokens": 1 << 40}, 400, "max_tokens is 1099511627776"),
+    ("completions", {"model": "tiny", "prompt": "x", "n": 0}, 400, "n is 0: input should be greater"),
+    ("completions", {"model": "tiny", "prompt": ["x"] * 100, "n": 2}, 400, "100 prompts of 2 answers are more than"),
+    ("completions", {"model": "tiny", "prompt": "x", "temprature": 1}, 400, "'temprature' is unknown; leave it out"),
+    ("completions", {"model": "tiny", "prompt": "x", "logprobs": 3}, 400, "logprobs is not supported; leave it out"),
+    ("completions", {"model": "tiny", "prompt": "x", "min_tokens": 3}, 400, "min_tokens is supported with ignore_eos"),
+    ("completions", {"model": "tiny", "prompt": "x", "quality": "best"}, 400, "quality is 'best'"),
+    ("completions", {"model": "tiny", "prompt": "x", "stream": True, "stop": [""]}, 400, "stop text has 0 characters"),
+    ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages is no list of one or more"),
+    ("chat/completions", {"model": "tiny", "messages": [{"content": "x"}]}, 400, "which has no role"),
+    ("chat/completions", {"model": "tiny", "messages": "hi"}, 400, 'messages is "hi": input should be a valid list'),
+    ("chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [{}]}, 400, "tools is not supported"),
+    (
+        "chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "a message has a part of type 'image_url'; this model takes text alone",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), MISTAKES, ids=[f"{m[0]}-{m[3]}" for m in MISTAKES])
+def test_mistakes(front: Front, path: str, body: Any, status: int, words: str) -> None:
+    """One sentence in OpenAI's form, with the value, whether whole or streamed."""
+    found, text = front.ask("POST", f"/v1/{path}", body if isinstance(body, bytes) else json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert (found, error["type"]) == (status, "invalid_request_error")
+    assert words in error["message"]
+    assert len(error["message"]) < 400
+
+
+def test_other_paths_and_bodies(front: Front) -> None:
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("GET", "/v1/models/x", 404),
+    ):
+        found, text = front.ask(method, path)
+        assert found == status
+        assert json.loads(text)["error"]["message"]
+    status, text = front.ask("POST", "/v1/completions", b'{"model": "tiny", "prompt": "x"}', kind="text/plain")
+    assert (status, "send application/json" in text) == (415, True)
+    status, text = front.ask("POST", "/v1/completions", b" " * (1 << 25) + b"{}")
+    assert (status, "more than 33554432 bytes" in text) == (413, True)
+
+
+def test_a_full_queue_is_for_later(front: Front) -> None:
+    """16 slots and 64 places: with 100 answers some are refused, and then none is left of the others."""
+    with pytest.raises(openai.InternalServerError, match="the queue is full") as caught:
+        complete(front, n=100, max_tokens=500)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "1"
+    front.server.until("lynx_running", 0)
+    front.server.until("lynx_waiting", 0)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_frees_its_slots(front: Front, streamed: bool) -> None:
+    gone = 'lynx_requests_total{finish="cancelled"'
+    before = metric(front.server.target, gone)
+    connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 580, "n": 64, "stream": streamed}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    time.sleep(0.3)  # of the seconds that they take
+    connection.sock.close()  # type: ignore[union-attr]
+    front.server.until(gone, at_least=before + 1)
+    front.server.until("lynx_running", 0)
+    front.server.until("lynx_waiting", 0)
+
+
+# --- In front of other servers, and of none.
+
+
+@contextlib.contextmanager
+def in_front_of(server: str, model: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """The command of its own: the port that it listens on, and its process."""
+    (port,) = free_ports(1)
+    words = [sys.executable, "-m", "lynx_trt.openai", model, "--server", server, "--port", str(port)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"OpenAI's API at http://127.0.0.1:{port}/v1 for {model}\n"
+        yield port, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def refusal(port: int) -> str:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=5)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.models.list()
+    assert caught.value.status_code == 503
+    return str(caught.value.body["message"])
+
+
+def test_another_model(front: Front) -> None:
+    with in_front_of(front.server.http, "large") as (port, _):
+        assert f"the server at {front.server.http} has no model large: " in refusal(port)
+
+
+def test_it_ends_with_the_server(front: Front) -> None:
+    process = front.process()
+    front.server.end(signal.SIGKILL)
+    process.wait(10)
+    assert front.ask("GET", "/health")[0] == 0
+
+
+def test_no_server_to_ask() -> None:
+    with in_front_of("127.0.0.1:9", "tiny") as (port, process):
+        assert refusal(port) == "nothing answers at 127.0.0.1:9: is the server up?"
+        taken = CliRunner().invoke(command, ["tiny", "--port", str(port)])
+        assert isinstance(taken.exception, ServingError)
+        assert f"can't listen on 127.0.0.1:{port}" in str(taken.exception)
+        assert "(--port)" in str(taken.exception)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+def test_options_that_do_not_go_together() -> None:
+    refused = CliRunner().invoke(serve_command, ["anything", "--openai-port", "9000"])
+    assert isinstance(refused.exception, UsageError)
+    assert "python -m lynx_trt.openai NAME" in str(refused.exception)
+
+
+def test_what_a_request_asks_of_the_model() -> None:
+    """The checkpoint's own sampling where it doesn't say; values that ask for nothing pass; seeds differ."""
+    own = Sampling(0.6, 0.95, 20)
+    neutral = {
+        "user": "me",
+        "logit_bias": {},
+        "presence_penalty": 0.0,
+        "response_format": {"type": "text"},
+        "seed": None,
+    }
+    plain = ChatBody.read(json.dumps({"model": "m", "messages": MESSAGES, **neutral}).encode())
+    (asked,) = plain.choices(own)
+    assert asked.pop("seed") != plain.choices(own)[0]["seed"]
+    assert asked == {
+        "messages": json.dumps(MESSAGES),
+        "max_tokens": ALL_TOKENS,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "stream": True,
+    }
+    more = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 9, "top_k": -1}
+    more |= {"max_completion_tokens": 7, "deadline": 2.5, "n": 2, "seed": 5, "stop": "\n", "quality": 0.5}
+    first, second = ChatBody.read(json.dumps({"model": "m", "messages": MESSAGES, **more}).encode()).choices(own)
+    assert json.loads(first["chat_options"]) == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert (first["max_tokens"], first["deadline"], first["stop"], first["quality"]) == (7, 2.5, ["\n"], "0.5")
+    assert (first["top_k"], first["seed"], second["seed"]) == (0, 5, 6)
+    completion = CompletionBody.read(b'{"model": "m", "prompt": "x"}').choices(Sampling())
+    assert [completion[0][name] for name in ("max_tokens", "temperature", "top_p")] == [16, 1.0, 1.0]
+    for setting in ('"seed": 1180591620717411303424', '"temperature": NaN', '"top_p": -Infinity', '"deadline": 1e39'):
+        body = CompletionBody.read(f'{{"model": "m", "prompt": "x", {setting}}}'.encode())
+        with pytest.raises(ApiError, match="which is out of range"):
+            body.choices(Sampling())
