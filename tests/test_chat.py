@@ -196,6 +196,7 @@ def test_served(talking: Artifact) -> None:
             ({"messages": "hi"}, "messages can't be read"),
             ({"messages": messages, "chat_options": "[]"}, "the chat options are []"),
             ({"text_input": "x", "chat_options": "{}"}, "chat_options is for messages"),
+            ({"text_input": "x", "parts": True}, "parts is for messages"),
             ({"messages": " " * 10_000_000}, "10000000 characters"),
         ):
             refused = served.ask(**values)
@@ -205,6 +206,62 @@ def test_served(talking: Artifact) -> None:
         served.service.close()
     with pytest.raises(GenerationError, match="this model has none"):
         replace(served.parser, template=None).read(tensors(messages=messages))
+
+
+class Script:
+    """A stream of text that says a line, whatever tokens there are: one word a token, and then nothing."""
+
+    def __init__(self, text: str) -> None:
+        self.words = [word + " " for word in text.split(" ")]
+
+    def push(self, _: int) -> str:
+        return self.words.pop(0) if self.words else ""
+
+
+TALK = '<think>hm</think>Let me see. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_parts_of_a_served_answer(talking: Artifact, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Thoughts, text and calls in outputs of their own; without `parts` all of it is text."""
+    served = Served(talking, Settings(slots=2, quality="max", stream_interval=0.0))
+    try:
+        template = ChatTemplate("{{ messages[0].content }} {# </think> <tool_call> #}", {})
+        object.__setattr__(served.parser, "template", template)
+        kept: list[tuple[str, ...]] = []
+        monkeypatch.setattr(Tokenizer, "stream", lambda _, shown=(): (kept.append(tuple(shown)), Script(TALK))[1])
+        asked = {
+            "messages": json.dumps([{"role": "user", "content": "hi"}]),
+            "chat_options": '{"tools": [{"type": "function", "function": {"name": "f"}}]}',
+            "max_tokens": 20,
+            "stream": stream,
+        }
+        reply = served.ask(**asked, parts=True).wait()
+        assert reply.error is None
+        thoughts = b"".join(response["thought_output"][0] for response in reply.responses)
+        calls = [json.loads(call) for response in reply.responses for call in response.get("tool_calls", ())]
+        assert (thoughts, reply.text, calls) == (b"hm", "Let me see.", [{"name": "f", "arguments": '{"a": 1}'}])
+        plain = served.ask(**asked).wait()
+        assert plain.text == TALK + " "
+        assert "thought_output" not in plain.responses[-1]
+        assert kept == [("<think>", "</think>", "<tool_call>", "</tool_call>"), ()]
+    finally:
+        served.service.close()
+
+
+def test_markers_that_are_special_tokens(talking: Artifact, tmp_path: Path) -> None:
+    """Of special tokens only those that are asked for are text."""
+    found = json.loads(talking.path(TOKENIZER).read_text())
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    number = 1 + max(token["id"] for token in found["added_tokens"]) if found["added_tokens"] else 256
+    found["added_tokens"] += [
+        {"id": number + at, "content": content, **special} for at, content in enumerate(("<|call|>", "<|end|>"))
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.encode("a<|call|>b<|end|>c", special=False)
+    texts = ["".join(map(tokenizer.stream(shown).push, ids)) for shown in ((), ("<|call|>",))]
+    assert texts == ["abc", "a<|call|>bc"]
 
 
 CHATS = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "answer"}] for n in range(3)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -27,7 +28,9 @@ from test_serve_server import Server, alone, free_ports, long_artifact, metric, 
 
 from lynx_trt.openai import app as command  # noqa: E402
 from lynx_trt.openai_api.errors import ApiError  # noqa: E402
+from lynx_trt.openai_api.replies import Form  # noqa: E402
 from lynx_trt.openai_api.requests import ALL_TOKENS, ChatBody, CompletionBody, Sampling  # noqa: E402
+from lynx_trt.openai_api.upstream import End, Piece, whole  # noqa: E402
 from lynx_trt.serve import app as serve_command  # noqa: E402
 
 __all__ = ["alone", "long_artifact", "prepared"]  # fixtures
@@ -130,6 +133,18 @@ def test_chat(front: Front, alone: Text) -> None:
     assert whole.usage.total_tokens == 600
 
 
+def test_thoughts_are_apart(front: Front, alone: Text) -> None:
+    """The prompt opens them, and this model never closes them."""
+    thinking = {"quality": "max", "chat_template_kwargs": {"think": True}}
+    said = alone("user:hi><think>", 30).rstrip()
+    message = chat(front, extra_body=thinking).choices[0].message
+    assert message.content == ""
+    assert message.reasoning_content.rstrip() == said.lstrip()
+    chunks = list(chat(front, stream=True, extra_body=thinking))
+    assert "".join(getattr(c.choices[0].delta, "reasoning_content", "") for c in chunks) == message.reasoning_content
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
 def test_several_answers(front: Front) -> None:
     """Each prompt's in a row; the same seed gives the same ones, none gives others each time."""
     ids = Tokenizer(front.server.repository / "tiny" / "1" / "artifact" / TOKENIZER).encode("import")
@@ -195,7 +210,13 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
     ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages is no list of one or more"),
     ("chat/completions", {"model": "tiny", "messages": [{"content": "x"}]}, 400, "which has no role"),
     ("chat/completions", {"model": "tiny", "messages": "hi"}, 400, 'messages is "hi": input should be a valid list'),
-    ("chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [{}]}, 400, "tools is not supported"),
+    ("chat/completions", {"model": "tiny", "messages": MESSAGES, "functions": [{}]}, 400, "functions is not supported"),
+    (
+        "chat/completions",
+        {"model": "tiny", "messages": MESSAGES, "tool_choice": "required"},
+        400,
+        "can't be made to call",
+    ),
     (
         "chat/completions",
         {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -309,6 +330,45 @@ def test_options_that_do_not_go_together() -> None:
     assert "python -m lynx_trt.openai NAME" in str(refused.exception)
 
 
+def test_tools_are_for_the_template() -> None:
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+    base = {"model": "m", "messages": MESSAGES, "tools": tools}
+    for more, wanted in (({}, tools), ({"tool_choice": "auto"}, tools), ({"tool_choice": "none"}, None)):
+        (asked,) = ChatBody.read(json.dumps({**base, **more}).encode()).choices(Sampling())
+        assert json.loads(asked.get("chat_options", "{}")).get("tools") == wanted
+    forced = ChatBody.read(json.dumps({**base, "tool_choice": {"type": "function"}}).encode())
+    alone = ChatBody.read(json.dumps({**base, "parallel_tool_calls": False}).encode())
+    for body, words in ((forced, "can't be made to call"), (alone, "parallel_tool_calls is false")):
+        with pytest.raises(ApiError, match=words):
+            body.choices(Sampling())
+
+
+def test_calls_of_tools_in_an_answer() -> None:
+    """As OpenAI's own types read them; a stream counts on where it was."""
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+    end = End("end", 5, 9, 0.0, 0.1, 0.01, [2.0])
+    calls = tuple(json.dumps({"name": name, "arguments": '{"a": 1}'}) for name in ("find", "stop"))
+    pieces = [Piece("Let me see."), Piece("", None, "", calls[:1]), Piece("", None, "", calls[1:]), Piece("", end)]
+    form = Form.new("tiny", chat=True)
+    answer = ChatCompletion.model_validate(form.whole([whole(pieces)], 1)).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("tool_calls", "Let me see.")
+    assert answer.message.tool_calls is not None
+    assert [each.function.name for each in answer.message.tool_calls] == ["find", "stop"]  # type: ignore[union-attr]
+    silent = form.whole([whole(pieces[1:])], 1)["choices"][0]["message"]
+    assert silent["content"] is None
+    before, found = 0, []
+    for piece in pieces:
+        chunk = ChatCompletionChunk.model_validate(form.piece(0, piece, before))
+        before += len(piece.calls)
+        found += [(each.index, each.function.name) for each in chunk.choices[0].delta.tool_calls or ()]  # type: ignore[union-attr]
+    assert found == [(0, "find"), (1, "stop")]
+    assert chunk.choices[0].finish_reason == "tool_calls"
+    assert form.piece(0, Piece(""), 0) is None
+    cut = form.whole([whole([*pieces[:2], Piece("", replace(end, finish_reason="length"))])], 1)
+    assert cut["choices"][0]["finish_reason"] == "length"
+
+
 def test_what_a_request_asks_of_the_model() -> None:
     """The checkpoint's own sampling where it doesn't say; values that ask for nothing pass; seeds differ."""
     own = Sampling(0.6, 0.95, 20)
@@ -324,6 +384,7 @@ def test_what_a_request_asks_of_the_model() -> None:
     assert asked.pop("seed") != plain.choices(own)[0]["seed"]
     assert asked == {
         "messages": json.dumps(MESSAGES),
+        "parts": True,
         "max_tokens": ALL_TOKENS,
         "temperature": 0.6,
         "top_p": 0.95,

@@ -9,7 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Packages of which the tree names the folder alone: their files are parts of one thing.
-WHOLE = {"calibration", "comparison", "openai_api", "serving", "patterns", "quantized", "regions", "standard", "cpp", "lynx-tiny"}
+WHOLE = {
+    "calibration",
+    "comparison",
+    "openai_api",
+    "serving",
+    "patterns",
+    "quantized",
+    "regions",
+    "standard",
+    "cpp",
+    "lynx-tiny",
+}
 
 
 def tree() -> dict[str, str]:

@@ -43,6 +43,10 @@ from serving_soak import Target, metric, soak  # noqa: E402
 
 PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n", "żółw = ["]
 MAX_LENGTH = 600
+# With the option `think` the answer begins with thoughts, which end at </think>.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}>{% if think %}<think>{% endif %}{# </think> #}"
+)
 COUNTERS = ("lynx_output_tokens_total", "lynx_decode_steps_total")
 
 
@@ -141,7 +145,7 @@ def long_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[...
     folder = Path(shutil.copytree(byte_model, workspace / "long-bytes"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": MAX_LENGTH}))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return build_quietly(folder, workspace / "long-artifact", preset="lynx", budget="2", max_length=MAX_LENGTH)
 
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from lynx_trt.openai_api.errors import ApiError
 from lynx_trt.openai_api.replies import Form
 from lynx_trt.openai_api.requests import Body, ChatBody, CompletionBody, Inputs
-from lynx_trt.openai_api.upstream import End, Piece, Upstream
+from lynx_trt.openai_api.upstream import End, Piece, Upstream, whole
 
 # Of a request; no model takes a prompt as long as that.
 MOST_BYTES = 1 << 25
@@ -115,15 +115,12 @@ async def _answer(request: web.Request, body: Body, *, chat: bool) -> web.Stream
         return response
 
 
-async def _whole(events: AsyncIterator[tuple[int, Piece]], number: int) -> list[tuple[str, End]]:
+async def _whole(events: AsyncIterator[tuple[int, Piece]], number: int) -> list[Piece]:
     """Every answer to its end. Raises ApiError."""
-    texts: list[list[str]] = [[] for _ in range(number)]
-    ends: dict[int, End] = {}
+    pieces: list[list[Piece]] = [[] for _ in range(number)]
     async for index, piece in events:
-        texts[index].append(piece.text)
-        if piece.end is not None:
-            ends[index] = piece.end
-    return [("".join(text), ends[index]) for index, text in enumerate(texts)]
+        pieces[index].append(piece)
+    return [whole(each) for each in pieces]
 
 
 async def _events(upstream: Upstream, choices: Sequence[Inputs]) -> AsyncIterator[tuple[int, Piece]]:
@@ -161,15 +158,17 @@ async def _chunks(
     form: Form, first: tuple[int, Piece], events: AsyncIterator[tuple[int, Piece]], number: int, prompts: int
 ) -> AsyncIterator[str]:
     """The data of a stream's events; with `prompts` the last but one says how many tokens there were."""
-    begun: set[int] = set()
+    calls: dict[int, int] = {}  # of each answer that has begun, how many
     ends: dict[int, End] = {}
 
     def chunks(index: int, piece: Piece) -> list[dict[str, Any]]:
-        begin = form.begin(index) if index not in begun else None
-        begun.add(index)
+        begin = form.begin(index) if index not in calls else None
+        before = calls.setdefault(index, 0)
+        calls[index] += len(piece.calls)
         if piece.end is not None:
             ends[index] = piece.end
-        return [*([begin] if begin else []), form.piece(index, piece)]
+        made = form.piece(index, piece, before)
+        return [each for each in (begin, made) if each is not None]
 
     try:
         for chunk in chunks(*first):

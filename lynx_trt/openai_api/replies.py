@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -29,27 +30,28 @@ class Form:
         name = "chatcmpl" if chat else "cmpl"
         return cls(chat, f"{name}-{secrets.token_hex(12)}", int(time.time()), model)
 
-    def whole(self, answers: Sequence[tuple[str, End]], prompts: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Piece], prompts: int) -> dict[str, Any]:
         """All answers at once; `prompts` is how many prompts they are to."""
-        choices = []
-        for index, (text, end) in enumerate(answers):
-            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append(self._choice(index, said, end))
+        choices = [
+            self._choice(index, self._said(answer, "message", 0), answer) for index, answer in enumerate(answers)
+        ]
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._about(kind), "choices": choices, "usage": usage([end for _, end in answers], prompts)}
+        ends = [answer.end for answer in answers if answer.end is not None]
+        return {**self._about(kind), "choices": choices, "usage": usage(ends, prompts)}
 
     def begin(self, index: int) -> dict[str, Any] | None:
         """What comes before the first piece of an answer."""
         if not self.chat:
             return None
-        return self._chunk([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, None)])
+        return self._chunk([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, Piece(""))])
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A piece of an answer, its last one with the end."""
-        said: dict[str, Any] = {"text": piece.text}
-        if self.chat:
-            said = {"delta": {"content": piece.text} if piece.text else {}}
-        return self._chunk([self._choice(index, said, piece.end)])
+    def piece(self, index: int, piece: Piece, before: int) -> dict[str, Any] | None:
+        """A piece of an answer that had some calls `before`, its last one with the end; None: it has nothing in it."""
+        if piece.end is None and not (piece.text or piece.thought or piece.calls):
+            return None
+        # How it ends hangs on all its calls.
+        called = Piece(piece.text, piece.end, piece.thought, piece.calls or ("",) * before)
+        return self._chunk([self._choice(index, self._said(piece, "delta", before), called)])
 
     def usage(self, ends: Sequence[End], prompts: int) -> dict[str, Any]:
         """The chunk at a stream's end that says how many tokens there were."""
@@ -61,11 +63,30 @@ class Form:
     def _about(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    @staticmethod
-    def _choice(index: int, said: dict[str, Any], end: End | None) -> dict[str, Any]:
+    def _said(self, piece: Piece, name: str, before: int) -> dict[str, Any]:
+        """The words of a piece or of a whole answer, by the `name` that its kind has for them."""
+        if not self.chat:
+            return {"text": piece.text}
+        whole = name == "message"
+        said: dict[str, Any] = {"role": "assistant"} if whole else {}
+        if piece.text or whole:
+            said["content"] = piece.text or (None if piece.calls else "")
+        if piece.thought:
+            said["reasoning_content"] = piece.thought
+        if piece.calls:
+            said["tool_calls"] = [
+                {**({} if whole else {"index": number}), "id": f"call_{secrets.token_hex(12)}", "type": "function",
+                 "function": json.loads(call)}
+                for number, call in enumerate(piece.calls, before)
+            ]  # fmt: skip
+        return {name: said}
+
+    def _choice(self, index: int, said: dict[str, Any], piece: Piece) -> dict[str, Any]:
         choice = {"index": index, **said, "logprobs": None, "finish_reason": None}
-        if end is not None:
-            choice |= {"finish_reason": REASONS.get(end.finish_reason, "stop"), "lynx": end.rounded()}
+        if (end := piece.end) is not None:
+            reason = REASONS.get(end.finish_reason, "stop")
+            reason = "tool_calls" if piece.calls and reason == "stop" else reason
+            choice |= {"finish_reason": reason, "lynx": end.rounded()}
         return choice
 
 

@@ -34,15 +34,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "web_search_options": (),
 }
 # What changes nothing in an answer.
 IGNORED = (
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
     "service_tier",
@@ -185,15 +182,26 @@ class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = None
     reasoning_effort: str | None = None  # for templates that know it
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def _prompts(self) -> list[Inputs]:
+        if self.tool_choice not in ("none", "auto"):
+            word = json.dumps(self.tool_choice)[:64]
+            raise ApiError(400, f"tool_choice is {word}; a model can't be made to call: auto or none", "tool_choice")
+        if self.tools and not self.parallel_tool_calls:
+            name = "parallel_tool_calls"
+            raise ApiError(400, f"{name} is false, which is not supported; leave it out", name)
         options = dict(self.chat_template_kwargs)
+        if self.tools and self.tool_choice == "auto":
+            options["tools"] = self.tools
         if self.reasoning_effort is not None:
             options["reasoning_effort"] = self.reasoning_effort
-        prompt: Inputs = {"messages": json.dumps([_message(each) for each in self.messages])}
+        prompt: Inputs = {"messages": json.dumps([_message(each) for each in self.messages]), "parts": True}
         return [{**prompt, "chat_options": json.dumps(options)} if options else prompt]
 
     def _most_tokens(self) -> int:

@@ -8,7 +8,7 @@ with many answers goes away.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -42,10 +42,18 @@ class End:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of an answer, and of its last piece the end."""
+    """New text of an answer, new thoughts, new calls of tools (JSON), and of its last piece the end."""
 
     text: str
     end: End | None = None
+    thought: str = ""
+    calls: tuple[str, ...] = ()
+
+
+def whole(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of an answer as one."""
+    text, thought = ("".join(getattr(piece, name) for piece in pieces) for name in ("text", "thought"))
+    return Piece(text, pieces[-1].end, thought, tuple(call for piece in pieces for call in piece.calls))
 
 
 @dataclass(frozen=True)
@@ -143,10 +151,14 @@ def _error(message: str) -> ApiError:
 
 
 def _piece(found: Mapping[str, Any]) -> Piece:
-    """A response's outputs; of one value the server leaves the list away."""
-    if "finish_reason" not in found:
-        return Piece(found["text_output"])
-    values = {field.name: found[field.name] for field in fields(End)}
-    active = values["active_experts"]
-    values["active_experts"] = active if isinstance(active, list) else [active]
-    return Piece(found["text_output"], End(**values))
+    """A response's outputs."""
+    end = None
+    if "finish_reason" in found:
+        values = {field.name: found[field.name] for field in fields(End)}
+        end = End(**{**values, "active_experts": _list(values["active_experts"])})
+    return Piece(found["text_output"], end, found.get("thought_output", ""), tuple(_list(found.get("tool_calls", []))))
+
+
+def _list(value: Any) -> list[Any]:
+    """Of one value the server leaves the list away."""
+    return value if isinstance(value, list) else [value]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lynx_trt.errors import ArtifactError, GenerationError
+from lynx_trt.runtime.answers import form_of
 
 # Where a template lies: in a file of its own, or under this key of another.
 FILE, KEY = "chat_template.jinja", "chat_template"
@@ -38,6 +39,7 @@ class ChatTemplate:
                 f"the chat template can't be read: {error}; the model takes text, but no messages"
             ) from None
         self._tokens = dict(tokens)
+        self.form = form_of(source)
 
     @classmethod
     def find(cls, folder: Path) -> ChatTemplate | None:
@@ -73,7 +75,9 @@ class ChatTemplate:
 
         given = {"tools": None, "documents": None, **self._tokens, **(options or {})}
         try:
-            return str(self._template.render(messages=messages, add_generation_prompt=answer, **given))
+            return str(
+                self._template.render(messages=self.form.messages(messages), add_generation_prompt=answer, **given)
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise GenerationError(f"the model's chat template refuses these messages: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lynx_trt.errors import ArtifactError, GenerationError
@@ -46,9 +47,12 @@ class Tokenizer:
             raise GenerationError(f"the text {text[:32]!r} is no valid UTF-8; give it in that encoding") from None
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
-    def stream(self) -> Stream:
-        """A decoder for one sequence."""
-        return Stream(self)
+    def stream(self, shown: Iterable[str] = ()) -> Stream:
+        """A decoder for one sequence; special tokens are left out, but for those `shown`."""
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        wanted = set(shown)
+        hidden = {number for number, token in tokens.items() if token.special and token.content not in wanted}
+        return Stream(self, frozenset(hidden))
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -58,12 +62,14 @@ class Tokenizer:
 class Stream:
     """Text of a growing sequence, piece by piece; a character that spans tokens comes when it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._tokenizer = tokenizer._tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._tokenizer, self._hidden = tokenizer._tokenizer, hidden
+        self._decoder = DecodeStream(skip_special_tokens=False)
 
     def push(self, token: int) -> str:
         """The new text, which may be empty."""
+        if token in self._hidden:
+            return ""
         return self._decoder.step(self._tokenizer, token) or ""

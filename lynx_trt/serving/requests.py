@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lynx_trt.errors import GenerationError
+from lynx_trt.runtime.answers import Splitter
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
 from lynx_trt.runtime.quality import Dial
@@ -29,6 +30,15 @@ SERVER_PARAMETERS = {"sequence_id", "sequence_start", "sequence_end", "priority"
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    sequence: Generated
+    stream: bool  # pieces are to be sent as they come
+    splitter: Splitter | None  # takes the answer apart
+
+
+@dataclass(frozen=True)
 class Parser:
     """Reads requests for one model."""
 
@@ -38,8 +48,8 @@ class Parser:
     settings: Settings
     template: ChatTemplate | None = None  # of messages, where the model has one
 
-    def read(self, values: Mapping[str, Array], parameters: str = "{}") -> tuple[Generated, bool]:
-        """(the sequence, whether its pieces are to be streamed).
+    def read(self, values: Mapping[str, Array], parameters: str = "{}") -> Asked:
+        """What a request asks for.
 
         Args:
             values: the input tensors that the request has.
@@ -50,7 +60,7 @@ class Parser:
             UsageError: a sampling value is out of its range.
         """
         _refuse_parameters(parameters)
-        prompt = self._prompt(values)
+        prompt, splitter = self._prompt(values)
         sampling = Sampling(
             temperature=float(_one(values, "temperature", 0.0)),
             top_p=float(_one(values, "top_p", 1.0)),
@@ -66,26 +76,34 @@ class Parser:
             deadline=time.monotonic() + self._seconds(values),
             ignore_eos=bool(_one(values, "ignore_eos", False)),
         )
-        return Generated(prompt, request, self.tokenizer.stream()), bool(_one(values, "stream", False))
+        shown = self.template.form.markers if splitter and self.template else ()
+        sequence = Generated(prompt, request, self.tokenizer.stream(shown))
+        return Asked(sequence, bool(_one(values, "stream", False)), splitter)
 
-    def _prompt(self, values: Mapping[str, Array]) -> list[int]:
-        given = [name for name in PROMPTS if values.get(name) is not None]
-        if not given:
+    def _prompt(self, values: Mapping[str, Array]) -> tuple[list[int], Splitter | None]:
+        """The prompt's tokens, and what takes the answer apart if that is asked for."""
+        prompts = [name for name in PROMPTS if values.get(name) is not None]
+        if not prompts:
             raise GenerationError(f"text_input is missing: there is nothing to continue (nor are there {_OTHERS})")
-        if len(given) > 1:
-            raise GenerationError(f"there are {' and '.join(given)}; give one of them")
+        if len(prompts) > 1:
+            raise GenerationError(f"there are {' and '.join(prompts)}; give one of them")
         text, messages, options = (_text(values, name) for name in ("text_input", "messages", "chat_options"))
         if options is not None and messages is None:
             raise GenerationError("chat_options is for messages, and there are none; leave it out")
+        parts = bool(_one(values, "parts", False))
+        if parts and messages is None:
+            raise GenerationError("parts is for messages, and there are none; leave it out")
         if text is not None:
-            return self._tokens(text, special=True)
+            return self._tokens(text, special=True), None
         if messages is None:
-            return self._ids(values["input_ids"])
+            return self._ids(values["input_ids"]), None
         if self.template is None:
             raise GenerationError("messages need a chat template, and this model has none; give text_input instead")
         self._check_length(messages)
-        rendered = self.template.render(parse_messages(messages), parse_options(options or "{}"))
-        return self._tokens(rendered, special=False)
+        given = parse_options(options or "{}")
+        rendered = self.template.render(parse_messages(messages), given)
+        splitter = self.template.form.splitter(rendered, given.get("tools")) if parts else None
+        return self._tokens(rendered, special=False), splitter
 
     def _ids(self, ids: Array) -> list[int]:
         prompt = [int(each) for each in ids.reshape(-1)]

@@ -25,6 +25,7 @@ INPUTS = (
     Tensor("messages", "TYPE_STRING", (1,), True, "or messages to a chat model, as JSON: a list of role and content"),
     Tensor("chat_options", "TYPE_STRING", (1,), True, "what its template takes beside the messages, as a JSON object"),
     Tensor("input_ids", "TYPE_INT32", (-1,), True, "or the prompt as token ids, which are taken as they are"),
+    Tensor("parts", "TYPE_BOOL", (1,), True, "of an answer to messages: thoughts and tool calls apart from the text"),
     Tensor("max_tokens", "TYPE_INT32", (1,), True, "new tokens to write, at most"),
     Tensor("temperature", "TYPE_FP32", (1,), True, "0 is greedy, higher is more random"),
     Tensor("top_p", "TYPE_FP32", (1,), True, "draw from the likeliest tokens that reach this probability"),
@@ -37,9 +38,11 @@ INPUTS = (
     Tensor("deadline", "TYPE_FP32", (1,), True, "seconds from arrival after which the answer ends where it is"),
 )
 
-# Every response has the first; the last one of a request has them all.
+# Every response has the first, and the parts that were asked for; the last one of a request has all the others too.
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", (1,), False, "the new text since the response before"),
+    Tensor("thought_output", "TYPE_STRING", (1,), True, "of the parts: new thoughts since the response before"),
+    Tensor("tool_calls", "TYPE_STRING", (-1,), True, "of the parts: new tool calls, JSON with a name and arguments"),
     Tensor("finish_reason", "TYPE_STRING", (1,), True, "end, stop, length or deadline"),
     Tensor("prompt_tokens", "TYPE_INT32", (1,), True, "tokens of the prompt"),
     Tensor("output_tokens", "TYPE_INT32", (1,), True, "tokens written"),

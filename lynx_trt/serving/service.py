@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from lynx_trt.errors import BusyError, GenerationError, LynxError
+from lynx_trt.runtime.answers import Splitter, joined
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.engine import Engine
 from lynx_trt.runtime.scheduler import Policy, Scheduler
@@ -55,9 +56,24 @@ class _Answer:
     sequence: Generated
     reply: Reply
     stream: bool
+    splitter: Splitter | None
     pieces: deque[str] = field(default_factory=deque)
     begun: bool = False  # the first piece has gone out
     ended: bool = False
+
+    def outputs(self, *, end: bool) -> dict[str, Array]:
+        """The outputs of what came since the last time; at the end all that is left."""
+        text = _drain(self.pieces)
+        if self.splitter is None:
+            return {"text_output": _strings(text)}
+        parts = [*self.splitter.feed(text), *(self.splitter.end() if end else ())]
+        calls = [{"name": part.call.name, "arguments": part.call.arguments} for part in parts if part.call]
+        made = {
+            "text_output": _strings(joined(parts, "text")),
+            "thought_output": _strings(joined(parts, "thought")),
+        }
+        # Where there are none it is left out: some servers have no tensor without values.
+        return {**made, "tool_calls": _strings(*map(json.dumps, calls))} if calls else made
 
 
 class Service:
@@ -88,8 +104,9 @@ class Service:
     def accept(self, values: Mapping[str, Array], parameters: str, reply: Reply) -> None:
         """Take a request; whatever is wrong with it is answered at once and changes nothing for others."""
         try:
-            sequence, stream = self._parser.read(values, parameters)
-            answer = _Answer(sequence, reply, stream)
+            asked = self._parser.read(values, parameters)
+            sequence = asked.sequence
+            answer = _Answer(sequence, reply, asked.stream, asked.splitter)
             sequence.on_text = lambda piece: self._note(answer, piece)
             sequence.on_end = lambda: self._note(answer, None)
             with self._lock:
@@ -165,7 +182,7 @@ class Service:
                     self._finish(answer)
                 elif answer.stream and answer.pieces and (pieces or not answer.begun):
                     answer.begun = True
-                    answer.reply.send({"text_output": _strings(_drain(answer.pieces))}, final=False)
+                    answer.reply.send(answer.outputs(end=False), final=False)
                 streaming |= answer.begun and not answer.ended
             except Exception as error:
                 # One client's trouble ends its own request and nothing else.
@@ -188,7 +205,7 @@ class Service:
             else:
                 answer.reply.fail("internal", f"{FAILED}: {sequence.error}")
         else:
-            answer.reply.send(final_outputs(sequence, _drain(answer.pieces)), final=True)
+            answer.reply.send({**answer.outputs(end=True), **statistics(sequence)}, final=True)
 
     def _drop_gone(self) -> None:
         with self._lock:
@@ -220,15 +237,14 @@ class Service:
             _log(f"{self._dial_file} can't be read ({error}); the default quality stays")
 
 
-def final_outputs(sequence: Generated, text: str) -> dict[str, Array]:
-    """The last response of a request: the rest of the text, how it ended, and its statistics."""
+def statistics(sequence: Generated) -> dict[str, Array]:
+    """What the last response of a request has beside the rest of the answer: how it ended, and its times."""
     times, tokens = sequence.times, len(sequence.tokens)
     submitted = times.submitted or 0.0
     started = times.started if times.started is not None else times.ended
     first, ended = times.first_token, times.ended or submitted
     each = (ended - first) / (tokens - 1) if first is not None and tokens > 1 else 0.0
     return {
-        "text_output": _strings(text),
         "finish_reason": _strings(sequence.finish or ""),
         "prompt_tokens": np.array([len(sequence.prompt)], dtype=np.int32),
         "output_tokens": np.array([tokens], dtype=np.int32),
@@ -251,5 +267,5 @@ def _drain(pieces: deque[str]) -> str:
     return "".join(text)
 
 
-def _strings(text: str) -> Array:
-    return np.array([text.encode("utf-8")], dtype=object)
+def _strings(*texts: str) -> Array:
+    return np.array([text.encode("utf-8") for text in texts], dtype=object)

@@ -1,0 +1,175 @@
+"""Calls of tools as models write them: from the text between two markers to names and arguments.
+
+Source of the forms: the models' own chat templates, which show each model how to write a call.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a tool; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+# Tools' parameters that are strings, as (tool, parameter): values that stand for themselves.
+Texts = Set[tuple[str, str]]
+
+
+def texts_of(tools: object) -> Texts:
+    """Those that tools' schemas say are strings, in the form of OpenAI's API; of anything else none."""
+    found: set[tuple[str, str]] = set()
+    for tool in tools if isinstance(tools, list) else []:
+        function = _mapping(tool, "function") or _mapping(tool)
+        properties = _mapping(_mapping(function, "parameters"), "properties")
+        texts = (key for key in properties if _mapping(properties, key).get("type") == "string")
+        found |= {(str(function.get("name")), key) for key in texts}
+    return found
+
+
+def _mapping(value: Any, key: str | None = None) -> dict[str, Any]:
+    """A JSON object, or what it has by a key if that is one; else an empty one."""
+    value = value.get(key) if key is not None and isinstance(value, dict) else value
+    return value if isinstance(value, dict) else {}
+
+
+def json_calls(text: str, texts: Texts) -> list[Call]:
+    """{"name": ..., "arguments": {...}}, one or more (Qwen3, Granite 4, Hermes).
+
+    Here and below: raises ValueError if it is no such text.
+    """
+    decoder, calls, at = json.JSONDecoder(), [], 0
+    text = text.strip()
+    while at < len(text):
+        found, at = decoder.raw_decode(text, at)
+        for each in found if isinstance(found, list) else [found]:
+            calls.append(_call(each["name"], each.get("arguments", each.get("parameters", {}))))
+        at += len(text[at:]) - len(text[at:].lstrip(" \n,;"))
+    return _some(calls)
+
+
+def function_calls(text: str, texts: Texts) -> list[Call]:
+    """<function=NAME><parameter=KEY>VALUE</parameter></function> (Qwen3-Coder, Qwen3.5, Nemotron 3)."""
+    calls = []
+    for name, body in _all(r"<function=([^>\n]+)>(.*?)(?:</function>|$)", text):
+        values = _all(r"<parameter=([^>\n]+)>(.*?)</parameter>", body)
+        calls.append(_call(name.strip(), _values(name.strip(), values, texts)))
+    return _some(calls)
+
+
+def key_calls(text: str, texts: Texts) -> list[Call]:
+    """NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value> (GLM)."""
+    name, _, body = text.partition("<arg_key>")
+    pairs = _all(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", f"<arg_key>{body}")
+    if not re.fullmatch(r"\s*[\w.:-]+\s*", name):
+        raise ValueError(text)
+    return [_call(name.strip(), _values(name.strip(), pairs, texts))]
+
+
+def invoke_calls(text: str, texts: Texts) -> list[Call]:
+    """<invoke name="NAME"><parameter name="KEY">VALUE</parameter></invoke> (MiniMax-M2; DeepSeek-V3.2 says of each
+    value whether it is a string).
+    """
+    calls = []
+    for name, body in _all(r'<(?:｜DSML｜)?invoke name="([^"]+)">(.*?)</(?:｜DSML｜)?invoke>', text):
+        values = _all(
+            r'<(?:｜DSML｜)?parameter name="([^"]+)"(?: string="(\w+)")?>(.*?)</(?:｜DSML｜)?parameter>', body
+        )
+        said = {(name, key) for key, kind, _ in values if kind == "true"}
+        pairs = [(key, value) for key, _, value in values]
+        calls.append(_call(name, _values(name, pairs, texts | said)))
+    return _some(calls)
+
+
+def section_calls(text: str, texts: Texts) -> list[Call]:
+    """Calls between tokens of their own (Kimi K2: functions.NAME:0 and JSON; DeepSeek-V3.1: NAME and JSON)."""
+    calls = []
+    for head, body in _all(
+        r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)(?:<\|tool_call_end\|>|$)", text
+    ):
+        calls.append(_call(head.strip().removeprefix("functions.").rpartition(":")[0], json.loads(body)))
+    for head, body in _all(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|$)", text):
+        name, arguments = head.strip(), body
+        if fenced := re.fullmatch(r"\s*([^\n]+)\n```json\n(.*?)\n```\s*", body, re.DOTALL):  # DeepSeek-V3 and R1
+            name, arguments = fenced.groups()
+        calls.append(_call(name, json.loads(arguments)))
+    return _some(calls)
+
+
+def bracket_calls(text: str, texts: Texts) -> list[Call]:
+    """NAME[ARGS]{...} (Mistral), or a list of {"name": ..., "arguments": {...}} (its older models)."""
+    if text.lstrip().startswith("["):
+        return json_calls(text, texts)
+    parts = text.split("[TOOL_CALLS]")
+    pairs = [part.partition("[ARGS]")[::2] for part in parts if part.strip()]
+    return _some([_call(re.sub(r"\[CALL_ID\].*", "", name).strip(), json.loads(body)) for name, body in pairs])
+
+
+def python_calls(text: str, texts: Texts) -> list[Call]:
+    """[NAME(KEY='VALUE')], Python of which nothing is run (LFM2)."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        calls = tree.elts if isinstance(tree, ast.List) else [tree]
+        made = []
+        for call in calls:
+            if not isinstance(call, ast.Call) or call.args:
+                raise ValueError(text)
+            values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+            made.append(_call(ast.unparse(call.func), values))
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(text) from error
+    return _some(made)
+
+
+def braces_calls(text: str, texts: Texts) -> list[Call]:
+    """call:NAME{KEY:<|"|>VALUE<|"|>} (Gemma 4): JSON but for the marks around strings, and keys without any."""
+    found = re.fullmatch(r"\s*call:([\w.:-]+)(\{.*\})\s*", text, re.DOTALL)
+    if not found:
+        raise ValueError(text)
+    quoted = re.split(r'<\|"\|>', found[2])
+    pieces = [
+        json.dumps(piece) if number % 2 else re.sub(r"([{,]\s*)([\w.-]+)(\s*:)", r'\1"\2"\3', piece)
+        for number, piece in enumerate(quoted)
+    ]
+    return [_call(found[1], json.loads("".join(pieces)))]
+
+
+def _call(name: Any, arguments: Any) -> Call:
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        raise ValueError(f"{name}: {arguments}")
+    return Call(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _values(tool: str, pairs: Iterable[tuple[str, ...]], texts: Texts) -> dict[str, Any]:
+    """Values of parameters: strings where the tool says so, else JSON where it is any, else strings too."""
+    made = {}
+    for key, value in pairs:
+        key = key.strip()
+        made[key] = value = value.removeprefix("\n").removesuffix("\n")  # a line break on each side is the form's
+        if (tool, key) not in texts:
+            with contextlib.suppress(ValueError, RecursionError):
+                made[key] = json.loads(value)
+    return made
+
+
+def _all(pattern: str, text: str) -> list[tuple[str, ...]]:
+    return [found.groups(default="") for found in re.finditer(pattern, text, re.DOTALL)]
+
+
+def _some(calls: Iterable[Call]) -> list[Call]:
+    made = list(calls)
+    if not made:
+        raise ValueError("there is no call")
+    return made
