@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -123,7 +123,7 @@ async def _whole(events: AsyncIterator[tuple[int, Piece]], number: int) -> list[
     return [whole(each) for each in pieces]
 
 
-async def _events(upstream: Upstream, choices: Sequence[Inputs]) -> AsyncIterator[tuple[int, Piece]]:
+async def _events(upstream: Upstream, choices: Sequence[Inputs]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Pieces of all answers as they come, each with its index; all of them end when one fails or this is closed."""
     queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 

@@ -8,7 +8,7 @@ with many answers goes away.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -110,7 +110,7 @@ class Upstream:
             self._about = Model(sampling, int(length) if length else None)
         return self._about
 
-    async def answer(self, inputs: Inputs) -> AsyncIterator[Piece]:
+    async def answer(self, inputs: Inputs) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer as they come; whoever stops to iterate ends it.
 
         Raises:
