@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lynx_trt.artifact import Artifact, Manifest
     from lynx_trt.budgets import Restriction
+    from lynx_trt.runtime.answers import Form, Splitter
     from lynx_trt.runtime.decode import Generated, Statistics
     from lynx_trt.runtime.open import Name
     from lynx_trt.runtime.sampling import Sampling
@@ -67,15 +68,18 @@ def generate_text(
     threads: int | None = None,
     backend: Name = "auto",
     on_text: Any = None,
+    on_thought: Any = None,
 ) -> tuple[list[Generated], Statistics]:
     """Continue `prompts` as one batch, on the engine or in ONNX Runtime (`runtime.open`).
 
-    With `chat` each is a user's message, behind the message `system` if there is one, and what comes is the answer.
+    With `chat` each is a user's message, behind the message `system` if there is one, and what comes is the answer:
+    text without the model's thoughts, which are the sequences' `thoughts` and go to `on_thought` as they come.
 
     Raises:
         LynxError: the artifact, a prompt or a setting doesn't fit; the message says which.
     """
     from lynx_trt.artifact import TOKENIZER
+    from lynx_trt.runtime.answers import PLAIN, joined
     from lynx_trt.runtime.decode import generate
     from lynx_trt.runtime.open import limits_of, open_backend
     from lynx_trt.runtime.sampling import Sampling
@@ -85,9 +89,11 @@ def generate_text(
     tokenizer = Tokenizer(artifact.path(TOKENIZER))
     if not prompts:
         raise UsageError("there is no prompt; pass --prompt TEXT, once for each sequence of the batch")
+    form = PLAIN
     if chat:
-        prompts = _as_chat(artifact, prompts, system, chat_options)
-    return generate(
+        form, prompts = _as_chat(artifact, prompts, system, chat_options)
+        on_text = _apart([form.splitter(prompt) for prompt in prompts], on_text, on_thought)
+    sequences, statistics = generate(
         open_backend(artifact, len(prompts), threads=threads, name=backend),
         tokenizer,
         limits_of(artifact.manifest),
@@ -97,13 +103,32 @@ def generate_text(
         sampling=sampling or Sampling(),
         stop=stop,
         special=not chat,
+        shown=form.markers,
         on_text=on_text,
     )
+    for prompt, sequence in zip(prompts, sequences, strict=True) if chat else ():
+        splitter = form.splitter(prompt)
+        parts = [*splitter.feed(sequence.text), *splitter.end()]
+        sequence.text, sequence.thoughts = joined(parts, "text"), joined(parts, "thought")
+    return sequences, statistics
+
+
+def _apart(splitters: Sequence[Splitter], on_text: Any, on_thought: Any) -> Any:
+    """What takes pieces of answers and passes on their parts; white space at an answer's end may stay behind."""
+    to = {"text": on_text, "thought": on_thought}
+
+    def take(row: int, piece: str) -> None:
+        for part in splitters[row].feed(piece):
+            if (show := to.get(part.kind)) is not None:
+                show(row, part.text)
+
+    return take
 
 
 def _as_chat(
     artifact: Artifact, prompts: Sequence[str], system: str | None, options: Mapping[str, Any] | None
-) -> list[str]:
+) -> tuple[Form, list[str]]:
+    """The form of the model's answers, and prompts in its template."""
     from lynx_trt.runtime.chat import ChatTemplate
 
     template = ChatTemplate.find(artifact.folder)
@@ -113,7 +138,8 @@ def _as_chat(
             "leave --chat out, or build it again"
         )
     before = [] if system is None else [{"role": "system", "content": system}]
-    return [template.render([*before, {"role": "user", "content": prompt}], options) for prompt in prompts]
+    asked = [template.render([*before, {"role": "user", "content": prompt}], options) for prompt in prompts]
+    return template.form, asked
 
 
 def expert_bytes_a_token(manifest: Manifest, statistics: Statistics) -> float:
@@ -204,10 +230,14 @@ def main(
             threads=threads,
             backend=backend,
             on_text=screen.show,
+            on_thought=screen.show_thought,
         )
     if json_output:
         print_json(_report(opened.manifest, prompts, sequences, statistics))
         return
+    for number, sequence in enumerate(sequences, 1):
+        if sequence.thoughts and not sequence.text:
+            note(f"answer {number} ended within its thoughts; raise --max-new-tokens")
     typer.echo(_statistics_line(opened.manifest, statistics), err=True)
 
 
@@ -217,7 +247,7 @@ class _Screen:
     def __init__(self, prompts: list[str], *, quiet: bool) -> None:
         self._texts = list(prompts)
         self._quiet = quiet
-        self._started = False
+        self._started = self._thought = False
         self._live: Live | None = None
 
     def __enter__(self) -> _Screen:
@@ -240,9 +270,18 @@ class _Screen:
             typer.secho(f"--- {number} ---", dim=True)
             typer.echo(text)
 
+    def show_thought(self, row: int, piece: str) -> None:
+        """Add a piece of a model's thoughts, dim and on a terminal alone: they are no part of the answer."""
+        if not self._quiet and len(self._texts) == 1 and sys.stdout.isatty():
+            typer.secho(piece, dim=True, nl=False)
+            self._thought = True
+
     def show(self, row: int, piece: str) -> None:
         """Add a piece of text to its sequence."""
         if not self._quiet and len(self._texts) == 1:
+            if self._thought:
+                sys.stdout.write("\n\n")
+                self._thought = False
             sys.stdout.write(piece if self._started else self._texts[0] + piece)
             sys.stdout.flush()
         self._texts[row] += piece
@@ -278,7 +317,13 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "sequences": [
-            {"prompt": text, "text": sequence.text, "tokens": sequence.tokens, "finish": sequence.finish}
+            {
+                "prompt": text,
+                "text": sequence.text,
+                "thoughts": sequence.thoughts,
+                "tokens": sequence.tokens,
+                "finish": sequence.finish,
+            }
             for text, sequence in zip(prompts, sequences, strict=True)
         ],
         "statistics": {

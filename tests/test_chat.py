@@ -151,6 +151,16 @@ def talking(text_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -
     return read_artifact(folder)
 
 
+class Script:
+    """A stream of text that says a line, whatever tokens there are: one word a token, and then nothing."""
+
+    def __init__(self, text: str) -> None:
+        self.words = [word + " " for word in text.split(" ")]
+
+    def push(self, _: int) -> str:
+        return self.words.pop(0) if self.words else ""
+
+
 def _invoke(artifact: Artifact, *options: str) -> Any:
     return CliRunner().invoke(app, [str(artifact.folder), "--max-new-tokens", "6", "--json", *options])
 
@@ -173,6 +183,24 @@ def test_generate(talking: Artifact, text_artifact: Artifact) -> None:
     result = _invoke(text_artifact, "--chat", "--prompt", "hi")
     assert isinstance(result.exception, ArtifactError)
     assert "has no chat template" in str(result.exception)
+
+
+def test_generate_tells_thoughts_from_text(talking: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is what is printed; where there is none, that is said."""
+    template = ChatTemplate("{{ messages[0].content }} {# </think> #}", {})
+    monkeypatch.setattr(ChatTemplate, "find", lambda _: template)
+    for said, text, thoughts in (
+        ("<think>hm, hm</think>\n\nYes. It is.", "Yes. It is. ", "hm, hm"),
+        ("<think>hm, hm", "", "hm, hm"),
+        ("Yes. It is.", "Yes. It is. ", ""),
+    ):
+        monkeypatch.setattr(Tokenizer, "stream", lambda *_, said=said: Script(said))
+        found = json.loads(_invoke(talking, "--chat", "--prompt", "hi").stdout)["sequences"][0]
+        assert (found["text"], found["thoughts"]) == (text, thoughts)
+        command = [str(talking.folder), "--max-new-tokens", "6", "--prompt", "hi", "--chat"]
+        plain = CliRunner().invoke(app, command)
+        assert plain.stdout.strip() == text.strip()
+        assert ("answer 1 ended within its thoughts" in plain.stderr) == (text == "")
 
 
 @pytest.mark.parametrize("option", ["--system", "--chat-options"])
@@ -206,16 +234,6 @@ def test_served(talking: Artifact) -> None:
         served.service.close()
     with pytest.raises(GenerationError, match="this model has none"):
         replace(served.parser, template=None).read(tensors(messages=messages))
-
-
-class Script:
-    """A stream of text that says a line, whatever tokens there are: one word a token, and then nothing."""
-
-    def __init__(self, text: str) -> None:
-        self.words = [word + " " for word in text.split(" ")]
-
-    def push(self, _: int) -> str:
-        return self.words.pop(0) if self.words else ""
 
 
 TALK = '<think>hm</think>Let me see. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'

@@ -50,11 +50,13 @@ def generate(
     sampling: Sampling,
     stop: Sequence[str] = (),
     special: bool = True,
+    shown: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> tuple[list[Generated], Statistics]:
     """Continue `prompts` as one batch; `on_text(sequence, piece)` is called as text appears.
 
     `special`: the tokenizer puts around a prompt what it puts around texts; a chat template has done that itself.
+    `shown`: special tokens that are part of the text.
 
     Raises:
         UsageError: no prompt, or max_new_tokens below 1.
@@ -72,7 +74,7 @@ def generate(
         ids = tokenizer.encode(prompt, special=special)
         check_prompt(ids, limits, f"prompt {number + 1}")
         request = Request(max_new_tokens, sampling, number, tuple(stop))
-        sequences.append(Generated(ids, request, tokenizer.stream(), _to(on_text, number)))
+        sequences.append(Generated(ids, request, tokenizer.stream(shown), _to(on_text, number)))
     sums = _Sums(limits)
     policy = Policy(
         queue=len(prompts),

@@ -67,6 +67,7 @@ class Generated:
     on_end: Callable[[], None] | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    thoughts: str = ""  # of a chat model, where they were taken out of the text
     finish: str | None = None  # stop | length | end | deadline | cancelled | error
     error: LynxError | None = None
     active: tuple[float, ...] = ()  # mean active experts of each MoE layer over the decode steps it was in
