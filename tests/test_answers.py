@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_trt.runtime.answers import FORMS, PLAIN, Form, form_of
+from lynx_trt.runtime.answers import FORMS, PLAIN, Form, Parts, form_of
 
 TOOLS = [
     {
@@ -107,6 +107,15 @@ ANSWERS: dict[str, tuple[str, str, list[Any]]] = {
         "<|tool_call_start|>",
         "<think>hm</think>Now.<|tool_call_start|>[find(text='12', count=3), stop()]<|tool_call_end|>",
         [("thought", "hm"), ("text", "Now."), FIND, ("stop", {})],
+    ),
+    "lfm2, before": ("<|tool_list_start|>", "<|tool_call_start|>[find(text='12', count=3)]<|tool_call_end|>", [FIND]),
+    "hy-v3": (
+        "set HYTK = ':opensource'",
+        "<think:opensource>hm</think:opensource>Now.<tool_calls:opensource>\n<tool_call:opensource>find"
+        "<tool_sep:opensource>\n<arg_key:opensource>text</arg_key:opensource>\n<arg_value:opensource>12"
+        "</arg_value:opensource>\n<arg_key:opensource>count</arg_key:opensource>\n<arg_value:opensource>3"
+        "</arg_value:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
+        [("thought", "hm"), ("text", "Now."), FIND],
     ),
     "thoughts alone": (
         "content.split('</think>')",
@@ -227,6 +236,20 @@ def test_earlier_answers_as_templates_take_them() -> None:
     assert channels["thinking"] == "hm"
     for odd in ("x", [], [1], [{"function": 1}], [{"function": {"name": "f", "arguments": "{"}}]):
         assert form_of("<tool_call>").messages([{"role": "assistant", "tool_calls": odd}])[0]["role"] == "assistant"
+
+
+def test_ids_of_calls() -> None:
+    """Nine letters and digits; Kimi K2's template writes them, so they have names and count through a conversation."""
+    earlier = [{"role": "assistant", "tool_calls": [{}, {}]}, {"role": "tool"}, {"role": "user", "tool_calls": 3}]
+    template, answer, _ = ANSWERS["kimi-k2"]
+    text, thoughts, calls = Parts(form_of(template), "", earlier, TOOLS).take(answer, end=True)
+    assert (text, thoughts) == ("Now.", "hm")
+    assert [call["id"] for call in calls] == ["functions.find:2", "functions.stop:3"]
+    template, answer, _ = ANSWERS["mistral"]
+    parts = Parts(form_of(template), "", earlier, TOOLS)
+    made = [*parts.take(answer[:60], end=False)[2], *parts.take(answer[60:], end=True)[2]]
+    assert len({call["id"] for call in made}) == 2
+    assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in made)
 
 
 def test_long_answers_take_no_time() -> None:

@@ -348,13 +348,13 @@ def test_calls_of_tools_in_an_answer() -> None:
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
     end = End("end", 5, 9, 0.0, 0.1, 0.01, [2.0])
-    calls = tuple(json.dumps({"name": name, "arguments": '{"a": 1}'}) for name in ("find", "stop"))
+    calls = tuple(json.dumps({"id": name[0], "name": name, "arguments": '{"a": 1}'}) for name in ("find", "stop"))
     pieces = [Piece("Let me see."), Piece("", None, "", calls[:1]), Piece("", None, "", calls[1:]), Piece("", end)]
     form = Form.new("tiny", chat=True)
     answer = ChatCompletion.model_validate(form.whole([whole(pieces)], 1)).choices[0]
     assert (answer.finish_reason, answer.message.content) == ("tool_calls", "Let me see.")
     assert answer.message.tool_calls is not None
-    assert [each.function.name for each in answer.message.tool_calls] == ["find", "stop"]  # type: ignore[union-attr]
+    assert [(each.id, each.function.name) for each in answer.message.tool_calls] == [("f", "find"), ("s", "stop")]  # type: ignore[union-attr]
     silent = form.whole([whole(pieces[1:])], 1)["choices"][0]["message"]
     assert silent["content"] is None
     before, found = 0, []

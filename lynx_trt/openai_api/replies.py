@@ -75,10 +75,9 @@ class Form:
             said["reasoning_content"] = piece.thought
         if piece.calls:
             said["tool_calls"] = [
-                {**({} if whole else {"index": number}), "id": f"call_{secrets.token_hex(12)}", "type": "function",
-                 "function": json.loads(call)}
+                _call(json.loads(call), {} if whole else {"index": number})
                 for number, call in enumerate(piece.calls, before)
-            ]  # fmt: skip
+            ]
         return {name: said}
 
     def _choice(self, index: int, said: dict[str, Any], piece: Piece) -> dict[str, Any]:
@@ -88,6 +87,11 @@ class Form:
             reason = "tool_calls" if piece.calls and reason == "stop" else reason
             choice |= {"finish_reason": reason, "lynx": end.rounded()}
         return choice
+
+
+def _call(call: dict[str, str], where: dict[str, int]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    return {**where, "id": call["id"], "type": "function", "function": function}
 
 
 def usage(ends: Sequence[End], prompts: int) -> dict[str, int]:

@@ -76,6 +76,12 @@ def key_calls(text: str, texts: Texts) -> list[Call]:
     return [_call(name.strip(), _values(name.strip(), pairs, texts))]
 
 
+def section_key_calls(text: str, texts: Texts) -> list[Call]:
+    """<tool_call:opensource>NAME<tool_sep:opensource> and keys and values as above, one or more (HY v3)."""
+    bodies = _all(r"<tool_call>(.*?)</tool_call>", text.replace(":opensource>", ">"))
+    return _some(call for (body,) in bodies for call in key_calls(body.replace("<tool_sep>", ""), texts))
+
+
 def invoke_calls(text: str, texts: Texts) -> list[Call]:
     """<invoke name="NAME"><parameter name="KEY">VALUE</parameter></invoke> (MiniMax-M2; DeepSeek-V3.2 says of each
     value whether it is a string).

@@ -7,7 +7,10 @@ for this alone.
 
 from __future__ import annotations
 
+import json
 import re
+import secrets
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -49,6 +52,7 @@ class Form:
         markers: special tokens that belong to the form.
         text_arguments: its template takes the arguments of earlier calls as JSON text, others as objects.
         thoughts_as: what its template calls the thoughts of an earlier answer.
+        named_ids: its template writes the ids of calls, which are of a form.
     """
 
     thought: tuple[str, str] | None = None
@@ -57,6 +61,7 @@ class Form:
     markers: tuple[str, ...] = ()
     text_arguments: bool = False
     thoughts_as: str = "reasoning_content"
+    named_ids: bool = False
 
     def splitter(self, prompt: str, tools: object = None) -> Splitter:
         """For an answer to a rendered prompt, which may have begun its thoughts; calls are told if it had `tools`."""
@@ -64,6 +69,12 @@ class Form:
             return _Channels(bool(tools))
         inside = self.thought is not None and prompt.rstrip().endswith(self.thought[0])
         return _Marked(self.thought, self.calls if tools else None, answer_calls.texts_of(tools), inside)
+
+    def call_id(self, call: Call, number: int) -> str:
+        """The id of a call that has `number` before it in its conversation; nine letters are what Mistral takes."""
+        if self.named_ids:
+            return f"functions.{call.name}:{number}"
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as OpenAI's API has them, as this template wants them: earlier calls and thoughts."""
@@ -79,8 +90,6 @@ class Form:
         return made
 
     def _earlier(self, call: Any) -> Any:
-        import json
-
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or isinstance(function.get("arguments"), str) == self.text_arguments:
             return call
@@ -105,6 +114,14 @@ _CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|
 _MISTRAL = ("[TOOL_CALLS]", "")
 _MISTRAL_THOUGHT = ("[THINK]", "[/THINK]")
 
+_HY = ("<tool_calls:opensource>", "</tool_calls:opensource>")
+_HY_THOUGHT = ("<think:opensource>", "</think:opensource>")
+_HY_INSIDE = tuple(
+    f"<{word}:opensource>"
+    for word in ("tool_call", "/tool_call", "tool_sep", "arg_key", "/arg_key", "arg_value", "/arg_value")
+)
+_OF_LFM2 = Form(_THINK, (*_LFM2, answer_calls.python_calls), markers=(*_THINK, *_LFM2), thoughts_as="thinking")
+
 # What a template has to have in it, all of it, and the form that it then is; the first that fits.
 FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
     (("<|channel|>", "<|start|>"), Form(channels=True, markers=_CHANNELS, thoughts_as="thinking")),
@@ -118,7 +135,7 @@ FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
     ),
     (
         (_KIMI[0],),
-        Form(_THINK, (*_KIMI, answer_calls.section_calls), markers=(*_THINK, *_KIMI, *_KIMI_INSIDE)),
+        Form(_THINK, (*_KIMI, answer_calls.section_calls), markers=(*_THINK, *_KIMI, *_KIMI_INSIDE), named_ids=True),
     ),
     (
         (_DEEPSEEK[0],),
@@ -153,9 +170,15 @@ FORMS: tuple[tuple[tuple[str, ...], Form], ...] = (
             markers=(*_MISTRAL_THOUGHT, _MISTRAL[0], "[ARGS]", "[CALL_ID]"),
         ),
     ),
+    ((_LFM2[0],), _OF_LFM2),
+    (("<|tool_list_start|>",), _OF_LFM2),  # the first of them, whose template shows no calls
     (
-        (_LFM2[0],),
-        Form(_THINK, (*_LFM2, answer_calls.python_calls), markers=(*_THINK, *_LFM2), thoughts_as="thinking"),
+        ("HYTK", ":opensource"),
+        Form(
+            _HY_THOUGHT,
+            (*_HY, answer_calls.section_key_calls),
+            markers=(*_HY_THOUGHT, *_HY, *_HY_INSIDE),
+        ),
     ),
     (("<tool_call>", "<arg_key>"), Form(_THINK, (*_TOOL, answer_calls.key_calls), markers=(*_THINK, *_TOOL))),
     (("<tool_call>", "<function="), Form(_THINK, (*_TOOL, answer_calls.function_calls), markers=(*_THINK, *_TOOL))),
@@ -333,6 +356,25 @@ class _Channels:
                 return [Part("text", text)]
         kind: Literal["text", "thought"] = "text" if self._channel == "final" else "thought"
         return [Part(kind, text)] if text else []
+
+
+class Parts:
+    """An answer that is taken apart as it is served."""
+
+    def __init__(self, form: Form, prompt: str, messages: Sequence[Mapping[str, Any]], tools: object) -> None:
+        """Of the answer to `messages`, rendered as `prompt`, with `tools`."""
+        self.form, self._splitter = form, form.splitter(prompt, tools)
+        earlier = (message.get("tool_calls") for message in messages)
+        self._number = sum(len(calls) for calls in earlier if isinstance(calls, list))
+
+    def take(self, text: str, *, end: bool) -> tuple[str, str, list[dict[str, str]]]:
+        """New text as (text, thoughts, calls with an id, a name and arguments); at the end all that is left."""
+        parts = [*self._splitter.feed(text), *(self._splitter.end() if end else ())]
+        calls = []
+        for call in (part.call for part in parts if part.call):
+            number, self._number = self._number, self._number + 1
+            calls.append({"id": self.form.call_id(call, number), "name": call.name, "arguments": call.arguments})
+        return joined(parts, "text"), joined(parts, "thought"), calls
 
 
 def joined(parts: Iterable[Part], kind: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lynx_trt.errors import GenerationError
-from lynx_trt.runtime.answers import Splitter
+from lynx_trt.runtime.answers import Parts
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
 from lynx_trt.runtime.quality import Dial
@@ -35,7 +35,7 @@ class Asked:
 
     sequence: Generated
     stream: bool  # pieces are to be sent as they come
-    splitter: Splitter | None  # takes the answer apart
+    parts: Parts | None  # what takes the answer apart
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Parser:
             UsageError: a sampling value is out of its range.
         """
         _refuse_parameters(parameters)
-        prompt, splitter = self._prompt(values)
+        prompt, parts = self._prompt(values)
         sampling = Sampling(
             temperature=float(_one(values, "temperature", 0.0)),
             top_p=float(_one(values, "top_p", 1.0)),
@@ -76,11 +76,10 @@ class Parser:
             deadline=time.monotonic() + self._seconds(values),
             ignore_eos=bool(_one(values, "ignore_eos", False)),
         )
-        shown = self.template.form.markers if splitter and self.template else ()
-        sequence = Generated(prompt, request, self.tokenizer.stream(shown))
-        return Asked(sequence, bool(_one(values, "stream", False)), splitter)
+        sequence = Generated(prompt, request, self.tokenizer.stream(parts.form.markers if parts else ()))
+        return Asked(sequence, bool(_one(values, "stream", False)), parts)
 
-    def _prompt(self, values: Mapping[str, Array]) -> tuple[list[int], Splitter | None]:
+    def _prompt(self, values: Mapping[str, Array]) -> tuple[list[int], Parts | None]:
         """The prompt's tokens, and what takes the answer apart if that is asked for."""
         prompts = [name for name in PROMPTS if values.get(name) is not None]
         if not prompts:
@@ -100,10 +99,10 @@ class Parser:
         if self.template is None:
             raise GenerationError("messages need a chat template, and this model has none; give text_input instead")
         self._check_length(messages)
-        given = parse_options(options or "{}")
-        rendered = self.template.render(parse_messages(messages), given)
-        splitter = self.template.form.splitter(rendered, given.get("tools")) if parts else None
-        return self._tokens(rendered, special=False), splitter
+        said, given = parse_messages(messages), parse_options(options or "{}")
+        rendered = self.template.render(said, given)
+        apart = Parts(self.template.form, rendered, said, given.get("tools")) if parts else None
+        return self._tokens(rendered, special=False), apart
 
     def _ids(self, ids: Array) -> list[int]:
         prompt = [int(each) for each in ids.reshape(-1)]

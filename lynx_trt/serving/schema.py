@@ -42,7 +42,9 @@ INPUTS = (
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", (1,), False, "the new text since the response before"),
     Tensor("thought_output", "TYPE_STRING", (1,), True, "of the parts: new thoughts since the response before"),
-    Tensor("tool_calls", "TYPE_STRING", (-1,), True, "of the parts: new tool calls, JSON with a name and arguments"),
+    Tensor(
+        "tool_calls", "TYPE_STRING", (-1,), True, "of the parts: new tool calls, JSON with an id, a name and arguments"
+    ),
     Tensor("finish_reason", "TYPE_STRING", (1,), True, "end, stop, length or deadline"),
     Tensor("prompt_tokens", "TYPE_INT32", (1,), True, "tokens of the prompt"),
     Tensor("output_tokens", "TYPE_INT32", (1,), True, "tokens written"),

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from lynx_trt.errors import BusyError, GenerationError, LynxError
-from lynx_trt.runtime.answers import Splitter, joined
+from lynx_trt.runtime.answers import Parts
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.engine import Engine
 from lynx_trt.runtime.scheduler import Policy, Scheduler
@@ -56,7 +56,7 @@ class _Answer:
     sequence: Generated
     reply: Reply
     stream: bool
-    splitter: Splitter | None
+    parts: Parts | None
     pieces: deque[str] = field(default_factory=deque)
     begun: bool = False  # the first piece has gone out
     ended: bool = False
@@ -64,14 +64,10 @@ class _Answer:
     def outputs(self, *, end: bool) -> dict[str, Array]:
         """The outputs of what came since the last time; at the end all that is left."""
         text = _drain(self.pieces)
-        if self.splitter is None:
+        if self.parts is None:
             return {"text_output": _strings(text)}
-        parts = [*self.splitter.feed(text), *(self.splitter.end() if end else ())]
-        calls = [{"name": part.call.name, "arguments": part.call.arguments} for part in parts if part.call]
-        made = {
-            "text_output": _strings(joined(parts, "text")),
-            "thought_output": _strings(joined(parts, "thought")),
-        }
+        text, thoughts, calls = self.parts.take(text, end=end)
+        made = {"text_output": _strings(text), "thought_output": _strings(thoughts)}
         # Where there are none it is left out: some servers have no tensor without values.
         return {**made, "tool_calls": _strings(*map(json.dumps, calls))} if calls else made
 
@@ -106,7 +102,7 @@ class Service:
         try:
             asked = self._parser.read(values, parameters)
             sequence = asked.sequence
-            answer = _Answer(sequence, reply, asked.stream, asked.splitter)
+            answer = _Answer(sequence, reply, asked.stream, asked.parts)
             sequence.on_text = lambda piece: self._note(answer, piece)
             sequence.on_end = lambda: self._note(answer, None)
             with self._lock:
