@@ -145,6 +145,27 @@ def test_thoughts_are_apart(front: Front, alone: Text) -> None:
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
 
 
+def test_answers_of_a_form(front: Front) -> None:
+    """This model would write no JSON by itself."""
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+    answer = chat(front, response_format=form, temperature=1.0, seed=1, n=3, max_completion_tokens=400)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(json.loads(choice.message.content)["ok"], bool)
+    chunks = list(chat(front, response_format=form, stream=True, max_completion_tokens=400))
+    assert isinstance(json.loads("".join(c.choices[0].delta.content or "" for c in chunks))["ok"], bool)
+    chosen = complete(front, extra_body={"structured_outputs": {"choice": ["left", "right"]}})
+    assert chosen.choices[0].text in ("left", "right")
+    started = chat(front, response_format={"type": "json_object"}).choices[0].message.content
+    assert started.startswith("{")
+
+
 def test_several_answers(front: Front) -> None:
     """Each prompt's in a row; the same seed gives the same ones, none gives others each time."""
     ids = Tokenizer(front.server.repository / "tiny" / "1" / "artifact" / TOKENIZER).encode("import")
@@ -216,6 +237,28 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
         {"model": "tiny", "messages": MESSAGES, "tool_choice": "required"},
         400,
         "can't be made to call",
+    ),
+    (
+        "chat/completions",
+        {"model": "tiny", "messages": MESSAGES, "response_format": {"type": "xml"}},
+        400,
+        'response_format is {"type": "xml"}; it is text, json_object or json_schema',
+    ),
+    (
+        "chat/completions",
+        {"model": "tiny", "messages": MESSAGES, "structured_outputs": {"grammar": "x"}},
+        400,
+        'structured_outputs is {"grammar": "x"}; it has one of json, regex, choice',
+    ),
+    (
+        "chat/completions",
+        {
+            "model": "tiny",
+            "messages": MESSAGES,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}},
+        },
+        400,
+        "the guide can't be followed: ",
     ),
     (
         "chat/completions",

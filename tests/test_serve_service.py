@@ -21,6 +21,7 @@ from lynx_trt.errors import LynxError, UsageError
 from lynx_trt.generate import generate_text
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.chat import ChatTemplate
+from lynx_trt.runtime.guide import Guides
 from lynx_trt.runtime.open import limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
@@ -91,7 +92,9 @@ class Served:
     def __init__(self, artifact: Artifact, settings: Settings, dial_file: Path | None = None) -> None:
         dial = Dial.of(artifact.manifest)
         tokenizer, template = Tokenizer(artifact.path(TOKENIZER)), ChatTemplate.find(artifact.folder)
-        self.parser = Parser(tokenizer, limits_of(artifact.manifest), dial, settings, template)
+        limits = limits_of(artifact.manifest)
+        guides = Guides(artifact.path(TOKENIZER), limits.vocabulary, limits.end_tokens)
+        self.parser = Parser(tokenizer, limits, dial, settings, guides, template)
         self.sink = Sink()
         layers = [layer.name for layer in artifact.manifest.model.moe_layers]
         self.backend = open_backend(artifact, settings.slots, threads=1)

@@ -32,7 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "top_logprobs": (0,),
     "web_search_options": (),
@@ -93,6 +92,7 @@ class Body(BaseModel):
     deadline: float | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
+    structured_outputs: dict[str, Any] | None = None  # as other servers call what an answer has to be
 
     @classmethod
     def read(cls: type[AnyBody], text: bytes) -> AnyBody:
@@ -158,7 +158,21 @@ class Body(BaseModel):
             settings["deadline"] = self.deadline
         if self.ignore_eos:
             settings["ignore_eos"] = True
+        if (guide := self._guide()) is not None:
+            settings["guide"] = json.dumps(guide)
         return settings
+
+    def _guide(self) -> dict[str, Any] | None:
+        """What the answer has to be, as the served model's `guide`."""
+        if self.structured_outputs is None:
+            return None
+        given = {name: value for name, value in self.structured_outputs.items() if value is not None}
+        if len(given) != 1 or next(iter(given)) not in _GUIDES:
+            word = json.dumps(self.structured_outputs)[:64]
+            names = ", ".join(_GUIDES)
+            raise ApiError(400, f"structured_outputs is {word}; it has one of {names}", "structured_outputs")
+        ((name, value),) = given.items()
+        return {_GUIDES[name]: value}
 
 
 class CompletionBody(Body):
@@ -186,6 +200,7 @@ class ChatBody(Body):
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     max_completion_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None  # for templates that know it
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -204,11 +219,27 @@ class ChatBody(Body):
         prompt: Inputs = {"messages": json.dumps([_message(each) for each in self.messages]), "parts": True}
         return [{**prompt, "chat_options": json.dumps(options)} if options else prompt]
 
+    def _guide(self) -> dict[str, Any] | None:
+        asked, guide = self.response_format or {"type": "text"}, super()._guide()
+        if asked == {"type": "text"}:
+            return guide
+        if guide is not None:
+            raise ApiError(400, "there are response_format and structured_outputs; give one", "response_format")
+        if asked == {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        schema = asked.get("json_schema")
+        if asked.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+            return {"json_schema": schema["schema"]}
+        word = json.dumps(asked)[:64]
+        raise ApiError(400, f"response_format is {word}; it is text, json_object or json_schema", "response_format")
+
     def _most_tokens(self) -> int:
         given = [each for each in (self.max_tokens, self.max_completion_tokens) if each is not None]
         return min(given, default=ALL_TOKENS)
 
 
+# Names of what an answer has to be, and ours.
+_GUIDES = {"json": "json_schema", "regex": "regex", "choice": "choice"}
 # The largest numbers of the served model's types.
 _MOST = {"TYPE_INT32": 2**31 - 1, "TYPE_INT64": 2**63 - 1, "TYPE_FP32": 3.4e38}
 _LIMITS = {tensor.name: _MOST[tensor.type] for tensor in INPUTS if tensor.type in _MOST}

@@ -70,6 +70,39 @@ class Form:
         inside = self.thought is not None and prompt.rstrip().endswith(self.thought[0])
         return _Marked(self.thought, self.calls if tools else None, answer_calls.texts_of(tools), inside)
 
+    def grammar(self, answer: str, prompt: str, tokens: Mapping[str, int]) -> str:
+        """A grammar of the whole answer to a rendered prompt: thoughts, and then the rule `answer`, which is given.
+
+        In llguidance's form of Lark, which takes added `tokens` by their ids and anything else as text.
+        """
+        known = [marker for marker in self.markers if marker in tokens]
+
+        def terms(text: str) -> str:
+            pieces = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+            return " ".join(
+                f"<[{tokens[piece]}]>" if piece in known else json.dumps(piece) for piece in pieces if piece
+            )
+
+        def until(end: str) -> tuple[str, str]:
+            """(the rule, what stands for it): any text up to `end`, which is no text if it begins with a token."""
+            if any(end.startswith(marker) for marker in known):
+                return "lynx_body: /(?s:.*)/", f"lynx_body {terms(end)}"
+            return f"lynx_body[suffix={json.dumps(end)}]: /(?s:.*)/", "lynx_body"
+
+        if self.channels:
+            rule, thought = until("<|end|><|start|>assistant")
+            begin = terms("<|channel|>analysis<|message|>")
+            start = f"({begin} {thought})* {terms('<|channel|>final<|message|>')} answer"
+        elif self.thought is not None:
+            rule, thought = until(self.thought[1])
+            if prompt.rstrip().endswith(self.thought[0]):
+                start = f"{thought} LYNX_SPACE answer"
+            else:
+                start = f"({terms(self.thought[0])} {thought} LYNX_SPACE)? answer"
+        else:
+            rule, start = "", "answer"
+        return "\n".join([f"start: {start}", rule, r"LYNX_SPACE: /[ \n]{0,8}/", answer])
+
     def call_id(self, call: Call, number: int) -> str:
         """The id of a call that has `number` before it in its conversation; nine letters are what Mistral takes."""
         if self.named_ids:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ class Draws:
         top_k: i32; 0: no limit.
         uniform: f64, 0 to below 1: where in the distribution the token is, the tokens in the order of their ids, or
             from the likeliest on where top-k or top-p leave some of them.
+        allowed: for some rows by their number, bool [V]: the tokens that may be drawn.
     """
 
     wanted: Array
@@ -46,6 +48,7 @@ class Draws:
     top_p: Array
     top_k: Array
     uniform: Array
+    allowed: Mapping[int, Array] = field(default_factory=dict)
 
     @property
     def scale(self) -> Array:
@@ -58,7 +61,9 @@ class Draws:
     def row(self, row: int) -> Draws:
         """Those of one row."""
         one = slice(row, row + 1)
-        return Draws(self.wanted[one], self.temperature[one], self.top_p[one], self.top_k[one], self.uniform[one])
+        allowed = {0: self.allowed[row]} if row in self.allowed else {}
+        how = self.temperature[one], self.top_p[one], self.top_k[one], self.uniform[one]
+        return Draws(self.wanted[one], *how, allowed)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class DeviceDraws:
     def finish(self, tokens: Array, draws: Draws) -> Array:
         """The tokens i64 [B] of a step, from what the GPU drew; what it could not is drawn here."""
         found = np.where(draws.wanted, tokens, NOT_WANTED).astype(np.int64)
-        for row in np.flatnonzero(found == BEYOND).tolist():
+        here = (found == BEYOND) | np.isin(np.arange(len(found)), list(draws.allowed))
+        for row in np.flatnonzero(here & draws.wanted).tolist():
             found[row] = draw(self._buffers.logits_of(row), draws.row(row))[0]
         return found

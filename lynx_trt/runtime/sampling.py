@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,14 @@ def recommended(folder: Path) -> dict[str, float]:
     return made
 
 
-def draws_of(batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]]) -> Draws:
-    """The draws of a step of `batch` rows: (row, how, its generator) of each that wants a token."""
+def draws_of(
+    batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]], allowed: Mapping[int, Array] | None = None
+) -> Draws:
+    """The draws of a step of `batch` rows: (row, how, its generator) of each that wants one; `allowed`: see Draws."""
     draws = Draws(
-        np.zeros(batch, np.bool_), np.zeros(batch), np.ones(batch), np.zeros(batch, np.int32), np.zeros(batch)
-    )
+        np.zeros(batch, np.bool_), np.zeros(batch), np.ones(batch), np.zeros(batch, np.int32), np.zeros(batch),
+        allowed or {},
+    )  # fmt: skip
     for row, sampling, generator in rows:
         draws.wanted[row] = True
         draws.temperature[row] = sampling.temperature
@@ -89,8 +92,12 @@ def draw(logits: Array, draws: Draws) -> Array:
     # argmax takes the first NaN there is, so one look at its choice finds any.
     best = (logits if len(rows) == len(logits) else logits[rows]).argmax(1)
     scale = draws.scale
-    for row, token in zip(rows, best, strict=True):
-        largest = logits[row, token]
+    for row, token in zip(rows.tolist(), best, strict=True):
+        values, largest = logits[row], logits[row, token]
+        if math.isfinite(largest) and row in draws.allowed:
+            values = np.where(draws.allowed[row], values, np.float32(-np.inf))
+            token = values.argmax()
+            largest = values[token]
         if not math.isfinite(largest):
             tokens[row] = NOT_FINITE
         elif scale[row] == 0:
@@ -98,8 +105,8 @@ def draw(logits: Array, draws: Draws) -> Array:
         else:
             # Probabilities, but for a factor. Next to no temperature takes the others far below every number.
             with np.errstate(over="ignore"):
-                weights = np.exp((logits[row] - largest) * scale[row])
-            tokens[row] = _from(logits[row], weights, draws.top_p[row], int(draws.top_k[row]), draws.uniform[row])
+                weights = np.exp((values - largest) * scale[row])
+            tokens[row] = _from(values, weights, draws.top_p[row], int(draws.top_k[row]), draws.uniform[row])
     return tokens
 
 

@@ -364,7 +364,8 @@ class Scheduler:
         placed = list(zip(np.flatnonzero(lengths).tolist(), rows, strict=True))
         # Those whose prompt goes on after this chunk have no next token yet.
         whole = [(place, s) for place, s in placed if s.cached + lengths[place] >= len(s.prompt)]
-        draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole])
+        allowed = {place: s.guide.allowed() for place, s in whole if s.guide is not None}
+        draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole], allowed)
         try:
             result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
         except Exception as error:
@@ -391,6 +392,9 @@ class Scheduler:
         if token == NOT_FINITE:
             reason = "the model gave logits that are no numbers (NaN or infinite)"
             self._fail([sequence], GenerationError(f"{reason}; its weights or its precision are broken"))
+            return
+        if sequence.guide is not None and (problem := sequence.guide.problem):
+            self._fail([sequence], GenerationError(f"the guide can't go on: {problem}"))
             return
         if not sequence.tokens:
             self._joined[sequence] = (self._steps, self._active.copy())

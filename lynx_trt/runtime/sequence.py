@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.errors import LynxError
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.text import Stream
+
+if TYPE_CHECKING:
+    from lynx_trt.runtime.guide import Guide
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Generated:
     cancelled: bool = False
     cached: int = 0  # tokens in the KV cache
     reused: int = 0  # of the prompt, taken from there
+    guide: Guide | None = None  # what it may write
 
     def __post_init__(self) -> None:
         self.generator: np.random.Generator = self.request.sampling.generator(self.request.number)
@@ -88,10 +93,15 @@ class Generated:
             self._show("", final=True)
             return
         self.tokens.append(token)
+        if self.guide is not None:
+            self.guide.take(token)
         self._show(self.stream.push(token), final=False)
         room = limits.max_length - len(self.prompt)
         if self.finish is None and len(self.tokens) >= min(self.request.max_new_tokens, room):
             self.finish = "length"
+            self._show("", final=True)
+        if self.guide is not None and self.guide.ended and self.finish != "stop":
+            self.finish = "end"
             self._show("", final=True)
 
     def end(self, finish: str, error: LynxError | None = None) -> None:

@@ -69,6 +69,7 @@ def requirements() -> list[str]:
     """What the model needs, at the versions of this environment where it has them, so that both compute the same."""
     names = {
         "jinja2": ">=3.1",
+        "llguidance": ">=1.3",
         "onnx": ">=1.22",
         "onnxruntime": ">=1.32",
         "tokenizers": ">=0.21",

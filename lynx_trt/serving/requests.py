@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lynx_trt.errors import GenerationError
-from lynx_trt.runtime.answers import Parts
+from lynx_trt.runtime.answers import PLAIN, Form, Parts
 from lynx_trt.runtime.backend import Array
 from lynx_trt.runtime.chat import ChatTemplate, parse_messages, parse_options
+from lynx_trt.runtime.guide import Guide, Guides
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import check_prompt
@@ -22,6 +23,7 @@ from lynx_trt.serving.settings import Settings
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_GUIDE_CHARACTERS = 1 << 20
 # A request has one of these.
 PROMPTS = ("text_input", "messages", "input_ids")
 _OTHERS = " or ".join(PROMPTS[1:])
@@ -39,6 +41,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class _Prompt:
+    """A prompt's tokens, and of messages how the model marks its answers, their text, and what takes answers apart."""
+
+    tokens: list[int]
+    form: Form = PLAIN
+    rendered: str = ""
+    parts: Parts | None = None
+
+
+@dataclass(frozen=True)
 class Parser:
     """Reads requests for one model."""
 
@@ -46,6 +58,7 @@ class Parser:
     limits: Limits
     dial: Dial
     settings: Settings
+    guides: Guides
     template: ChatTemplate | None = None  # of messages, where the model has one
 
     def read(self, values: Mapping[str, Array], parameters: str = "{}") -> Asked:
@@ -60,7 +73,7 @@ class Parser:
             UsageError: a sampling value is out of its range.
         """
         _refuse_parameters(parameters)
-        prompt, parts = self._prompt(values)
+        prompt = self._prompt(values)
         sampling = Sampling(
             temperature=float(_one(values, "temperature", 0.0)),
             top_p=float(_one(values, "top_p", 1.0)),
@@ -76,11 +89,22 @@ class Parser:
             deadline=time.monotonic() + self._seconds(values),
             ignore_eos=bool(_one(values, "ignore_eos", False)),
         )
-        sequence = Generated(prompt, request, self.tokenizer.stream(parts.form.markers if parts else ()))
+        parts = prompt.parts
+        sequence = Generated(prompt.tokens, request, self.tokenizer.stream(parts.form.markers if parts else ()))
+        sequence.guide = self._guide(values, prompt)
         return Asked(sequence, bool(_one(values, "stream", False)), parts)
 
-    def _prompt(self, values: Mapping[str, Array]) -> tuple[list[int], Parts | None]:
-        """The prompt's tokens, and what takes the answer apart if that is asked for."""
+    def _guide(self, values: Mapping[str, Array], prompt: _Prompt) -> Guide | None:
+        text = _text(values, "guide")
+        if text is None:
+            return None
+        if bool(_one(values, "ignore_eos", False)):
+            raise GenerationError("there are guide and ignore_eos, and a guide says where an answer ends; give one")
+        if len(text) > MAX_GUIDE_CHARACTERS:
+            raise GenerationError(f"the guide has {len(text)} characters; it may have {MAX_GUIDE_CHARACTERS}")
+        return self.guides.make(text, prompt.form, prompt.rendered)
+
+    def _prompt(self, values: Mapping[str, Array]) -> _Prompt:
         prompts = [name for name in PROMPTS if values.get(name) is not None]
         if not prompts:
             raise GenerationError(f"text_input is missing: there is nothing to continue (nor are there {_OTHERS})")
@@ -93,16 +117,17 @@ class Parser:
         if parts and messages is None:
             raise GenerationError("parts is for messages, and there are none; leave it out")
         if text is not None:
-            return self._tokens(text, special=True), None
+            return _Prompt(self._tokens(text, special=True))
         if messages is None:
-            return self._ids(values["input_ids"]), None
+            return _Prompt(self._ids(values["input_ids"]))
         if self.template is None:
             raise GenerationError("messages need a chat template, and this model has none; give text_input instead")
         self._check_length(messages)
         said, given = parse_messages(messages), parse_options(options or "{}")
         rendered = self.template.render(said, given)
-        apart = Parts(self.template.form, rendered, said, given.get("tools")) if parts else None
-        return self._tokens(rendered, special=False), apart
+        form = self.template.form
+        apart = Parts(form, rendered, said, given.get("tools")) if parts else None
+        return _Prompt(self._tokens(rendered, special=False), form, rendered, apart)
 
     def _ids(self, ids: Array) -> list[int]:
         prompt = [int(each) for each in ids.reshape(-1)]

@@ -25,6 +25,7 @@ INPUTS = (
     Tensor("messages", "TYPE_STRING", (1,), True, "or messages to a chat model, as JSON: a list of role and content"),
     Tensor("chat_options", "TYPE_STRING", (1,), True, "what its template takes beside the messages, as a JSON object"),
     Tensor("input_ids", "TYPE_INT32", (-1,), True, "or the prompt as token ids, which are taken as they are"),
+    Tensor("guide", "TYPE_STRING", (1,), True, "what the answer has to be: JSON, a json_schema, a regex or a choice"),
     Tensor("parts", "TYPE_BOOL", (1,), True, "of an answer to messages: thoughts and tool calls apart from the text"),
     Tensor("max_tokens", "TYPE_INT32", (1,), True, "new tokens to write, at most"),
     Tensor("temperature", "TYPE_FP32", (1,), True, "0 is greedy, higher is more random"),

@@ -11,6 +11,7 @@ from lynx_trt.artifact import TOKENIZER, read
 from lynx_trt.errors import ArtifactError
 from lynx_trt.machine import cores
 from lynx_trt.runtime.chat import ChatTemplate
+from lynx_trt.runtime.guide import Guides
 from lynx_trt.runtime.open import Name, limits_of, open_backend
 from lynx_trt.runtime.quality import Dial
 from lynx_trt.runtime.text import Tokenizer
@@ -53,9 +54,9 @@ def start_service(
     print(f"lynx: runs with {type(backend).__name__}", file=sys.stderr, flush=True)  # noqa: T201
     dial = Dial.of(opened.manifest)
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
-    parser = Parser(
-        Tokenizer(opened.path(TOKENIZER)), limits_of(opened.manifest), dial, settings, _template(opened.folder)
-    )
+    limits, tokenizer = limits_of(opened.manifest), opened.path(TOKENIZER)
+    guides = Guides(tokenizer, limits.vocabulary, limits.end_tokens)
+    parser = Parser(Tokenizer(tokenizer), limits, dial, settings, guides, _template(opened.folder))
     return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)
 
 
