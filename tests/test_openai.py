@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -343,17 +344,17 @@ def in_front_of(server: str, model: str) -> Iterator[tuple[int, subprocess.Popen
 
 def refusal(port: int) -> str:
     """What it says to a client that doesn't try again by itself, once it listens."""
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
     end = time.monotonic() + 20
     while True:
-        try:
-            client.models.list()
-        except openai.InternalServerError as error:
-            assert error.status_code == 503
-            return str(error.body["message"])
-        except openai.APIConnectionError:
-            assert time.monotonic() < end
-        time.sleep(0.1)
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.models.list()
+    assert caught.value.status_code == 503
+    return str(caught.value.body["message"])
 
 
 def test_another_model(front: Front) -> None:
