@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -25,13 +26,15 @@ from lynx_trt.runtime.text import Tokenizer
 openai = pytest.importorskip("openai", reason='needs the client: pip install "lynx-trt[test]"')
 pytest.importorskip("aiohttp", reason='needs its server: pip install "lynx-trt[serve]"')
 
+from aiohttp.test_utils import TestClient, TestServer  # noqa: E402
 from test_serve_server import Server, alone, free_ports, long_artifact, metric, prepared  # noqa: E402
 
 from lynx_trt.openai import app as command  # noqa: E402
+from lynx_trt.openai_api import app  # noqa: E402
 from lynx_trt.openai_api.errors import ApiError  # noqa: E402
 from lynx_trt.openai_api.replies import Form  # noqa: E402
 from lynx_trt.openai_api.requests import ALL_TOKENS, ChatBody, CompletionBody, Sampling  # noqa: E402
-from lynx_trt.openai_api.upstream import End, Piece, whole  # noqa: E402
+from lynx_trt.openai_api.upstream import End, Model, Piece, whole  # noqa: E402
 from lynx_trt.serve import app as serve_command  # noqa: E402
 
 __all__ = ["alone", "long_artifact", "prepared"]  # fixtures
@@ -367,6 +370,53 @@ def test_it_ends_with_the_server(front: Front) -> None:
     front.server.end(signal.SIGKILL)
     process.wait(10)
     assert front.ask("GET", "/health")[0] == 0
+
+
+class Broken:
+    """A server's model whose answers begin and then fail: with a defect, or because the server went away."""
+
+    model = "tiny"
+    errors: ClassVar[list[Exception]] = []
+
+    def __init__(self, *_: str) -> None:
+        pass
+
+    async def about(self) -> Model:
+        return Model(Sampling(), 10)
+
+    async def answer(self, _: Any) -> AsyncIterator[Piece]:
+        yield Piece("so it beg")
+        raise self.errors[0]
+
+    async def close(self) -> None:
+        pass
+
+
+def test_answers_that_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream ends with the error in it, anything else is the error alone; only a defect is in the log."""
+    logged: list[str] = []
+    monkeypatch.setattr(app, "Upstream", Broken)
+    monkeypatch.setattr(app._log, "error", lambda _, exc_info: logged.append(str(exc_info)))
+
+    async def ask(stream: bool) -> tuple[int, str]:
+        async with TestClient(TestServer(app.make_app("", "tiny"))) as client:
+            body = {"model": "tiny", "prompt": "x", "stream": stream}
+            response = await client.post("/v1/completions", json=body)
+            return response.status, await response.text()
+
+    for error, words in ((ValueError("secret"), "see the log"), (ApiError(503, "the server is gone"), "is gone")):
+        Broken.errors[:] = [error]
+        status, text = asyncio.run(ask(stream=True))
+        events = text.strip().split("\n\n")
+        assert status == 200
+        assert "so it beg" in events[0]
+        assert words in json.loads(events[1].removeprefix("data: "))["error"]["message"]
+        assert events[2:] == ["data: [DONE]"]
+        status, text = asyncio.run(ask(stream=False))
+        assert status == (500 if isinstance(error, ValueError) else 503)
+        assert words in json.loads(text)["error"]["message"]
+        assert "secret" not in text
+    assert logged == ["secret"] * 2
 
 
 def test_no_server_to_ask() -> None:

@@ -80,11 +80,18 @@ async def _with_errors(request: web.Request, handler: Handler) -> web.StreamResp
         told = ApiError(error.status, f"{request.method} {request.path[:100]}: {error.reason.lower()}")
         if error.status == 413:
             told = ApiError(413, f"the request has more than {MOST_BYTES} bytes")
-    except Exception:  # a defect of ours: this client is told so, and the log has it
-        _log.exception("a request failed")
-        told = ApiError(500, "an internal error ended this request; see the log")
+    except ConnectionError:  # the client is gone
+        raise
+    except Exception as error:
+        told = _defect(error)
     retry = {"Retry-After": "1"} if told.status == 503 else None
     return web.json_response(told.body, status=told.status, headers=retry)
+
+
+def _defect(error: Exception) -> ApiError:
+    """A defect of ours: this client is told so, and the log has it."""
+    _log.error("a request failed", exc_info=error)
+    return ApiError(500, "an internal error ended this request; see the log")
 
 
 def _check_model(name: str, served: str) -> None:
@@ -178,6 +185,7 @@ async def _chunks(
                 yield json.dumps(chunk, ensure_ascii=False)
         if prompts:
             yield json.dumps(form.usage([ends[index] for index in range(number)], prompts))
-    except ApiError as error:  # the status has gone out, so it is told here
-        yield json.dumps(error.body, ensure_ascii=False)
+    except Exception as error:  # the status has gone out, so it is told here
+        told = error if isinstance(error, ApiError) else _defect(error)
+        yield json.dumps(told.body, ensure_ascii=False)
     yield "[DONE]"

@@ -18,6 +18,8 @@ from lynx_trt.openai_api.errors import ApiError
 from lynx_trt.openai_api.requests import Inputs, Sampling
 from lynx_trt.serving.schema import BUSY, FAILED
 
+# Of questions that a server answers at once.
+_SHORT = aiohttp.ClientTimeout(total=5)
 # The longest event, which is a whole answer; the reader takes lines of twice that.
 _BUFFER = 1 << 24
 
@@ -85,9 +87,9 @@ class Upstream:
     async def ready(self) -> bool:
         """Whether the model can be asked."""
         try:
-            async with self._session.get(f"{self._url}/ready") as response:
+            async with self._session.get(f"{self._url}/ready", timeout=_SHORT) as response:
                 return response.status == 200
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, TimeoutError):
             return False
 
     async def about(self) -> Model:
@@ -98,9 +100,9 @@ class Upstream:
         """
         if self._about is None:
             try:
-                async with self._session.get(f"{self._url}/config") as response:
+                async with self._session.get(f"{self._url}/config", timeout=_SHORT) as response:
                     found = _json(await response.read())
-            except aiohttp.ClientError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 raise self._unreachable(error) from None
             if "error" in found:
                 raise ApiError(503, f"the server at {self.address} has no model {self.model}: {found['error']}")
@@ -126,13 +128,13 @@ class Upstream:
                         if "error" in found:
                             raise _error(str(found["error"]))
                         yield _piece(found)
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._unreachable(error) from None
 
     def _unreachable(self, error: Exception) -> ApiError:
         if isinstance(error, aiohttp.ClientConnectorError):
             return ApiError(503, f"nothing answers at {self.address}: is the server up?")
-        return ApiError(503, f"the connection to the server at {self.address} broke: {error}")
+        return ApiError(503, f"the connection to the server at {self.address} broke: {error!s}")
 
 
 def _json(text: bytes) -> dict[str, Any]:
