@@ -175,6 +175,37 @@ def test_answers_of_a_form(front: Front) -> None:
     assert message.content.startswith("{") or message.reasoning_content
 
 
+def test_tools_that_have_to_be_called(front: Front) -> None:
+    """One by its name, or any; as a stream and as a whole. This model would call none by itself."""
+    names = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": names}} for name in ("left", "right")]
+    plain = {"tools": tools, "max_completion_tokens": 500, "temperature": 1.0, "n": 4, "seed": 3}
+    for choice, wanted in (
+        ({"type": "function", "function": {"name": "right"}}, {"right"}),
+        ("required", {"left", "right"}),
+    ):
+        called = 0
+        for answer in chat(front, tool_choice=choice, **plain).choices:
+            if getattr(answer.message, "reasoning_content", ""):  # thoughts may come first, and never end here
+                continue
+            (call,) = answer.message.tool_calls
+            assert call.function.name in wanted
+            assert isinstance(json.loads(call.function.arguments)["ok"], bool)
+            assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+            called += 1
+        chunks = list(chat(front, tool_choice=choice, stream=True, **plain))
+        streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        assert called == len(streamed) > 0
+        assert {call.function.name for call in streamed} <= wanted
+    cut = chat(front, tool_choice="required", **{**plain, "max_completion_tokens": 3, "n": 1}).choices[0]
+    assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
+
+
 def test_several_answers(front: Front) -> None:
     """Each prompt's in a row; the same seed gives the same ones, none gives others each time."""
     ids = Tokenizer(front.server.repository / "tiny" / "1" / "artifact" / TOKENIZER).encode("import")
@@ -245,7 +276,7 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
         "chat/completions",
         {"model": "tiny", "messages": MESSAGES, "tool_choice": "required"},
         400,
-        "can't be made to call",
+        "tool_choice is 'required', and there are no tools",
     ),
     (
         "chat/completions",
@@ -372,6 +403,42 @@ def test_it_ends_with_the_server(front: Front) -> None:
     assert front.ask("GET", "/health")[0] == 0
 
 
+class Calling:
+    """A server's model that calls two tools, one after the other."""
+
+    model = "tiny"
+
+    def __init__(self, *_: str) -> None:
+        pass
+
+    async def about(self) -> Model:
+        return Model(Sampling(), 10)
+
+    async def answer(self, _: Any) -> AsyncIterator[Piece]:
+        for name in ("find", "stop"):
+            yield Piece("", None, "", (json.dumps({"id": "1", "name": name, "arguments": "{}"}),))
+        yield Piece("", End("end", 5, 9, 0.0, 0.1, 0.01, [2.0]))
+
+    async def close(self) -> None:
+        pass
+
+
+def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "Upstream", Calling)
+
+    async def ask(**more: Any) -> list[str]:
+        async with TestClient(TestServer(app.make_app("", "tiny"))) as client:
+            response = await client.post(
+                "/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "tools": [{"type": "x"}], **more}
+            )
+            (choice,) = (await response.json())["choices"]
+            assert choice["finish_reason"] == "tool_calls"
+            return [call["function"]["name"] for call in choice["message"]["tool_calls"]]
+
+    assert asyncio.run(ask()) == ["find", "stop"]
+    assert asyncio.run(ask(parallel_tool_calls=False)) == ["find"]
+
+
 class Broken:
     """A server's model whose answers begin and then fail: with a defect, or because the server went away."""
 
@@ -442,11 +509,15 @@ def test_tools_are_for_the_template() -> None:
     for more, wanted in (({}, tools), ({"tool_choice": "auto"}, tools), ({"tool_choice": "none"}, None)):
         (asked,) = ChatBody.read(json.dumps({**base, **more}).encode()).choices(Sampling())
         assert json.loads(asked.get("chat_options", "{}")).get("tools") == wanted
-    forced = ChatBody.read(json.dumps({**base, "tool_choice": {"type": "function"}}).encode())
-    alone = ChatBody.read(json.dumps({**base, "parallel_tool_calls": False}).encode())
-    for body, words in ((forced, "can't be made to call"), (alone, "parallel_tool_calls is false")):
+    for more, words in (
+        ({"tool_choice": {"type": "function"}}, "it is none, auto, required or a function"),
+        ({"tool_choice": "maybe"}, 'tool_choice is "maybe"; it is none'),
+        ({"tool_choice": {"function": {"name": "other"}}}, "tool_choice is 'other', which is none of the tools"),
+        ({"tool_choice": "required", "tools": [{"name": "find"}]}, "which is no function with a name"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "leaves no other form"),
+    ):
         with pytest.raises(ApiError, match=words):
-            body.choices(Sampling())
+            ChatBody.read(json.dumps({**base, **more}).encode()).choices(Sampling())
 
 
 def test_calls_of_tools_in_an_answer() -> None:

@@ -8,12 +8,13 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
 from lynx_trt.openai_api.errors import ApiError
-from lynx_trt.openai_api.replies import Form
+from lynx_trt.openai_api.replies import Form, as_call
 from lynx_trt.openai_api.requests import Body, ChatBody, CompletionBody, Inputs
 from lynx_trt.openai_api.upstream import End, Piece, Upstream, whole
 
@@ -110,7 +111,7 @@ async def _answer(request: web.Request, body: Body, *, chat: bool) -> web.Stream
     _check_model(body.model, upstream.model)
     choices = body.choices((await upstream.about()).sampling)
     form, prompts = Form.new(upstream.model, chat=chat), len(choices) // body.n
-    async with contextlib.aclosing(_events(upstream, choices)) as events:
+    async with contextlib.aclosing(_events(upstream, choices, body)) as events:
         if not body.stream:
             return web.json_response(form.whole(await _whole(events, len(choices)), prompts))
         first = await anext(events)  # what is wrong with a request is known by now
@@ -130,8 +131,13 @@ async def _whole(events: AsyncIterator[tuple[int, Piece]], number: int) -> list[
     return [whole(each) for each in pieces]
 
 
-async def _events(upstream: Upstream, choices: Sequence[Inputs]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Pieces of all answers as they come, each with its index; all of them end when one fails or this is closed."""
+async def _events(upstream: Upstream, choices: Sequence[Inputs], body: Body) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces of all answers as they come, each with its index; all of them end when one fails or this is closed.
+
+    An answer that has to be a call is one when it is whole.
+    """
+    texts: dict[int, str] = {}
+    called: set[int] = set()
     queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
     async def ask(index: int, inputs: Inputs) -> None:
@@ -154,6 +160,12 @@ async def _events(upstream: Upstream, choices: Sequence[Inputs]) -> AsyncGenerat
             if isinstance(found, Exception):
                 raise found
             open_ones -= found.end is not None
+            if (forced := body.forced) is not None:
+                texts[index] = texts.get(index, "") + found.text
+                found = as_call(replace(found, text=texts[index] if found.end else ""), forced)
+            if found.calls and not body.parallel_tool_calls:
+                found = replace(found, calls=() if index in called else found.calls[:1])
+                called.add(index)
             yield index, found
     finally:
         for task in tasks:

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lynx_trt.openai_api.upstream import End, Piece
@@ -87,6 +87,19 @@ class Form:
             reason = "tool_calls" if piece.calls and reason == "stop" else reason
             choice |= {"finish_reason": reason, "lynx": end.rounded()}
         return choice
+
+
+def as_call(piece: Piece, forced: str) -> Piece:
+    """The last piece of an answer that had to be a call of the tool `forced` ("": of any); one that was cut is text."""
+    try:
+        found = json.loads(piece.text)
+        name = forced or found["name"]
+        arguments = found if forced else found["arguments"]
+    except (ValueError, KeyError, TypeError):
+        return piece
+    # Nine letters and digits: Mistral's templates take no others.
+    call = {"id": secrets.token_hex(5)[:9], "name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return replace(piece, text="", calls=(json.dumps(call),))
 
 
 def _call(call: dict[str, str], where: dict[str, int]) -> dict[str, Any]:

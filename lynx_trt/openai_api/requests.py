@@ -92,6 +92,7 @@ class Body(BaseModel):
     deadline: float | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
+    parallel_tool_calls: bool = True  # False: of the calls in an answer the first alone
     structured_outputs: dict[str, Any] | None = None  # as other servers call what an answer has to be
 
     @classmethod
@@ -130,6 +131,11 @@ class Body(BaseModel):
         for inputs in made:
             _check_types(inputs)
         return made
+
+    @property
+    def forced(self) -> str | None:
+        """See ChatBody."""
+        return None
 
     def _prompts(self) -> list[Inputs]:
         raise NotImplementedError
@@ -198,29 +204,58 @@ class ChatBody(Body):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
-    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None  # for templates that know it
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def _prompts(self) -> list[Inputs]:
-        if self.tool_choice not in ("none", "auto"):
-            word = json.dumps(self.tool_choice)[:64]
-            raise ApiError(400, f"tool_choice is {word}; a model can't be made to call: auto or none", "tool_choice")
-        if self.tools and not self.parallel_tool_calls:
-            name = "parallel_tool_calls"
-            raise ApiError(400, f"{name} is false, which is not supported; leave it out", name)
         options = dict(self.chat_template_kwargs)
-        if self.tools and self.tool_choice == "auto":
+        if self.tools and self.tool_choice != "none":
             options["tools"] = self.tools
         if self.reasoning_effort is not None:
             options["reasoning_effort"] = self.reasoning_effort
         prompt: Inputs = {"messages": json.dumps([_message(each) for each in self.messages]), "parts": True}
         return [{**prompt, "chat_options": json.dumps(options)} if options else prompt]
 
+    @property
+    def forced(self) -> str | None:
+        """The tool that is to be called; "" if it may be any, None if none has to be."""
+        if self.tool_choice in ("none", "auto", "required"):
+            return "" if self.tool_choice == "required" else None
+        function = self.tool_choice.get("function") if isinstance(self.tool_choice, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            word = json.dumps(self.tool_choice)[:64]
+            raise ApiError(400, f"tool_choice is {word}; it is none, auto, required or a function", "tool_choice")
+        return name
+
+    def _call(self, forced: str) -> dict[str, Any]:
+        """The guide of an answer that is a call: a tool's arguments, or the name of one and its arguments."""
+        schemas: dict[str, Any] = {}
+        for tool in self.tools:
+            function = tool.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ApiError(400, f"tools has {json.dumps(tool)[:64]}, which is no function with a name", "tools")
+            schemas[function["name"]] = function.get("parameters") or {"type": "object"}
+        if forced:
+            if forced not in schemas:
+                raise ApiError(400, f"tool_choice is {forced[:64]!r}, which is none of the tools", "tool_choice")
+            return {"json_schema": schemas[forced]}
+        if not schemas:
+            raise ApiError(400, "tool_choice is 'required', and there are no tools", "tool_choice")
+        closed = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
+        calls = [
+            {**closed, "properties": {"name": {"const": name}, "arguments": schema}} for name, schema in schemas.items()
+        ]
+        return {"json_schema": {"anyOf": calls}}
+
     def _guide(self) -> dict[str, Any] | None:
         asked, guide = self.response_format or {"type": "text"}, super()._guide()
+        if (forced := self.forced) is not None:
+            if guide is not None or asked != {"type": "text"}:
+                raise ApiError(400, "a tool_choice that has to be made leaves no other form to ask for", "tool_choice")
+            return self._call(forced)
         if asked == {"type": "text"}:
             return guide
         if guide is not None:
