@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.errors import ServingError, UsageError
+from lynx_trt.runtime.guide import Guides
 from lynx_trt.runtime.text import Tokenizer
 
 openai = pytest.importorskip("openai", reason='needs the client: pip install "lynx-trt[test]"')
@@ -518,6 +519,34 @@ def test_tools_are_for_the_template() -> None:
     ):
         with pytest.raises(ApiError, match=words):
             ChatBody.read(json.dumps({**base, **more}).encode()).choices(Sampling())
+
+
+def test_schemas_that_refer_to_themselves(long_artifact: Artifact) -> None:
+    """As pydantic writes nested ones: among several tools each still means its own."""
+    tools = []
+    for name, least in (("left", 3), ("right", 7)):
+        inner = {
+            "type": "object",
+            "properties": {"n": {"const": least}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+        outer = {"$defs": {"Inner": inner}, "type": "object", "properties": {"it": {"$ref": "#/$defs/Inner"}}}
+        parameters = {**outer, "required": ["it"], "additionalProperties": False}
+        tools.append({"type": "function", "function": {"name": name, "parameters": parameters}})
+    request = {"model": "m", "messages": MESSAGES, "tools": tools, "tool_choice": "required"}
+    (asked,) = ChatBody.read(json.dumps(request).encode()).choices(Sampling())
+    guides = Guides(long_artifact.path(TOKENIZER), 256, [])
+    for name, number, fits in (("left", 3, True), ("right", 7, True), ("left", 7, False)):
+        guide = guides.make(asked["guide"])
+        answer = json.dumps({"name": name, "arguments": {"it": {"n": number}}}, separators=(",", ":"))
+        allowed = []
+        for token in guides._tokenizer.tokenize_str(answer):
+            allowed.append(bool(guide.allowed()[token]))
+            if not allowed[-1]:
+                break
+            guide.take(token)
+        assert all(allowed) == fits
 
 
 def test_calls_of_tools_in_an_answer() -> None:

@@ -245,9 +245,10 @@ class ChatBody(Body):
         if not schemas:
             raise ApiError(400, "tool_choice is 'required', and there are no tools", "tool_choice")
         closed = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
-        calls = [
-            {**closed, "properties": {"name": {"const": name}, "arguments": schema}} for name, schema in schemas.items()
-        ]
+        calls = []
+        for number, (name, schema) in enumerate(schemas.items()):
+            arguments = _moved(schema, f"#/anyOf/{number}/properties/arguments")
+            calls.append({**closed, "properties": {"name": {"const": name}, "arguments": arguments}})
         return {"json_schema": {"anyOf": calls}}
 
     def _guide(self) -> dict[str, Any] | None:
@@ -286,6 +287,19 @@ def _check_types(inputs: Inputs) -> None:
         for value in values if isinstance(values, list) else [values]:
             if not -most <= value <= most:  # NaN is not either
                 raise ApiError(400, f"{name} is {str(value)[:64]}, which is out of range", name)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A JSON schema that becomes a part of another: what it refers to in itself is found there."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _moved(value, place) for name, value in schema.items()}
+    reference = made.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        made["$ref"] = place + reference[1:]
+    return made
 
 
 def _is_ids(prompt: list[Any]) -> bool:
