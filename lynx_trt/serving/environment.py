@@ -27,7 +27,8 @@ from lynx_trt.tensorrt.loader import RTX_WHEELS, cache_root
 
 SERVER_WHEEL = "nvidia-pytriton==0.7.0"
 CUDA_BINDINGS = "cuda-python>=12.8"
-PYTHONS = ((3, 11), (3, 13))  # the first that this package runs on, and the last that the wheel has a stub for
+# The first that this package runs on, and the last that has a NumPy before 2; the wheel has a stub for 3.13 too.
+PYTHONS = ((3, 11), (3, 12))
 MARKER = ".ready"
 STUB = "triton_python_backend_stub"
 
@@ -191,6 +192,7 @@ def _place_stub(made: Environment) -> None:
 
 def _pip(folder: Path, arguments: list[str]) -> None:
     base = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    base += ["--only-binary", ":all:"]  # what has no wheel for this Python would be compiled, for minutes or in vain
     _run([*base, *arguments], f"pip install {' '.join(arguments)}")
 
 
