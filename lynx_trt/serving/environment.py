@@ -136,8 +136,10 @@ def _make(folder: Path, wanted: list[str], *, server: bool, phase: Callable[[str
     update = phase("Environment for the server (once)")
     _run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment")
     update(1.0)
-    update = phase("Installing " + ", ".join(re.split(r"[<>=]", name)[0] for name in wanted))
-    _pip(folder, wanted)
+    update = phase("Installing " + ", ".join(map(_name, wanted)))
+    # What has no wheel for this Python would be compiled, for minutes or in vain. TensorRT is no wheel on PyPI.
+    wheels = ",".join(_name(each) for each in requirements())
+    _pip(folder, ["--only-binary", wheels, *wanted])
     update(1.0)
     if server:
         update = phase(f"Installing {SERVER_WHEEL} (55 MB)")
@@ -150,6 +152,10 @@ def _make(folder: Path, wanted: list[str], *, server: bool, phase: Callable[[str
         "its own check",
     )
     (folder / MARKER).touch()
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[<>=]", requirement)[0]
 
 
 def libpython() -> Path | None:
@@ -192,7 +198,6 @@ def _place_stub(made: Environment) -> None:
 
 def _pip(folder: Path, arguments: list[str]) -> None:
     base = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    base += ["--only-binary", ":all:"]  # what has no wheel for this Python would be compiled, for minutes or in vain
     _run([*base, *arguments], f"pip install {' '.join(arguments)}")
 
 
