@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import shutil
 import signal
 
 # Before anything imports transformers: nothing here may look for a hub.
@@ -122,3 +124,18 @@ def trt() -> Any:
     module = loader.load("rtx").module
     python_plugin.register(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def long_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
+    """600 tokens: long enough for requests that last while something else happens; with a chat template.
+
+    With the template's option `think` an answer begins with thoughts, which end at </think>.
+    """
+    folder = Path(shutil.copytree(byte_model, workspace / "long-bytes"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 600}))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}>{% if think %}<think>{% endif %}{# </think> #}"
+    )
+    return build_quietly(folder, workspace / "long-artifact", preset="lynx", budget="2", max_length=600)

@@ -28,7 +28,7 @@ openai = pytest.importorskip("openai", reason='needs the client: pip install "ly
 pytest.importorskip("aiohttp", reason='needs its server: pip install "lynx-trt[serve]"')
 
 from aiohttp.test_utils import TestClient, TestServer  # noqa: E402
-from test_serve_server import Server, alone, free_ports, long_artifact, metric, prepared  # noqa: E402
+from test_serve_server import Server, alone, free_ports, metric, prepared  # noqa: E402
 
 from lynx_trt.openai import app as command  # noqa: E402
 from lynx_trt.openai_api import app  # noqa: E402
@@ -38,7 +38,7 @@ from lynx_trt.openai_api.requests import ALL_TOKENS, ChatBody, CompletionBody, S
 from lynx_trt.openai_api.upstream import End, Model, Piece, whole  # noqa: E402
 from lynx_trt.serve import app as serve_command  # noqa: E402
 
-__all__ = ["alone", "long_artifact", "prepared"]  # fixtures
+__all__ = ["alone", "prepared"]  # fixtures
 
 PROMPT = "def add(a, b):\n"
 MESSAGES = [{"role": "user", "content": "hi"}]

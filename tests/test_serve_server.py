@@ -42,11 +42,6 @@ from serving_client import generate, stream, stream_grpc  # noqa: E402
 from serving_soak import Target, metric, soak  # noqa: E402
 
 PROMPTS = ["def add(a, b):\n", "import", "class Point:\n    def __init__(self, x, y):\n", "żółw = ["]
-MAX_LENGTH = 600
-# With the option `think` the answer begins with thoughts, which end at </think>.
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}>{% if think %}<think>{% endif %}{# </think> #}"
-)
 COUNTERS = ("lynx_output_tokens_total", "lynx_decode_steps_total")
 
 
@@ -135,18 +130,6 @@ def prepared() -> None:
         if re.search("pip install .* failed|use .*the vendor's container", str(error)):
             pytest.skip(f"there is no server to test: {error}")
         raise
-
-
-@pytest.fixture(scope="module")
-def long_artifact(byte_model: Path, workspace: Path, build_quietly: Callable[..., Artifact]) -> Artifact:
-    """Long enough for requests that last while something else happens."""
-    import shutil
-
-    folder = Path(shutil.copytree(byte_model, workspace / "long-bytes"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": MAX_LENGTH}))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return build_quietly(folder, workspace / "long-artifact", preset="lynx", budget="2", max_length=MAX_LENGTH)
 
 
 @pytest.fixture(scope="module")
