@@ -268,6 +268,20 @@ def test_parts_of_a_served_answer(talking: Artifact, monkeypatch: pytest.MonkeyP
         served.service.close()
 
 
+def test_an_answer_that_can_not_be_told_apart_ends(talking: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in that ends one answer with an error, and its client doesn't wait for ever."""
+    served = Served(talking, Settings(slots=2, quality="max"))
+    try:
+        asked = {"messages": json.dumps([{"role": "user", "content": "hi"}]), "max_tokens": 5}
+        with monkeypatch.context() as broken:
+            broken.setattr("lynx_trt.runtime.answers.Parts.take", lambda *_, **__: 1 / 0)
+            reply = served.ask(**asked, parts=True).wait()
+        assert reply.error == ("internal", "this request failed: see the server's log")
+        assert served.ask(**asked).wait().error is None
+    finally:
+        served.service.close()
+
+
 def test_markers_that_are_special_tokens(talking: Artifact, tmp_path: Path) -> None:
     """Of special tokens only those that are asked for are text."""
     found = json.loads(talking.path(TOKENIZER).read_text())

@@ -216,6 +216,18 @@ def test_draws_on_a_gpu_leave_guided_rows_to_the_host() -> None:
     assert asked == [1]
 
 
+def test_tokenizers(text_artifact: Artifact, tmp_path: Path) -> None:
+    """One with more tokens than the model never gives any of them; one that is of no known kind is told."""
+    path = tokenizer_with(["<extra>"], text_artifact, tmp_path)
+    guide = Guides(path, 200, []).make('{"regex": ".*"}')
+    assert len(guide.allowed()) == 200
+    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}
+    words |= {"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "normalizer": None}
+    path.write_text(json.dumps({**words, "post_processor": None, "truncation": None, "padding": None}))
+    with pytest.raises(GenerationError, match="answers of this model's tokenizer can't be guided: "):
+        Guides(path, 2, []).make('{"regex": ".*"}')
+
+
 def test_a_model_without_the_library(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -521,6 +521,16 @@ def test_tools_are_for_the_template() -> None:
             ChatBody.read(json.dumps({**base, **more}).encode()).choices(Sampling())
 
 
+def test_schemas_that_are_nested_too_deeply() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(3000):
+        schema = {"not": schema}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": schema}}]
+    body = ChatBody(model="m", messages=MESSAGES, tools=tools, tool_choice="required")
+    with pytest.raises(ApiError, match="nested too deeply"):
+        body.choices(Sampling())
+
+
 def test_schemas_that_refer_to_themselves(long_artifact: Artifact) -> None:
     """As pydantic writes nested ones: among several tools each still means its own."""
     tools = []

@@ -126,8 +126,11 @@ class Body(BaseModel):
         Raises:
             ApiError: one is no prompt, or a number that the served model's types can't hold.
         """
-        settings = [self._settings(sampling, number) for number in range(self.n)]
-        made = [{**prompt, **each} for prompt in self._prompts() for each in settings]
+        try:
+            settings = [self._settings(sampling, number) for number in range(self.n)]
+            made = [{**prompt, **each} for prompt in self._prompts() for each in settings]
+        except RecursionError:
+            raise ApiError(400, "the request is nested too deeply") from None
         for inputs in made:
             _check_types(inputs)
         return made

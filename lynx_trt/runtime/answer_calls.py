@@ -53,7 +53,7 @@ def json_calls(text: str, texts: Texts) -> list[Call]:
     while at < len(text):
         found, at = decoder.raw_decode(text, at)
         for each in found if isinstance(found, list) else [found]:
-            calls.append(_call(each["name"], each.get("arguments", each.get("parameters", {}))))
+            calls.append(call_of(each["name"], each.get("arguments", each.get("parameters", {}))))
         at += len(text[at:]) - len(text[at:].lstrip(" \n,;"))
     return _some(calls)
 
@@ -63,7 +63,7 @@ def function_calls(text: str, texts: Texts) -> list[Call]:
     calls = []
     for name, body in _all(r"<function=([^>\n]+)>(.*?)(?:</function>|$)", text):
         values = _all(r"<parameter=([^>\n]+)>(.*?)</parameter>", body)
-        calls.append(_call(name.strip(), _values(name.strip(), values, texts)))
+        calls.append(call_of(name.strip(), _values(name.strip(), values, texts)))
     return _some(calls)
 
 
@@ -73,7 +73,7 @@ def key_calls(text: str, texts: Texts) -> list[Call]:
     pairs = _all(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", f"<arg_key>{body}")
     if not re.fullmatch(r"\s*[\w.:-]+\s*", name):
         raise ValueError(text)
-    return [_call(name.strip(), _values(name.strip(), pairs, texts))]
+    return [call_of(name.strip(), _values(name.strip(), pairs, texts))]
 
 
 def section_key_calls(text: str, texts: Texts) -> list[Call]:
@@ -93,7 +93,7 @@ def invoke_calls(text: str, texts: Texts) -> list[Call]:
         )
         said = {(name, key) for key, kind, _ in values if kind == "true"}
         pairs = [(key, value) for key, _, value in values]
-        calls.append(_call(name, _values(name, pairs, texts | said)))
+        calls.append(call_of(name, _values(name, pairs, texts | said)))
     return _some(calls)
 
 
@@ -103,12 +103,13 @@ def section_calls(text: str, texts: Texts) -> list[Call]:
     for head, body in _all(
         r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)(?:<\|tool_call_end\|>|$)", text
     ):
-        calls.append(_call(head.strip().removeprefix("functions.").rpartition(":")[0], json.loads(body)))
+        name = head.strip().removeprefix("functions.")
+        calls.append(call_of(name.rpartition(":")[0] or name, json.loads(body)))
     for head, body in _all(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|$)", text):
         name, arguments = head.strip(), body
         if fenced := re.fullmatch(r"\s*([^\n]+)\n```json\n(.*?)\n```\s*", body, re.DOTALL):  # DeepSeek-V3 and R1
             name, arguments = fenced.groups()
-        calls.append(_call(name, json.loads(arguments)))
+        calls.append(call_of(name, json.loads(arguments)))
     return _some(calls)
 
 
@@ -118,7 +119,7 @@ def bracket_calls(text: str, texts: Texts) -> list[Call]:
         return json_calls(text, texts)
     parts = text.split("[TOOL_CALLS]")
     pairs = [part.partition("[ARGS]")[::2] for part in parts if part.strip()]
-    return _some([_call(re.sub(r"\[CALL_ID\].*", "", name).strip(), json.loads(body)) for name, body in pairs])
+    return _some([call_of(re.sub(r"\[CALL_ID\].*", "", name).strip(), json.loads(body)) for name, body in pairs])
 
 
 def python_calls(text: str, texts: Texts) -> list[Call]:
@@ -131,7 +132,7 @@ def python_calls(text: str, texts: Texts) -> list[Call]:
             if not isinstance(call, ast.Call) or call.args:
                 raise ValueError(text)
             values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-            made.append(_call(ast.unparse(call.func), values))
+            made.append(call_of(ast.unparse(call.func), values))
     except (SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(text) from error
     return _some(made)
@@ -147,12 +148,16 @@ def braces_calls(text: str, texts: Texts) -> list[Call]:
         json.dumps(piece) if number % 2 else re.sub(r"([{,]\s*)([\w.-]+)(\s*:)", r'\1"\2"\3', piece)
         for number, piece in enumerate(quoted)
     ]
-    return [_call(found[1], json.loads("".join(pieces)))]
+    return [call_of(found[1], json.loads("".join(pieces)))]
 
 
-def _call(name: Any, arguments: Any) -> Call:
+def call_of(name: Any, arguments: Any) -> Call:
+    """A call of a tool with arguments as a JSON object, or as its text. Raises ValueError: they are none."""
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        try:
+            arguments = json.loads(arguments)
+        except RecursionError:
+            raise ValueError("the arguments are nested too deeply") from None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError(f"{name}: {arguments}")
     return Call(name, json.dumps(arguments, ensure_ascii=False))

@@ -384,7 +384,7 @@ class _Channels:
     def _message(self, text: str) -> list[Part]:
         if self._tool is not None and self.tools:
             try:
-                return [Part("call", call=answer_calls._call(self._tool, text))]
+                return [Part("call", call=answer_calls.call_of(self._tool, text))]
             except ValueError:
                 return [Part("text", text)]
         kind: Literal["text", "thought"] = "text" if self._channel == "final" else "thought"

@@ -52,11 +52,17 @@ class Guides:
         if self._tokenizer is None:
             try:
                 from llguidance import LLTokenizer
+                from tokenizers import Tokenizer
             except ImportError:
                 raise GenerationError('guides need llguidance: pip install "lynx-trt[serve]"') from None
             source = self._path.read_text(encoding="utf-8")
+            # Some tokenizers have more tokens than the model; those are never allowed.
+            number = max(self._vocabulary, Tokenizer.from_str(source).get_vocab_size(with_added_tokens=True))
             self._added = {each["content"]: each["id"] for each in json.loads(source).get("added_tokens", [])}
-            self._tokenizer = LLTokenizer(source, n_vocab=self._vocabulary, eos_token=self._ends or None)
+            try:
+                self._tokenizer = LLTokenizer(source, n_vocab=number, eos_token=self._ends or None)
+            except ValueError as error:
+                raise GenerationError(f"answers of this model's tokenizer can't be guided: {error}") from None
         return self._added
 
 

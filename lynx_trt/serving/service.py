@@ -6,6 +6,7 @@ notes each piece; a third sends the pieces, watches for clients that went away, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -185,6 +186,8 @@ class Service:
                 _log(f"{type(error).__name__}: {error}")
                 self._engine.cancel(answer.sequence)
                 self._forget(answer)
+                with contextlib.suppress(Exception):  # it may have been the reply that failed
+                    answer.reply.fail("internal", f"{FAILED}: see the server's log")
         return streaming
 
     def _forget(self, answer: _Answer) -> None:
