@@ -259,7 +259,7 @@ def test_long_answers() -> None:
     long = "<tool_call><function=find><parameter=text>" + "x" * 100_000 + "</parameter></function></tool_call>"
     for answer, wanted in (
         (long, [("find", {"text": "x" * 100_000})]),
-        ("<tool_call>" + "<function=f><parameter=a>" * 300, [("f", {})]),
+        ("<tool_call>" + "<function=f><parameter=a>" * 5000, [("f", {})]),
         ("<" * 50_000, [("text", "<" * 50_000)]),
     ):
         assert parts(form, [answer[at : at + 100] for at in range(0, len(answer), 100)]) == wanted

@@ -9,7 +9,7 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,8 @@ def json_calls(text: str, texts: Texts) -> list[Call]:
 def function_calls(text: str, texts: Texts) -> list[Call]:
     """<function=NAME><parameter=KEY>VALUE</parameter></function> (Qwen3-Coder, Qwen3.5, Nemotron 3)."""
     calls = []
-    for name, body in _all(r"<function=([^>\n]+)>(.*?)(?:</function>|$)", text):
-        values = _all(r"<parameter=([^>\n]+)>(.*?)</parameter>", body)
+    for name, body in _between(r"<function=([^>\n]{1,256})>", "</function>", text, open_ended=True):
+        values = _between(r"<parameter=([^>\n]{1,256})>", "</parameter>", body)
         calls.append(call_of(name.strip(), _values(name.strip(), values, texts)))
     return _some(calls)
 
@@ -70,7 +70,7 @@ def function_calls(text: str, texts: Texts) -> list[Call]:
 def key_calls(text: str, texts: Texts) -> list[Call]:
     """NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value> (GLM)."""
     name, _, body = text.partition("<arg_key>")
-    pairs = _all(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", f"<arg_key>{body}")
+    pairs = _between(r"<arg_key>([^<]{1,256})</arg_key>\s*<arg_value>", "</arg_value>", f"<arg_key>{body}")
     if not re.fullmatch(r"\s*[\w.:-]+\s*", name):
         raise ValueError(text)
     return [call_of(name.strip(), _values(name.strip(), pairs, texts))]
@@ -78,8 +78,8 @@ def key_calls(text: str, texts: Texts) -> list[Call]:
 
 def section_key_calls(text: str, texts: Texts) -> list[Call]:
     """<tool_call:opensource>NAME<tool_sep:opensource> and keys and values as above, one or more (HY v3)."""
-    bodies = _all(r"<tool_call>(.*?)</tool_call>", text.replace(":opensource>", ">"))
-    return _some(call for (body,) in bodies for call in key_calls(body.replace("<tool_sep>", ""), texts))
+    bodies = _between("<tool_call>()", "</tool_call>", text.replace(":opensource>", ">"))
+    return _some(call for _, body in bodies for call in key_calls(body.replace("<tool_sep>", ""), texts))
 
 
 def invoke_calls(text: str, texts: Texts) -> list[Call]:
@@ -87,12 +87,10 @@ def invoke_calls(text: str, texts: Texts) -> list[Call]:
     value whether it is a string).
     """
     calls = []
-    for name, body in _all(r'<(?:｜DSML｜)?invoke name="([^"]+)">(.*?)</(?:｜DSML｜)?invoke>', text):
-        values = _all(
-            r'<(?:｜DSML｜)?parameter name="([^"]+)"(?: string="(\w+)")?>(.*?)</(?:｜DSML｜)?parameter>', body
-        )
-        said = {(name, key) for key, kind, _ in values if kind == "true"}
-        pairs = [(key, value) for key, _, value in values]
+    for name, body in _between(r'<invoke name="([^"]{1,256})">', "</invoke>", text.replace("｜DSML｜", "")):
+        values = list(_between(r'<parameter name="([^>]{1,256})>', "</parameter>", body))
+        pairs = [(key.partition('"')[0], value) for key, value in values]
+        said = {(name, key.partition('"')[0]) for key, _ in values if key.endswith(' string="true"')}
         calls.append(call_of(name, _values(name, pairs, texts | said)))
     return _some(calls)
 
@@ -100,12 +98,12 @@ def invoke_calls(text: str, texts: Texts) -> list[Call]:
 def section_calls(text: str, texts: Texts) -> list[Call]:
     """Calls between tokens of their own (Kimi K2: functions.NAME:0 and JSON; DeepSeek-V3.1: NAME and JSON)."""
     calls = []
-    for head, body in _all(
-        r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)(?:<\|tool_call_end\|>|$)", text
-    ):
+    begin = r"<\|tool_call_begin\|>([^<]{1,256})<\|tool_call_argument_begin\|>"
+    for head, body in _between(begin, "<|tool_call_end|>", text, open_ended=True):
         name = head.strip().removeprefix("functions.")
         calls.append(call_of(name.rpartition(":")[0] or name, json.loads(body)))
-    for head, body in _all(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|$)", text):
+    begin = "<｜tool▁call▁begin｜>([^<]{1,256})<｜tool▁sep｜>"
+    for head, body in _between(begin, "<｜tool▁call▁end｜>", text, open_ended=True):
         name, arguments = head.strip(), body
         if fenced := re.fullmatch(r"\s*([^\n]+)\n```json\n(.*?)\n```\s*", body, re.DOTALL):  # DeepSeek-V3 and R1
             name, arguments = fenced.groups()
@@ -163,7 +161,7 @@ def call_of(name: Any, arguments: Any) -> Call:
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def _values(tool: str, pairs: Iterable[tuple[str, ...]], texts: Texts) -> dict[str, Any]:
+def _values(tool: str, pairs: Iterable[tuple[str, str]], texts: Texts) -> dict[str, Any]:
     """Values of parameters: strings where the tool says so, else JSON where it is any, else strings too."""
     made = {}
     for key, value in pairs:
@@ -175,8 +173,18 @@ def _values(tool: str, pairs: Iterable[tuple[str, ...]], texts: Texts) -> dict[s
     return made
 
 
-def _all(pattern: str, text: str) -> list[tuple[str, ...]]:
-    return [found.groups(default="") for found in re.finditer(pattern, text, re.DOTALL)]
+def _between(begin: str, end: str, text: str, *, open_ended: bool = False) -> Iterator[tuple[str, str]]:
+    """What the group of the pattern `begin` is, and the text from there to `end`, again and again.
+
+    Without an end there is no further one; `open_ended`: the text's own is one too. So a text is gone through once.
+    """
+    pattern, at = re.compile(begin), 0
+    while found := pattern.search(text, at):
+        stop = text.find(end, found.end())
+        if stop < 0 and not open_ended:
+            return
+        yield found[1], text[found.end() : stop if stop >= 0 else len(text)]
+        at = stop + len(end) if stop >= 0 else len(text)
 
 
 def _some(calls: Iterable[Call]) -> list[Call]:
