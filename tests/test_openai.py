@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -398,8 +399,17 @@ def test_another_model(front: Front) -> None:
 
 
 def test_it_ends_with_the_server(front: Front) -> None:
+    """On SIGTERM what is in flight is answered first, and no connection of the front's keeps the server after that."""
     process = front.process()
-    front.server.end(signal.SIGKILL)
+    stream = complete(front, max_tokens=580, n=16, stream=True, extra_body={"ignore_eos": True})
+    pieces = [next(iter(stream))]
+    started = time.monotonic()
+    os.kill(front.server.pid, signal.SIGTERM)
+    pieces += list(stream)
+    assert sum(piece.choices[0].finish_reason == "length" for piece in pieces) == 16
+    front.client.close()
+    front.server.process.wait(25)
+    assert time.monotonic() - started < 25  # of the 30 that it would wait
     process.wait(10)
     assert front.ask("GET", "/health")[0] == 0
 

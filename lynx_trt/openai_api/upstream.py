@@ -74,7 +74,8 @@ class Upstream:
         self.address, self.model = address, model
         self._url = f"http://{address}/v2/models/{model}"
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # A connection that is kept would keep a server from ending that has been told to.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
             read_bufsize=_BUFFER,
         )
