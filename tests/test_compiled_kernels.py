@@ -35,8 +35,11 @@ Array = NDArray[Any]
 # Multiplies by mma.sync, by wgmma, by tcgen05; the others are like the first.
 KINDS = (80, 90, 100)
 EVERY_SM = [pytest.param(sm, marks=[] if sm in KINDS else pytest.mark.slow) for sm in SMS]
+# int4's other two forms have the same instructions.
+HERE_TOO = [(weights, 90) for weights in WEIGHTS if weights not in ("int4_g32_zeros", "int4_g128")]
+HERE_TOO += [("float", sm) for sm in KINDS]
 EVERY_WEIGHTS = [
-    pytest.param(weights, sm, marks=[] if sm == 90 or (weights == "float" and sm in KINDS) else pytest.mark.slow)
+    pytest.param(weights, sm, marks=[] if (weights, sm) in HERE_TOO else pytest.mark.slow)
     for sm in SMS
     for weights in WEIGHTS
 ]

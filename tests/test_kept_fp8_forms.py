@@ -156,7 +156,12 @@ def expanded_to(scales: torch.Tensor, block: tuple[int, int] | None, shape: torc
 
 @pytest.mark.parametrize(
     "form",
-    [pytest.param(form, marks=pytest.mark.slow) if form in ("odd rows", "wide", "large") else form for form in KEPT],
+    [
+        form
+        if form in ("deepseek", "exponents", "auto", "channel", "merged")
+        else pytest.param(form, marks=pytest.mark.slow)
+        for form in KEPT
+    ],
 )
 def test_tensors_are_those_of_the_checkpoint(form: str, stored: Make, built: Callable[..., Artifact]) -> None:
     """Byte for byte, each scale repeated, under the parameters' names and in LynxExperts' order."""
