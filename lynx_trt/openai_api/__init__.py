@@ -1,1 +1,1 @@
-"""OpenAI's API in front of a served model: HTTP and JSON on one side, Triton Inference Server's gRPC on the other."""
+"""OpenAI's API in front of a served model: HTTP and JSON on one side, Triton Inference Server on the other."""

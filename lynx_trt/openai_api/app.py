@@ -136,6 +136,7 @@ async def _events(upstream: Upstream, choices: Sequence[Inputs], body: Body) -> 
 
     An answer that has to be a call is one when it is whole.
     """
+    forced = body.forced
     texts: dict[int, str] = {}
     called: set[int] = set()
     queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
@@ -160,7 +161,7 @@ async def _events(upstream: Upstream, choices: Sequence[Inputs], body: Body) -> 
             if isinstance(found, Exception):
                 raise found
             open_ones -= found.end is not None
-            if (forced := body.forced) is not None:
+            if forced is not None:
                 texts[index] = texts.get(index, "") + found.text
                 found = as_call(replace(found, text=texts[index] if found.end else ""), forced)
             if found.calls and not body.parallel_tool_calls:

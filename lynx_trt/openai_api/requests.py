@@ -127,8 +127,12 @@ class Body(BaseModel):
             ApiError: one is no prompt, or a number that the served model's types can't hold.
         """
         try:
-            settings = [self._settings(sampling, number) for number in range(self.n)]
-            made = [{**prompt, **each} for prompt in self._prompts() for each in settings]
+            settings = self._settings(sampling)
+            made = [
+                {**prompt, **settings, "seed": self._seed(number)}
+                for prompt in self._prompts()
+                for number in range(self.n)
+            ]
         except RecursionError:
             raise ApiError(400, "the request is nested too deeply") from None
         for inputs in made:
@@ -146,16 +150,17 @@ class Body(BaseModel):
     def _most_tokens(self) -> int:
         raise NotImplementedError
 
-    def _settings(self, sampling: Sampling, number: int) -> Inputs:
-        temperature = sampling.temperature if self.temperature is None else self.temperature
-        seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed + number
+    def _seed(self, number: int) -> int:
+        return secrets.randbits(SEED_BITS) if self.seed is None else self.seed + number
+
+    def _settings(self, sampling: Sampling) -> Inputs:
+        """What all answers have in common."""
         settings: Inputs = {
             "max_tokens": self._most_tokens(),
-            "temperature": temperature,
+            "temperature": sampling.temperature if self.temperature is None else self.temperature,
             "top_p": sampling.top_p if self.top_p is None else self.top_p,
             # The others' extension has -1 for all tokens.
             "top_k": sampling.top_k if self.top_k is None else max(self.top_k, 0),
-            "seed": seed,
             # Also of an answer that goes out as a whole: the server notices that we hung up when it has to write.
             "stream": True,
         }

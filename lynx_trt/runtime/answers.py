@@ -67,8 +67,12 @@ class Form:
         """For an answer to a rendered prompt, which may have begun its thoughts; calls are told if it had `tools`."""
         if self.channels:
             return _Channels(bool(tools))
-        inside = self.thought is not None and prompt.rstrip().endswith(self.thought[0])
-        return _Marked(self.thought, self.calls if tools else None, answer_calls.texts_of(tools), inside)
+        texts = answer_calls.texts_of(tools)
+        return _Marked(self.thought, self.calls if tools else None, texts, self._begun(prompt))
+
+    def _begun(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends within thoughts."""
+        return self.thought is not None and prompt.rstrip().endswith(self.thought[0])
 
     def grammar(self, answer: str, prompt: str, tokens: Mapping[str, int]) -> str:
         """A grammar of the whole answer to a rendered prompt: thoughts, and then the rule `answer`, which is given.
@@ -95,7 +99,7 @@ class Form:
             start = f"({begin} {thought})* {terms('<|channel|>final<|message|>')} answer"
         elif self.thought is not None:
             rule, thought = until(self.thought[1])
-            if prompt.rstrip().endswith(self.thought[0]):
+            if self._begun(prompt):
                 start = f"{thought} LYNX_SPACE answer"
             else:
                 start = f"({terms(self.thought[0])} {thought} LYNX_SPACE)? answer"

@@ -28,6 +28,8 @@ class Tokenizer:
             self._tokenizer.no_padding()
         except Exception as error:
             raise ArtifactError(f"{path} can't be read as a tokenizer: {error}") from None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {number: token.content for number, token in added.items() if token.special}
         # Bytes outnumber characters in a byte-level vocabulary, so this is a bound for both.
         self.longest = max(map(len, self.vocabulary()), default=1)
 
@@ -49,10 +51,8 @@ class Tokenizer:
 
     def stream(self, shown: Iterable[str] = ()) -> Stream:
         """A decoder for one sequence; special tokens are left out, but for those `shown`."""
-        tokens = self._tokenizer.get_added_tokens_decoder()
         wanted = set(shown)
-        hidden = {number for number, token in tokens.items() if token.special and token.content not in wanted}
-        return Stream(self, frozenset(hidden))
+        return Stream(self, frozenset(number for number, text in self._special.items() if text not in wanted))
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
