@@ -65,6 +65,22 @@ class Restriction:
             tuple(min(layer) for layer in zip(*(each.floors for each in several), strict=True)),
         )
 
+    @staticmethod
+    def strictest(several: Iterable[Restriction]) -> Restriction:
+        """In each layer the smallest of the budgets and the highest of the floors."""
+        several = list(several)
+        return Restriction(
+            tuple(min(layer) for layer in zip(*(each.budgets for each in several), strict=True)),
+            tuple(max(layer) for layer in zip(*(each.floors for each in several), strict=True)),
+        )
+
+    def towards(self, other: Restriction, share: float) -> Restriction:
+        """In each layer so far (0: this one, 1: the other) from this one's budget and floor to the other's."""
+        return Restriction(
+            tuple(math.ceil(a + share * (b - a)) for a, b in zip(self.budgets, other.budgets, strict=True)),
+            tuple(a + share * (b - a) for a, b in zip(self.floors, other.floors, strict=True)),
+        )
+
 
 def in_words(restriction: Restriction, experts: Sequence[int]) -> dict[str, str]:
     """`budgets` and `floors` for a person, those that restrict any of the layers of `experts` [N] experts."""

@@ -33,6 +33,11 @@ def main(
     quality: Annotated[
         str, typer.Option(help="Of requests that ask for none: max, balanced, fast, or a fraction of the experts.")
     ] = "balanced",
+    tpot: Annotated[
+        float,
+        typer.Option(help="Milliseconds of a token (TPOT) for which that quality is lowered under load; 0: never."),
+    ] = 0.0,
+    lowest: Annotated[str, typer.Option(help="The lowest quality for it.")] = "fast",
     max_tokens: Annotated[int, typer.Option(help="New tokens of requests that don't say.")] = 128,
     deadline: Annotated[float, typer.Option(help="Seconds after which a request is ended, at most.")] = 300.0,
     backend: Annotated[
@@ -63,6 +68,7 @@ def main(
         str | None,
         typer.Option(help="Change the default quality of the repository --output, also while it is served; no more."),
     ] = None,
+    set_tpot: Annotated[float | None, typer.Option(help="The same for --tpot; both may be given.")] = None,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Install the server for --start in the user's cache; no more.")
     ] = False,
@@ -78,8 +84,8 @@ def main(
     if prepare:
         _prepare(json_output)
         return
-    if set_quality is not None:
-        _set_quality(output, set_quality, json_output)
+    if set_quality is not None or set_tpot is not None:
+        _set_dial(output, set_quality, set_tpot, json_output)
         return
     if openai_port is not None:
         _check_openai(start)
@@ -91,6 +97,8 @@ def main(
         slots=slots,
         queue=queue,
         quality=quality,
+        tpot=tpot,
+        lowest=lowest,
         max_tokens=max_tokens,
         deadline=deadline,
         backend=backend,
@@ -153,7 +161,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
-    Dial.of(opened.manifest).check_default(settings.quality)
+    settings.check_dial(Dial.of(opened.manifest))
     if refused:
         _check_slots(opened, settings.slots, here=here)
     return opened
@@ -249,16 +257,20 @@ def _start(repository: Repository, address: Any, drain: int, more: list[str], js
     start(command, openai_command(repository, address, drain=drain) if address.openai is not None else ())
 
 
-def _set_quality(output: Path | None, quality: str, json_output: bool) -> None:
-    from lynx_trt.serving.repository import set_quality
+def _set_dial(output: Path | None, quality: str | None, tpot: float | None, json_output: bool) -> None:
+    from lynx_trt.serving.repository import set_dial
 
     if output is None:
-        raise UsageError("--set-quality changes a repository; name it with --output")
-    set_quality(output, quality)
+        option = "--set-tpot" if quality is None else "--set-quality"
+        raise UsageError(f"{option} changes a repository; name it with --output")
+    setting = set_dial(output, quality=quality, tpot=tpot)
     if json_output:
-        print_json({"repository": str(output), "quality": quality})
+        print_json({"repository": str(output), "quality": setting.quality, "tpot": setting.tpot})
         return
-    typer.echo(f"The default quality of {output} is {quality}; a running server takes it within two seconds")
+    target = f", lowered under load for a TPOT of {setting.tpot:g} ms" if setting.tpot else ""
+    typer.echo(
+        f"The default quality of {output} is {setting.quality}{target}; a running server takes it within two seconds"
+    )
 
 
 def _prepare(json_output: bool) -> None:

@@ -20,7 +20,8 @@ from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord
 from lynx_trt.errors import LynxError, ServingError, UsageError
 from lynx_trt.serving import environment, server
 from lynx_trt.serving.config import Name, protobuf_text, text_config
-from lynx_trt.serving.repository import Repository, set_quality, write_repository
+from lynx_trt.serving.dial import DialSetting
+from lynx_trt.serving.repository import Repository, set_dial, write_repository
 from lynx_trt.serving.schema import INPUTS, OUTPUTS
 from lynx_trt.serving.settings import Settings
 
@@ -122,7 +123,7 @@ def test_text_format_takes_any_string() -> None:
 
 def test_repository_is_whole(with_engine: Artifact, tmp_path: Path) -> None:
     folder = write(with_engine, tmp_path / "repository").folder
-    assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced"}
+    assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced", "tpot": 0.0}
     layers = (folder / "tiny" / "moe_layers.txt").read_text().splitlines()
     assert layers == [layer.name for layer in with_engine.manifest.model.moe_layers]
     assert sorted(path.name for path in folder.iterdir()) == ["dial.json", "lynx-repository.json", "tiny"]
@@ -205,18 +206,39 @@ def test_names_that_are_no_model_s(name: str, text_artifact: Artifact, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_set_quality(text_artifact: Artifact, tmp_path: Path) -> None:
+def test_set_dial(text_artifact: Artifact, tmp_path: Path) -> None:
     """In place, so that a file mounted into a container follows; a wrong one changes nothing."""
     written = write(text_artifact, tmp_path / "repository")
     inode = (written.folder / "dial.json").stat().st_ino
-    set_quality(written.folder, "0.25")
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25"}
+    set_dial(written.folder, quality="0.25")
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0}
     assert (written.folder / "dial.json").stat().st_ino == inode
     with pytest.raises(LynxError, match="'best'"):
-        set_quality(written.folder, "best")
+        set_dial(written.folder, quality="best")
     with pytest.raises(UsageError, match="no repository"):
-        set_quality(tmp_path, "max")
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25"}
+        set_dial(tmp_path, quality="max")
+    with pytest.raises(UsageError, match="tpot is nan"):
+        set_dial(written.folder, tpot=float("nan"))
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0}
+    set_dial(written.folder, tpot=30.0)
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 30.0}
+    (written.folder / "dial.json").write_text("{")  # what became of it is no obstacle
+    set_dial(written.folder, tpot=20.0)
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "balanced", "tpot": 20.0}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tpot": "soon"}', '{"tpot": -1}', '{"tpot": NaN}', '{"tpot": 1e300}'])
+def test_what_is_no_dial_file(text: str) -> None:
+    with pytest.raises(UsageError, match="tpot"):
+        DialSetting.read(text, Settings())
+
+
+def test_a_dial_file_that_says_less() -> None:
+    """The file of an operator, or of an older repository: the rest is as the repository was made."""
+    settings = Settings(quality="max", tpot=25.0)
+    assert DialSetting.read("{}", settings) == DialSetting("max", 25.0)
+    assert DialSetting.read('{"quality": "fast"}', settings) == DialSetting("fast", 25.0)
+    assert DialSetting.read('{"tpot": 0}', settings) == DialSetting("max", 0.0)
 
 
 # --- Flags, ports, environment.
@@ -337,7 +359,7 @@ def test_command_writes_and_tells(text_artifact: Artifact, tmp_path: Path) -> No
     assert report["model"] == "tiny"
     changed = command("-o", str(tmp_path / "r"), "--set-quality", "fast")
     assert changed.returncode == 0
-    assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast"}
+    assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast", "tpot": 0.0}
 
 
 def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
@@ -372,7 +394,9 @@ def test_slots_for_a_larger_machine(text_artifact: Artifact, tmp_path: Path) -> 
 def test_set_quality_for_machines(text_artifact: Artifact, tmp_path: Path) -> None:
     written = write(text_artifact, tmp_path / "r")
     result = command("-o", str(written.folder), "--set-quality", "0.3", "--json")
-    assert json.loads(result.stdout) == {"repository": str(written.folder), "quality": "0.3"}
+    assert json.loads(result.stdout) == {"repository": str(written.folder), "quality": "0.3", "tpot": 0.0}
+    result = command("-o", str(written.folder), "--set-tpot", "12.5")
+    assert "is 0.3, lowered under load for a TPOT of 12.5 ms; a running server" in result.stdout
     assert command("-o", str(written.folder), "--set-quality", "best").returncode == 2
 
 
@@ -384,8 +408,10 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
     written = write(read(tmp_path / "off"), tmp_path / "r")
     for quality in ("0.1", "fast"):
         with pytest.raises(UsageError, match=f"'{quality}' means nothing .* --preset off"):
-            set_quality(written.folder, quality)
-    set_quality(written.folder, "max")
+            set_dial(written.folder, quality=quality)
+    set_dial(written.folder, quality="max")
+    with pytest.raises(UsageError, match=r"tpot is 30 ms, but an artifact built with --preset off"):
+        set_dial(written.folder, tpot=30.0)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +421,9 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
         (["nowhere"], 1, "no such artifact"),
         (["ARTIFACT", "--quality", "best"], 2, "'best'"),
         (["OFF", "--quality", "fast"], 2, "'fast' means nothing for an artifact built with --preset off"),
+        (["ARTIFACT", "--tpot", "-1"], 2, "tpot is -1.0"),
+        (["ARTIFACT", "--tpot", "20", "--lowest", "worst"], 2, "'worst'"),
+        (["OFF", "--tpot", "20"], 2, "tpot is 20 ms, but an artifact built with --preset off"),
         (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
         (["ARTIFACT", "--slots", "9" * 20], 2, "slots is 99999999999999999999; it must be 65536 or less"),
         (["HUGE", "--slots", "9999", "--start"], 2, "9999 sequences need"),
@@ -402,7 +431,8 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
         (["ARTIFACT", "--threads", "1024", "--start"], 2, "--threads is 1024, and this process may use"),
         (["ARTIFACT", "--name", "../x"], 2, "--name"),
         (["ARTIFACT", "--http-port", "70000"], 2, "--http-port"),
-        (["--set-quality", "max"], 2, "--output"),
+        (["--set-quality", "max"], 2, "--set-quality changes a repository; name it with --output"),
+        (["--set-tpot", "20"], 2, "--set-tpot changes a repository; name it with --output"),
         (["BARE"], 1, "has no tokenizer"),
         (["CHANGED"], 1, "was changed since it was built"),
         (["GARBLED", "--no-verify"], 1, "tokenizer.json can't be read as a tokenizer"),
@@ -430,7 +460,7 @@ def test_command_mistakes(
     content = bytearray((places["CHANGED"] / "model.onnx").read_bytes())
     content[-1] ^= 1
     (places["CHANGED"] / "model.onnx").write_bytes(content)
-    output = [] if "--set-quality" in arguments else ["-o", str(tmp_path / "r")]
+    output = [] if any(word.startswith("--set-") for word in arguments) else ["-o", str(tmp_path / "r")]
     words_given = [str(places.get(argument, argument)) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["serve", *words_given, *output])
     with pytest.raises(SystemExit) as ended:

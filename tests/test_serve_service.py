@@ -311,16 +311,42 @@ def test_dial_file_changes_the_default(serve: Callable[..., Served], tmp_path: P
     dial = tmp_path / "dial.json"
     dial.write_text('{"quality": "fast"}')
     served = serve(dial_file=dial)
-    assert served.service._default == Restriction((1, 1))
+    assert served.service._pace.restriction == Restriction((1, 1))
     for content, default in (('{"quality": "max"}', (8, 8)), ("{", (8, 8)), ('{"quality": "0.5"}', (4, 4))):
         dial.write_text(content)
         end = time.monotonic() + 5
-        while served.service._dial_text != content or served.service._default.budgets != default:
+        while served.service._dial_text != content or served.service._pace.restriction.budgets != default:
             assert time.monotonic() < end
             time.sleep(0.02)
     log = capfd.readouterr().err
     assert "the default quality is 0.5" in log
     assert "can't be read" in log
+
+
+def test_quality_is_lowered_for_a_target(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """Of requests that ask for none, and only while tokens take longer than they may."""
+    dial = tmp_path / "dial.json"
+    dial.write_text("{}")
+    served = serve(dial_file=dial, tpot=2.0, lowest="0.1")
+
+    def active(**values: Any) -> float:
+        reply = served.ask(text_input=PROMPT, max_tokens=40, **values).wait()
+        return float(reply.responses[-1]["active_experts"].max())
+
+    with pytest.MonkeyPatch.context() as slower:
+        slower.setattr(served.backend, "next_tokens", slowly(served.backend.next_tokens))
+        active()
+        active()
+        assert served.service._pace.position == 1.0
+        assert (active(quality="max"), active()) == (2.0, 1.0)
+        served.service._flush()
+        assert served.sink.values["lynx_pace", None] == 1.0
+        assert served.sink.values["lynx_quality_default", None] == 0.125
+    dial.write_text('{"tpot": 0}')
+    while served.service._dial_text != '{"tpot": 0}':
+        time.sleep(0.02)
+    assert served.service._pace.position == 0.0
+    assert active() == 2.0
 
 
 def test_close_tells_those_that_are_left(text_artifact: Artifact) -> None:

@@ -69,15 +69,23 @@ class Dial:
         Raises:
             UsageError: it is no quality, or one that an artifact without a dial can't have.
         """
-        try:
-            self.restriction(quality)
-        except GenerationError as error:
-            raise UsageError(str(error)) from None
+        self.check_quality(quality)
         if self.fixed and quality.strip() not in ("max", "balanced"):
             raise UsageError(
                 f"the quality {quality!r} means nothing for an artifact built with --preset off, which uses all "
                 "experts; leave it out, or build with another preset"
             )
+
+    def check_quality(self, quality: str) -> None:
+        """Refuse what is no quality.
+
+        Raises:
+            UsageError: as `restriction` raises for a request.
+        """
+        try:
+            self.restriction(quality)
+        except GenerationError as error:
+            raise UsageError(str(error)) from None
 
     def share(self, restriction: Restriction) -> float:
         """Its budgets as a fraction of all experts, mean over the layers."""

@@ -75,6 +75,7 @@ class StepReport:
         seconds: time of the step, with the draws of the next tokens.
         active: i32 [N], active experts of each MoE layer.
         restriction: the one in force.
+        delayed: sequences in decode that a step of prefill kept waiting.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class StepReport:
     seconds: float
     active: Array
     restriction: Restriction
+    delayed: int = 0
 
 
 class Observer(Protocol):
@@ -361,6 +363,7 @@ class Scheduler:
     ) -> None:
         """One step of the backend, and what follows from it for each of its sequences."""
         started = time.perf_counter()
+        delayed = len(self._decoding()) if kind == "prefill" else 0
         placed = list(zip(np.flatnonzero(lengths).tolist(), rows, strict=True))
         # Those whose prompt goes on after this chunk have no next token yet.
         whole = [(place, s) for place, s in placed if s.cached + lengths[place] >= len(s.prompt)]
@@ -386,7 +389,8 @@ class Scheduler:
         if self._observer:
             seconds = time.perf_counter() - started
             tokens = int(lengths.sum())
-            self._observer.on_step(StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction))
+            report = StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction, delayed)
+            self._observer.on_step(report)
 
     def _take(self, slot: int, sequence: Generated, token: int) -> None:
         if token == NOT_FINITE:

@@ -1,7 +1,7 @@
 """The model repository: a model, the artifact's files, and the copy of lynx_trt that serves them.
 
     REPOSITORY/
-      dial.json               the default quality; an operator changes it while the server runs
+      dial.json               the default quality and the target; an operator changes them while the server runs
       lynx-repository.json    what the repository was made from, and how
       NAME/config.pbtxt       text in, tokens streamed out (Python backend)
       NAME/1/model.py         with lynx_trt/, and the artifact's files in artifact/
@@ -21,7 +21,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from lynx_trt.errors import ServingError, UsageError
 from lynx_trt.partials import partial
 from lynx_trt.runtime.sampling import recommended
 from lynx_trt.serving.config import LAYER_LABELS, WARM_UP_TEXT, text_config
+from lynx_trt.serving.dial import NAME as DIAL
+from lynx_trt.serving.dial import DialSetting
 from lynx_trt.serving.settings import Settings
 
 MARKER = "lynx-repository.json"
-DIAL = "dial.json"
 # What a serving process imports of lynx_trt; the rest needs torch and what else a server doesn't have.
 MODULES = (
     "__init__.py",
@@ -99,16 +100,18 @@ def write_repository(
         return Repository(target, name, reused=True)
     with _writing(target, overwrite=overwrite) as folder:
         _write_text_model(folder / name, artifact, name, settings)
-        (folder / DIAL).write_text(_json({"quality": settings.quality}), encoding="utf-8")
+        DialSetting.of(settings).write(folder / DIAL)
         (folder / MARKER).write_text(_json(made_from), encoding="utf-8")
     return Repository(target, name)
 
 
-def set_quality(folder: Path, quality: str) -> None:
-    """Change the default quality of a repository, also while it is served: the server looks every second.
+def set_dial(folder: Path, *, quality: str | None = None, tpot: float | None = None) -> DialSetting:
+    """Change the default quality of a repository, the target, or both, also while it is served.
+
+    The server looks every second. What is None stays as it is.
 
     Raises:
-        UsageError: `folder` is no repository of ours, or there is no such quality for its artifact.
+        UsageError: `folder` is no repository of ours, or there is no such quality or target for its artifact.
     """
     from lynx_trt.artifact import read
     from lynx_trt.runtime.quality import Dial
@@ -116,9 +119,19 @@ def set_quality(folder: Path, quality: str) -> None:
     if not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
     made_from = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest).check_default(quality)
-    # In place and not renamed: a file mounted into a container keeps its inode.
-    (folder / DIAL).write_text(_json({"quality": quality}), encoding="utf-8")
+    settings = Settings.of(made_from["settings"])
+    try:
+        setting = DialSetting.read((folder / DIAL).read_text(encoding="utf-8"), settings)
+    except (OSError, UsageError):  # whatever became of it: it is written anew
+        setting = DialSetting.of(settings)
+    setting = DialSetting(
+        setting.quality if quality is None else quality,
+        setting.tpot if tpot is None else tpot,
+    )
+    dial = Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest)
+    replace(settings, quality=setting.quality, tpot=setting.tpot).check_dial(dial)
+    setting.write(folder / DIAL)
+    return setting
 
 
 def _made_from(artifact: Artifact, name: str, settings: Settings) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from typing import Protocol
 
 import numpy as np
 
-from lynx_trt.errors import BusyError, GenerationError, LynxError
+from lynx_trt.errors import BusyError, GenerationError, LynxError, UsageError
 from lynx_trt.runtime.answers import Parts
 from lynx_trt.runtime.backend import Array, Backend
 from lynx_trt.runtime.engine import Engine
-from lynx_trt.runtime.scheduler import Policy, Scheduler
+from lynx_trt.runtime.pace import Pace, Target
+from lynx_trt.runtime.scheduler import Policy, Scheduler, StepReport
 from lynx_trt.runtime.sequence import Generated
+from lynx_trt.serving.dial import DialSetting
 from lynx_trt.serving.metrics import Metrics
 from lynx_trt.serving.requests import Parser
 from lynx_trt.serving.schema import FAILED
@@ -77,7 +79,7 @@ class Service:
     """One model, from request to response."""
 
     def __init__(self, backend: Backend, parser: Parser, metrics: Metrics, dial_file: Path | None = None) -> None:
-        """Start to serve. `dial_file` holds the default quality, and is looked at every second."""
+        """Start to serve. `dial_file` holds the default quality and the target, and is looked at every second."""
         settings = parser.settings
         self._parser, self._metrics, self._dial_file = parser, metrics, dial_file
         policy = Policy(
@@ -86,11 +88,12 @@ class Service:
             prefill_tokens=settings.prefill_tokens,
             reuse=settings.reuse,
         )
-        self._default = parser.dial.restriction(settings.quality)
+        self._pace = Pace(self._target(DialSetting.of(settings)))
         self._dial_text: str | None = None
         self._read_dial()
-        scheduler = Scheduler(backend, parser.limits, restriction=self._default, policy=policy, observer=metrics)
-        self._engine = Engine(scheduler)
+        restriction = self._pace.restriction
+        self._scheduler = Scheduler(backend, parser.limits, restriction=restriction, policy=policy, observer=self)
+        self._engine = Engine(self._scheduler)
         self._answers: list[_Answer] = []
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -139,6 +142,18 @@ class Service:
         if answer.stream and (not answer.begun or not self._parser.settings.stream_interval):
             self._wake.set()
 
+    # --- On the engine's thread, see Observer.
+
+    def on_step(self, report: StepReport) -> None:
+        """Count a step, and let it move the pace."""
+        self._metrics.on_step(report)
+        self._pace.on_step(report)
+        self._scheduler.set_restriction(self._pace.restriction)
+
+    def on_end(self, sequence: Generated) -> None:
+        """Count a request that has ended."""
+        self._metrics.on_end(sequence)
+
     # --- On the replies' thread.
 
     def _send_forever(self) -> None:
@@ -161,7 +176,7 @@ class Service:
                 if now >= next_dial:
                     next_dial = now + DIAL_SECONDS
                     self._read_dial()
-                    self._engine.scheduler.set_restriction(self._default)
+                    self._scheduler.set_restriction(self._pace.restriction)
             except Exception as error:  # the thread serves all, so it goes on
                 _log(f"{type(error).__name__}: {error}")
             due = min(next_cancel, next_metrics, next_pieces if streaming and interval else next_cancel)
@@ -214,11 +229,13 @@ class Service:
                 self._engine.cancel(answer.sequence)
 
     def _flush(self) -> None:
-        scheduler = self._engine.scheduler
-        self._metrics.flush(running=scheduler.running, waiting=scheduler.waiting, default=self._default)
+        scheduler, pace = self._scheduler, self._pace
+        self._metrics.flush(
+            running=scheduler.running, waiting=scheduler.waiting, default=pace.restriction, pace=pace.position
+        )
 
     def _read_dial(self) -> None:
-        """Take the default quality from the dial file; one that can't be read changes nothing."""
+        """Take the default quality and the target from the dial file; one that can't be read changes nothing."""
         if self._dial_file is None:
             return
         try:
@@ -229,11 +246,17 @@ class Service:
             return
         self._dial_text = text
         try:
-            quality = str(json.loads(text)["quality"])
-            self._default = self._parser.dial.restriction(quality)
-            _log(f"the default quality is {quality}")
-        except (ValueError, KeyError, TypeError, GenerationError) as error:
+            setting = DialSetting.read(text, self._parser.settings)
+            self._pace.set_target(self._target(setting))
+        except (UsageError, GenerationError) as error:
             _log(f"{self._dial_file} can't be read ({error}); the default quality stays")
+            return
+        lowered = f", and as low as {self._parser.settings.lowest} for a TPOT of {setting.tpot:g} ms"
+        _log(f"the default quality is {setting.quality}{lowered if setting.tpot else ''}")
+
+    def _target(self, setting: DialSetting) -> Target:
+        dial, lowest = self._parser.dial, self._parser.settings.lowest
+        return Target(dial.restriction(setting.quality), dial.restriction(lowest), setting.tpot / 1e3)
 
 
 def statistics(sequence: Generated) -> dict[str, Array]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from lynx_trt.errors import UsageError
+from lynx_trt.runtime.quality import Dial
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
-LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001}
+LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001, "tpot": 0.0}
 # Far beyond what any machine serves, so that a slip of the hand is no repository; tokens are i32 in requests.
 MOST: dict[str, float] = {
     "slots": 65536,
@@ -21,6 +22,7 @@ MOST: dict[str, float] = {
     "prefill_tokens": 2**24,
     "stream_interval": 3600,
     "reuse": 2**31 - 1,
+    "tpot": 3.6e6,
 }
 
 
@@ -40,6 +42,9 @@ class Settings:
         prefill_tokens: tokens of one prefill step, padding included.
         stream_interval: seconds between two pieces of one stream, at least; tokens in between come as one piece.
         reuse: tokens that a prompt has to begin with as another in a slot does to take them from there; 0: none ever.
+        tpot: milliseconds of a token after a request's first, at most; while they take longer, requests that ask for no
+            quality get a lower one. 0: no such target; the dial file may have another.
+        lowest: the lowest quality that they get for it.
 
     Raises UsageError if a value is out of its range.
     """
@@ -55,6 +60,8 @@ class Settings:
     prefill_tokens: int = 256
     stream_interval: float = 0.05
     reuse: int = 32
+    tpot: float = 0.0
+    lowest: str = "fast"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -68,6 +75,20 @@ class Settings:
                 name = field.name.replace("_", "-")
                 bound = f"{most:.10g} or less" if value > most else f"{least} or more"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
+
+    def check_dial(self, dial: Dial) -> None:
+        """Refuse a quality that the artifact's dial doesn't have, or a target that it can't serve.
+
+        Raises:
+            UsageError: it is no quality, or the artifact has no dial.
+        """
+        dial.check_default(self.quality)
+        dial.check_quality(self.lowest)
+        if self.tpot and dial.fixed:
+            raise UsageError(
+                f"tpot is {self.tpot:g} ms, but an artifact built with --preset off uses all experts, so there is "
+                "nothing to lower for it; leave it out, or build with another preset"
+            )
 
     def parameters(self) -> dict[str, str]:
         """As the model's configuration holds them."""

@@ -1,0 +1,80 @@
+"""The pace: quality given up under load, as little as a target for the time of a token asks for.
+
+In decode an MoE layer's time grows with the experts that a batch loads, and those with the batch, so a target that is
+kept at night is missed at noon. Someone has to choose then: fewer sequences, more machines, or fewer experts for each
+step. `Pace` does the last: an integral controller between two restrictions that an operator names, on the time that
+decoding sequences have waited for their tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lynx_trt.budgets import Restriction
+from lynx_trt.runtime.scheduler import StepReport
+
+WINDOW = 8  # decode steps between two looks: a mean of fewer says more of the noise than of the load
+# Of the target: where a look that found it missed wants to be, and below which quality is given back. Between that and
+# the target nothing moves: who keeps the target has nothing to pay for it.
+AIM = 0.9
+# Of the way for each relative error. From all experts to few a step's time falls by a half or so: the error's own
+# share that one look takes away is then a quarter, which settles within some ten looks and doesn't swing. Kernels whose
+# time is all experts' have twice that, which still doesn't.
+GAIN = 0.5
+STRIDE = 0.2  # of the way, at most, for one look: one outlier moves little
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an operator asks for.
+
+    Attributes:
+        default: the restriction of requests that ask for no quality, as long as the target is kept.
+        lowest: the one that they may come to; where the default is stricter already, that stays.
+        seconds: of a token after the first (TPOT), at most; 0: no target.
+    """
+
+    default: Restriction
+    lowest: Restriction
+    seconds: float = 0.0
+
+    def at(self, position: float) -> Restriction:
+        """The restriction so far (0 to 1) on the way from the default to the lowest."""
+        return self.default.towards(Restriction.strictest([self.default, self.lowest]), position)
+
+
+class Pace:
+    """Where on that way a served model is; `on_step` moves it."""
+
+    def __init__(self, target: Target) -> None:
+        """Begin at the default."""
+        self._target, self.position = target, 0.0
+        self.restriction = target.default
+        self._seconds, self._steps = 0.0, 0
+
+    def set_target(self, target: Target) -> None:
+        """Another target from the next step on; how far quality is turned down stays until the next look."""
+        if target != self._target:
+            self._target = target
+            self._place(self.position)
+
+    def on_step(self, report: StepReport) -> None:
+        """Take one step's time, where sequences waited for it that decode."""
+        if report.kind == "decode":
+            self._steps += 1
+        elif not report.delayed:
+            return
+        self._seconds += report.seconds
+        if self._steps < WINDOW:
+            return
+        mean = self._seconds / self._steps
+        self._seconds, self._steps = 0.0, 0
+        if not self._target.seconds:
+            return
+        took = mean / self._target.seconds
+        if not AIM <= took <= 1:
+            self._place(self.position + max(-STRIDE, min(STRIDE, GAIN * (took - AIM))))
+
+    def _place(self, position: float) -> None:
+        self.position = max(0.0, min(1.0, position)) if self._target.seconds else 0.0
+        self.restriction = self._target.at(self.position)
