@@ -32,7 +32,7 @@ HALF = {"large": {16: "20", 32: "28"}, "tiny": {16: "10", 32: "12"}}
 READ_BYTES = 400 << 20
 
 
-def large_checkpoint(folder: Path) -> Path:
+def large_checkpoint(folder: Path, positions: int = 128) -> Path:
     """A Qwen3-MoE with random weights."""
     import torch
     import transformers
@@ -51,7 +51,7 @@ def large_checkpoint(folder: Path) -> Path:
             num_experts=64,
             num_experts_per_tok=4,
             norm_topk_prob=True,
-            max_position_embeddings=128,
+            max_position_embeddings=positions,
             tie_word_embeddings=True,
         )
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)

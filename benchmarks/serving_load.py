@@ -212,14 +212,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def serving(artifact: Path, folder: Path, threads: int) -> Iterator[Target]:
-    """The artifact, served with 64 slots until the block ends."""
+def serving(artifact: Path, folder: Path, threads: int, *more: str) -> Iterator[Target]:
+    """The artifact, served with 64 slots, or with the options that are given, until the block ends."""
     http, grpc, metrics = free_ports(3)
     options = f"--name {NAME} --slots 64 --start --threads {threads}".split()
     options += f"--http-port {http} --grpc-port {grpc} --metrics-port {metrics}".split()
-    command = [sys.executable, "-m", "lynx_trt.serve", str(artifact), "-o", str(folder / "repository"), *options]
+    command = [sys.executable, "-m", "lynx_trt.serve", str(artifact), "-o", str(folder / "repository")]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
+        process = subprocess.Popen([*command, *options, *more], stdout=log, stderr=subprocess.STDOUT)  # noqa: S603
     target = Target("127.0.0.1", http, metrics, NAME, process.pid)
     try:
         for _ in range(600):

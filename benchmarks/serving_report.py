@@ -24,6 +24,53 @@ def tables(record: Record) -> str:
     return "\n\n".join([_place(record), _judged(record), _load(record)])
 
 
+def pace_tables(record: Record) -> str:
+    """What serving_pace.py has recorded."""
+    head = ("clients", "quality", "tokens/s", "TPOT p50 / p90 ms", "answers within the target", "active experts")
+    rows = [
+        (
+            str(row["clients"]),
+            row["way"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tpot_ms']['p50']:.1f} / {row['tpot_ms']['p90']:.1f}",
+            f"{100 * row['kept']:.0f} %",
+            f"{row['active_experts']:.1f}",
+        )
+        for row in record["phases"]
+    ]
+    target = f"The target is {record['tpot_ms']:.1f} ms, {record['share']} of what `max` takes with the most clients."
+    return "\n\n".join([_place(record), target, _markdown([head, *rows])])
+
+
+def plot_pace(record: Record, path: Path) -> None:
+    """Time per token of each answer, and the experts that it had, over the run."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(11, 6.5), sharex=True)
+    for number, way in enumerate(record["ways"]):
+        answers = [one for one in record["answers"] if one["way"] == way]
+        ended = [one["ended"] for one in answers]
+        for axis, key in zip(axes, ("tpot_ms", "active"), strict=True):
+            axis.plot(ended, [one[key] for one in answers], ".", ms=4, alpha=0.5, color=f"C{number}", label=way)
+    axes[0].axhline(record["tpot_ms"], color="black", lw=1, ls="--", label="the target")
+    axes[0].set(ylabel="time per token of an answer, ms", ylim=(0, None))
+    axes[1].set(ylabel="active experts a layer, mean of an answer", xlabel="seconds; clients above", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        for phase, clients in enumerate(record["clients"]):
+            axis.axvline(phase * record["seconds"], color="grey", lw=0.6)
+            at = (phase + 0.5) * record["seconds"]
+            axis.text(at, 0.97, f"{clients}", ha="center", va="top", transform=axis.get_xaxis_transform())
+    axes[0].legend(loc="lower right")
+    place = f"{record['model']}, {record['cores']} cores of {record['cpu']}"
+    figure.suptitle(f"{place}; commit {record['commit']}, {record['time'][:10]}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def steps_tables(record: Record) -> str:
     """What serving_steps.py has recorded."""
     place = _busy(record) + (

@@ -255,7 +255,7 @@ def test_end_token_beyond_the_vocabulary(
     assert told == [str(token) for token in ([value] if isinstance(value, int) else value) if token not in known]
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+@pytest.mark.parametrize("content", ["", "{}", *(pytest.param(x, marks=pytest.mark.slow) for x in ("{", "[]"))])
 def test_damaged_tokenizer(
     content: str, build_quietly: Build, own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +367,7 @@ ROUTER = "model.layers.0.mlp.gate.weight"
     ("name", "value", "words"),
     [
         (EXPERT, float("nan"), ["nan at [2, 3]", "broken"]),  # one tensor of many that are stacked
-        (EXPERT, float("-inf"), ["-inf at [2, 3]", "broken"]),
+        pytest.param(EXPERT, float("-inf"), ["-inf at [2, 3]", "broken"], marks=pytest.mark.slow),
         (EXPERT, 1e6, ["1e+06 at [2, 3]", "more than fp16 holds", "--precision bf16 or fp32"]),
         (EXPERT, -65520.0, ["-65520 at [2, 3]", "more than fp16 holds"]),  # the least that rounds to infinity
         (ROUTER, float("inf"), ["inf at [2, 3]", "broken"]),

@@ -14,9 +14,9 @@ from lynx_trt.budgets import Restriction
 from lynx_trt.runtime.scheduler import StepReport
 
 WINDOW = 8  # decode steps between two looks: a mean of fewer says more of the noise than of the load
-# Of the target: where a look that found it missed wants to be, and below which quality is given back. Between that and
-# the target nothing moves: who keeps the target has nothing to pay for it.
-AIM = 0.9
+# Of the target: what a look finds is a mean, and single answers vary around it, so quality is lowered from a little
+# below the target on, and given back below AIM. Between both nothing moves: it would only follow the noise.
+AIM, MOST = 0.85, 0.95
 # Of the way for each relative error. From all experts to few a step's time falls by a half or so: the error's own
 # share that one look takes away is then a quarter, which settles within some ten looks and doesn't swing. Kernels whose
 # time is all experts' have twice that, which still doesn't.
@@ -72,7 +72,7 @@ class Pace:
         if not self._target.seconds:
             return
         took = mean / self._target.seconds
-        if not AIM <= took <= 1:
+        if not AIM <= took <= MOST:
             self._place(self.position + max(-STRIDE, min(STRIDE, GAIN * (took - AIM))))
 
     def _place(self, position: float) -> None:
