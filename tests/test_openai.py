@@ -95,6 +95,14 @@ def chat(front: Front, messages: Any = MESSAGES, **settings: Any) -> Any:
     return front.client.chat.completions.create(model="tiny", messages=messages, **{**greedy, **settings})
 
 
+def test_usage_says_what_the_cache_had(front: Front) -> None:
+    """What an earlier prompt began with, all but the last token, which has to be computed."""
+    prompt = "the same instructions at the beginning of each prompt"
+    assert [complete(front, prompt).usage.prompt_tokens_details.cached_tokens for _ in range(2)] == [0, len(prompt) - 1]
+    two = complete(front, [prompt, prompt + " and more"], n=2)
+    assert two.usage.prompt_tokens_details.cached_tokens >= 2 * len(prompt) - 2
+
+
 def test_completion(front: Front, alone: Text) -> None:
     answer = complete(front)
     (choice,) = answer.choices
@@ -105,6 +113,7 @@ def test_completion(front: Front, alone: Text) -> None:
         tokens, 30, tokens + 30
     )  # fmt: skip
     assert choice.lynx["output_tokens"] == 30
+    assert answer.usage.prompt_tokens_details.cached_tokens == choice.lynx["cached_tokens"] < tokens
     assert choice.lynx["active_experts"] == [2.0, 2.0]
     assert complete(front, max_tokens=openai.NOT_GIVEN).usage.completion_tokens == 16
     stopped = complete(front, stop=choice.text[5:8]).choices[0]
@@ -428,7 +437,7 @@ class Calling:
     async def answer(self, _: Any) -> AsyncIterator[Piece]:
         for name in ("find", "stop"):
             yield Piece("", None, "", (json.dumps({"id": "1", "name": name, "arguments": "{}"}),))
-        yield Piece("", End("end", 5, 9, 0.0, 0.1, 0.01, [2.0]))
+        yield Piece("", End("end", 5, 0, 9, 0.0, 0.1, 0.01, [2.0]))
 
     async def close(self) -> None:
         pass
@@ -573,7 +582,7 @@ def test_calls_of_tools_in_an_answer() -> None:
     """As OpenAI's own types read them; a stream counts on where it was."""
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-    end = End("end", 5, 9, 0.0, 0.1, 0.01, [2.0])
+    end = End("end", 5, 0, 9, 0.0, 0.1, 0.01, [2.0])
     calls = tuple(json.dumps({"id": name[0], "name": name, "arguments": '{"a": 1}'}) for name in ("find", "stop"))
     pieces = [Piece("Let me see."), Piece("", None, "", calls[:1]), Piece("", None, "", calls[1:]), Piece("", end)]
     form = Form.new("tiny", chat=True)

@@ -107,9 +107,15 @@ def _call(call: dict[str, str], where: dict[str, int]) -> dict[str, Any]:
     return {**where, "id": call["id"], "type": "function", "function": function}
 
 
-def usage(ends: Sequence[End], prompts: int) -> dict[str, int]:
+def usage(ends: Sequence[End], prompts: int) -> dict[str, Any]:
     """Tokens of a request: of each prompt once, and of all answers to it."""
     each = max(len(ends) // prompts, 1)
     asked = sum(end.prompt_tokens for end in ends[::each])
+    cached = sum(end.cached_tokens for end in ends[::each])
     written = sum(end.output_tokens for end in ends)
-    return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": written,
+        "total_tokens": asked + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

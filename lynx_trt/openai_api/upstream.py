@@ -30,6 +30,7 @@ class End:
 
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int
     output_tokens: int
     queue_seconds: float
     first_token_seconds: float

@@ -48,6 +48,9 @@ OUTPUTS = (
     ),
     Tensor("finish_reason", "TYPE_STRING", (1,), True, "end, stop, length or deadline"),
     Tensor("prompt_tokens", "TYPE_INT32", (1,), True, "tokens of the prompt"),
+    Tensor(
+        "cached_tokens", "TYPE_INT32", (1,), True, "of the prompt, those that another prompt had put into the cache"
+    ),
     Tensor("output_tokens", "TYPE_INT32", (1,), True, "tokens written"),
     Tensor("queue_seconds", "TYPE_FP32", (1,), True, "time waited for a slot"),
     Tensor("first_token_seconds", "TYPE_FP32", (1,), True, "time from arrival to the first token"),

@@ -269,6 +269,7 @@ def statistics(sequence: Generated) -> dict[str, Array]:
     return {
         "finish_reason": _strings(sequence.finish or ""),
         "prompt_tokens": np.array([len(sequence.prompt)], dtype=np.int32),
+        "cached_tokens": np.array([sequence.reused], dtype=np.int32),
         "output_tokens": np.array([tokens], dtype=np.int32),
         "queue_seconds": np.array([(started or submitted) - submitted], dtype=np.float32),
         "first_token_seconds": np.array([(first or ended) - submitted], dtype=np.float32),
