@@ -32,7 +32,7 @@ from serving_load import DOCS, PAGE, crowd, percentiles, prompts, serving, told
 from serving_report import insert, pace_tables, plot_pace
 
 CLIENTS = (1, 4, 16, 4, 1)
-SHARE = 0.75
+SHARE = 0.8
 LOWEST = "0.25"
 WAYS = {"max": ("max", False), LOWEST: (LOWEST, False), "paced": ("max", True)}  # quality, with the target
 TAKEN_SECONDS = 2.5  # the server looks at the dial file every second, and ends what it has begun
