@@ -176,6 +176,14 @@ def main(
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: no limit.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw no token of less than this share of the likeliest's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of tokens in prompt and answer; 1: none.")
+    ] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of tokens that the answer has.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken from them as often as the answer has them.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws; each prompt has its own generator.", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End a sequence before this text; repeatable.")] = None,
     chat: Annotated[
@@ -210,7 +218,7 @@ def main(
             raise UsageError(f"{name} is for chat models' templates; add --chat, or leave it out")
     options = None if chat_options is None else parse_options(chat_options)
     prompts = prompt or []
-    sampling = Sampling(temperature, top_p, seed, top_k)
+    sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     with Progress(quiet=json_output) as progress:
         opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
     if not chat and not json_output and (opened.folder / CHAT_TEMPLATE).is_file():

@@ -169,6 +169,7 @@ class HostDriver:
             floats(top_p, np.float64) if nucleus else np.ones(rows),
             floats(top_k, np.int32) if nucleus else np.zeros(rows, np.int32),
             floats(uniform, np.float64),
+            np.zeros(rows),
         )
         tokens = draw(values, draws)
         for row in np.flatnonzero((temperature > 0) & ((draws.top_p < 1) | (draws.top_k > 0))):

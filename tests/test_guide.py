@@ -6,22 +6,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from test_answers import ANSWERS
 from test_serve_service import Served
 
 from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.errors import GenerationError
-from lynx_trt.runtime import draws as device
 from lynx_trt.runtime.answers import form_of
-from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED
 from lynx_trt.runtime.chat import ChatTemplate
 from lynx_trt.runtime.guide import Guides
-from lynx_trt.runtime.sampling import Sampling, draw, draws_of
 from lynx_trt.serving.settings import Settings
 
 pytest.importorskip("llguidance", reason='needs the grammars: pip install "lynx-trt[serve]"')
@@ -178,42 +173,7 @@ def test_a_served_chat_may_think_first(served: Served) -> None:
     object.__setattr__(served.parser, "template", None)
 
 
-# --- What is drawn.
-
-
-def test_draws_of_what_is_allowed() -> None:
-    """Greedy, at random, among top-k and top-p; a row whose logits are no numbers is told as such."""
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal((6, 50)).astype(np.float32)
-    logits[4, 7] = np.nan
-    allowed = np.zeros(50, np.bool_)
-    allowed[[3, 8, 20]] = True
-    ways = [Sampling(), Sampling(1.0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.01), Sampling(1.0), Sampling()]
-    rows = [(row, way, way.generator(row)) for row, way in enumerate(ways)]
-    made = draws_of(6, rows, dict.fromkeys(range(5), allowed))
-    tokens = draw(logits, made)
-    best = [int(np.where(allowed, logits[row], -np.inf).argmax()) for row in range(5)]
-    assert tokens[[0, 2, 3]].tolist() == [best[row] for row in (0, 2, 3)]
-    assert allowed[tokens[1]]
-    assert tokens[4] == NOT_FINITE
-    assert tokens[5] == logits[5].argmax()
-    many = [
-        draw(logits[:1], draws_of(1, [(0, Sampling(5.0), np.random.default_rng(n))], {0: allowed}))[0]
-        for n in range(40)
-    ]
-    assert set(many) == {3, 8, 20}
-
-
-def test_draws_on_a_gpu_leave_guided_rows_to_the_host() -> None:
-    logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
-    allowed = np.zeros(50, np.bool_)
-    allowed[9] = True
-    made = draws_of(3, [(0, Sampling(), None), (1, Sampling(), None)], {1: allowed})  # type: ignore[list-item]
-    asked: list[int] = []
-    buffers = SimpleNamespace(logits_of=lambda row: (asked.append(row), logits[row : row + 1])[1])
-    found = device.DeviceDraws.finish(SimpleNamespace(_buffers=buffers), np.array([4, 5, 6]), made)  # type: ignore[arg-type]
-    assert found.tolist() == [4, 9, NOT_WANTED]
-    assert asked == [1]
+# --- Tokenizers.
 
 
 def test_tokenizers(text_artifact: Artifact, tmp_path: Path) -> None:

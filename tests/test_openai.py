@@ -624,8 +624,16 @@ def test_what_a_request_asks_of_the_model() -> None:
         "temperature": 0.6,
         "top_p": 0.95,
         "top_k": 20,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "stream": True,
     }
+    penalties = {"min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 1, "frequency_penalty": -0.5}
+    (asked,) = ChatBody.read(
+        json.dumps({"model": "m", "messages": MESSAGES, **penalties, "logit_bias": {"5": -100}}).encode()
+    ).choices(own)
+    assert {name: asked[name] for name in penalties} == penalties
+    assert asked["logit_bias"] == '{"5": -100.0}'
     more = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 9, "top_k": -1}
     more |= {"max_completion_tokens": 7, "deadline": 2.5, "n": 2, "seed": 5, "stop": "\n", "quality": 0.5}
     first, second = ChatBody.read(json.dumps({"model": "m", "messages": MESSAGES, **more}).encode()).choices(own)

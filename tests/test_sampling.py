@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from lynx_trt.errors import UsageError
 from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED
-from lynx_trt.runtime.sampling import LEADING, Sampling, draw, draws_of
+from lynx_trt.runtime.sampling import LEADING, Sampling, draw, draws_of, recommended
 
 Array = NDArray[Any]
 
@@ -52,6 +53,25 @@ def allowed(logits: Array, sampling: Sampling) -> list[int]:
 def test_sampling_out_of_range(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            '{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}',
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05},
+        ),
+        ('{"temperature": "hot", "top_k": -5, "top_p": 1.5, "min_p": null, "repetition_penalty": 0}', {}),
+        ("[]", {}),
+        ("{", {}),
+    ],
+)
+def test_what_a_checkpoint_recommends(text: str, found: dict[str, float], tmp_path: Path) -> None:
+    """What can't be used is as if it weren't there, and so is a file that can't be read."""
+    assert recommended(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(text)
+    assert recommended(tmp_path) == found
 
 
 def test_greedy_takes_the_best_and_of_equals_the_lower() -> None:

@@ -120,6 +120,7 @@ def tensors(**values: Any) -> dict[str, Array]:
     """As the server's Python backend hands them over."""
     dtypes = {"max_tokens": np.int32, "temperature": np.float32, "top_p": np.float32, "seed": np.int64}
     dtypes |= {"deadline": np.float32, "top_k": np.int32, "input_ids": np.int32}
+    dtypes |= dict.fromkeys(("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), np.float32)
     dtypes |= dict.fromkeys(("stream", "ignore_eos", "parts"), np.bool_)
     made = {}
     for name, value in values.items():

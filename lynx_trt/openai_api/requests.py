@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,16 +22,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "suffix": ("",),
     "top_logprobs": (0,),
     "web_search_options": (),
@@ -64,6 +59,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class StreamOptions(BaseModel):
@@ -82,6 +79,11 @@ class Body(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
@@ -157,13 +159,17 @@ class Body(BaseModel):
         """What all answers have in common."""
         settings: Inputs = {
             "max_tokens": self._most_tokens(),
-            "temperature": sampling.temperature if self.temperature is None else self.temperature,
-            "top_p": sampling.top_p if self.top_p is None else self.top_p,
-            # The others' extension has -1 for all tokens.
-            "top_k": sampling.top_k if self.top_k is None else max(self.top_k, 0),
             # Also of an answer that goes out as a whole: the server notices that we hung up when it has to write.
             "stream": True,
         }
+        for name, value in asdict(sampling).items():
+            settings[name] = value if getattr(self, name) is None else getattr(self, name)
+        settings["top_k"] = max(settings["top_k"], 0)  # the others' extension has -1 for all tokens
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self, name):
+                settings[name] = getattr(self, name)
+        if self.logit_bias:
+            settings["logit_bias"] = json.dumps(self.logit_bias)
         if self.stop:
             settings["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.quality is not None:

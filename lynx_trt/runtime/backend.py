@@ -29,6 +29,14 @@ class StepResult:
 NOT_WANTED, NOT_FINITE = -1, -2
 
 
+class RowEdits(Protocol):
+    """What is done to a row's logits before its token is drawn."""
+
+    def apply(self, logits: Array) -> Array:
+        """Other logits f32 [V] in the place of these, which stay as they are."""
+        ...
+
+
 @dataclass(frozen=True)
 class Draws:
     """How the rows of a step draw their next token; [B] each.
@@ -40,7 +48,8 @@ class Draws:
         top_k: i32; 0: no limit.
         uniform: f64, 0 to below 1: where in the distribution the token is, the tokens in the order of their ids, or
             from the likeliest on where top-k or top-p leave some of them.
-        allowed: for some rows by their number, bool [V]: the tokens that may be drawn.
+        min_p: f64; tokens of less than this share of the likeliest's probability are not drawn; 0: no limit.
+        edits: for some rows, by their number.
     """
 
     wanted: Array
@@ -48,7 +57,8 @@ class Draws:
     top_p: Array
     top_k: Array
     uniform: Array
-    allowed: Mapping[int, Array] = field(default_factory=dict)
+    min_p: Array
+    edits: Mapping[int, RowEdits] = field(default_factory=dict)
 
     @property
     def scale(self) -> Array:
@@ -61,9 +71,16 @@ class Draws:
     def row(self, row: int) -> Draws:
         """Those of one row."""
         one = slice(row, row + 1)
-        allowed = {0: self.allowed[row]} if row in self.allowed else {}
-        how = self.temperature[one], self.top_p[one], self.top_k[one], self.uniform[one]
-        return Draws(self.wanted[one], *how, allowed)
+        edits = {0: self.edits[row]} if row in self.edits else {}
+        how = self.temperature[one], self.top_p[one], self.top_k[one], self.uniform[one], self.min_p[one]
+        return Draws(self.wanted[one], *how, edits)
+
+    @property
+    def on_host(self) -> Array:
+        """The rows that kernels can't draw: those with edits, and with a min_p that leaves any out."""
+        rows = (self.min_p > 0) & (self.temperature > 0)
+        rows[list(self.edits)] = True
+        return np.flatnonzero(rows & self.wanted)
 
 
 @dataclass(frozen=True)

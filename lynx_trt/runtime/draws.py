@@ -65,7 +65,6 @@ class DeviceDraws:
     def finish(self, tokens: Array, draws: Draws) -> Array:
         """The tokens i64 [B] of a step, from what the GPU drew; what it could not is drawn here."""
         found = np.where(draws.wanted, tokens, NOT_WANTED).astype(np.int64)
-        guided = [row for row in draws.allowed if draws.wanted[row]]
-        for row in {*np.flatnonzero(found == BEYOND).tolist(), *guided}:
+        for row in {*np.flatnonzero(found == BEYOND).tolist(), *draws.on_host.tolist()}:
             found[row] = draw(self._buffers.logits_of(row), draws.row(row))[0]
         return found

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p; one seeded generator a sequence.
+"""From logits to the next token: greedy, temperature, top-k, top-p, min-p; one seeded generator a sequence.
 
 `draw` is what it means, and what runs on the host; a GPU draws by `lynx_trt.plugins.draw_kernel`. Both compute
 exp((logit - best) / temperature) in float32 and add in float64: they differ only where a draw is on a token's edge.
@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from lynx_trt.errors import UsageError
-from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED, Array, Draws
+from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED, Array, Draws, RowEdits
 
 # The likeliest tokens are looked for among so many first; they are in order, which all are too many to be.
 LEADING = (256, 8192)
+# As in OpenAI's API, which has no repetition penalty; what that is beyond 10, 10 is as well.
+MOST_PENALTY, MOST_BIAS, MOST_REPETITION = 2.0, 100.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Sampling:
             of those that `top_k` leaves.
         seed: of the draws.
         top_k: draw from so many likeliest tokens, ties to the lower id; 0: from all.
+        min_p: draw no token of less than this share of the likeliest's probability, before the others' limits.
+        repetition_penalty: logits of tokens in prompt and answer are divided by it, or multiplied where below 0
+            (Keskar et al. 2019, section 4.1).
+        presence_penalty: is taken from the logits of tokens that the answer has.
+        frequency_penalty: is taken from them as often as it has them.
+        logit_bias: (token, what is added to its logit), -100 to 100.
 
     Raises UsageError if a value is out of its range.
     """
@@ -40,6 +48,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -48,38 +61,65 @@ class Sampling:
             raise UsageError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.top_k < 1 << 31:
             raise UsageError(f"top-k is {self.top_k}; it must be 0 (no limit) or a number of tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p is {self.min_p}; it must be from 0 (no limit) to 1")
+        if not 0 < self.repetition_penalty <= MOST_REPETITION:
+            raise UsageError(
+                f"the repetition penalty is {self.repetition_penalty}; it must be above 0 and at most "
+                f"{MOST_REPETITION:g}, and 1 is none"
+            )
+        for name in ("presence", "frequency"):
+            value = getattr(self, f"{name}_penalty")
+            if not -MOST_PENALTY <= value <= MOST_PENALTY:
+                raise UsageError(
+                    f"the {name} penalty is {value}; it must be from {-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+                )
+        for token, bias in self.logit_bias:
+            if not -MOST_BIAS <= bias <= MOST_BIAS:
+                raise UsageError(
+                    f"the logit bias of token {token} is {bias}; it must be from {-MOST_BIAS:g} to {MOST_BIAS:g}"
+                )
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before a token is drawn; see lynx_trt.runtime.edits."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias)
 
     def generator(self, sequence: int) -> np.random.Generator:
         """The generator of one sequence: it depends on the seed and its number, not on what else is in the batch."""
         return np.random.default_rng([self.seed, sequence])
 
 
+RECOMMENDED = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
+
+
 def recommended(folder: Path) -> dict[str, float]:
-    """What a checkpoint's generation config says of temperature, top_p and top_k; what can't be used is left out."""
+    """What a checkpoint's generation config says of these values; what can't be used is left out."""
     try:
         found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     made: dict[str, float] = {}
-    for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+    for name, kind in RECOMMENDED.items():
         value = found.get(name) if isinstance(found, dict) else None
         with contextlib.suppress(UsageError, TypeError, ValueError, OverflowError):
-            made[name] = getattr(Sampling(**{name: kind(value)}), name)  # type: ignore[arg-type]
+            made[name] = getattr(Sampling(**{name: kind(value)}), name)
     return made
 
 
 def draws_of(
-    batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]], allowed: Mapping[int, Array] | None = None
+    batch: int, rows: Iterable[tuple[int, Sampling, np.random.Generator]], edits: Mapping[int, RowEdits] | None = None
 ) -> Draws:
-    """The draws of a step of `batch` rows: (row, how, its generator) of each that wants one; `allowed`: see Draws."""
+    """The draws of a step of `batch` rows: (row, how, its generator) of each that wants one; `edits`: see Draws."""
     draws = Draws(
         np.zeros(batch, np.bool_), np.zeros(batch), np.ones(batch), np.zeros(batch, np.int32), np.zeros(batch),
-        allowed or {},
+        np.zeros(batch), edits or {},
     )  # fmt: skip
     for row, sampling, generator in rows:
         draws.wanted[row] = True
         draws.temperature[row] = sampling.temperature
-        draws.top_p[row], draws.top_k[row] = sampling.top_p, sampling.top_k
+        draws.top_p[row], draws.top_k[row], draws.min_p[row] = sampling.top_p, sampling.top_k, sampling.min_p
         if sampling.temperature > 0:
             draws.uniform[row] = generator.random()
     return draws
@@ -94,8 +134,8 @@ def draw(logits: Array, draws: Draws) -> Array:
     scale = draws.scale
     for row, token in zip(rows.tolist(), best, strict=True):
         values, largest = logits[row], logits[row, token]
-        if math.isfinite(largest) and row in draws.allowed:
-            values = np.where(draws.allowed[row], values, np.float32(-np.inf))
+        if math.isfinite(largest) and row in draws.edits:
+            values = draws.edits[row].apply(values)
             token = values.argmax()
             largest = values[token]
         if not math.isfinite(largest):
@@ -106,6 +146,9 @@ def draw(logits: Array, draws: Draws) -> Array:
             # Probabilities, but for a factor. Next to no temperature takes the others far below every number.
             with np.errstate(over="ignore"):
                 weights = np.exp((values - largest) * scale[row])
+            if draws.min_p[row]:
+                left_out = weights < draws.min_p[row]
+                values, weights = np.where(left_out, np.float32(-np.inf), values), np.where(left_out, 0, weights)
             tokens[row] = _from(values, weights, draws.top_p[row], int(draws.top_k[row]), draws.uniform[row])
     return tokens
 

@@ -367,8 +367,8 @@ class Scheduler:
         placed = list(zip(np.flatnonzero(lengths).tolist(), rows, strict=True))
         # Those whose prompt goes on after this chunk have no next token yet.
         whole = [(place, s) for place, s in placed if s.cached + lengths[place] >= len(s.prompt)]
-        allowed = {place: s.guide.allowed() for place, s in whole if s.guide is not None}
-        draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole], allowed)
+        edits = {place: made for place, s in whole if (made := s.edits()) is not None}
+        draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole], edits)
         try:
             result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
         except Exception as error:

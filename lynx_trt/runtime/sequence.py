@@ -11,6 +11,7 @@ import numpy as np
 
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import LynxError
+from lynx_trt.runtime.edits import Edits, History
 from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.text import Stream
 
@@ -82,7 +83,16 @@ class Generated:
     guide: Guide | None = None  # what it may write
 
     def __post_init__(self) -> None:
-        self.generator: np.random.Generator = self.request.sampling.generator(self.request.number)
+        sampling = self.request.sampling
+        self.generator: np.random.Generator = sampling.generator(self.request.number)
+        self._history = History(self.prompt, sampling) if sampling.edits else None
+
+    def edits(self) -> Edits | None:
+        """What is done to the logits before its next token is drawn, if anything is."""
+        if self._history is None and self.guide is None:
+            return None
+        history = self._history or History((), self.request.sampling)
+        return history.edits(self.guide.allowed() if self.guide is not None else None)
 
     def add(self, token: int, limits: Limits) -> None:
         """Take the next token: text grows and is passed on, and the sequence may have its end."""
@@ -93,6 +103,8 @@ class Generated:
             self._show("", final=True)
             return
         self.tokens.append(token)
+        if self._history is not None:
+            self._history.take(token)
         if self.guide is not None:
             self.guide.take(token)
         self._show(self.stream.push(token), final=False)

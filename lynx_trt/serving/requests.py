@@ -24,6 +24,8 @@ from lynx_trt.serving.settings import Settings
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_GUIDE_CHARACTERS = 1 << 20
+# Values that change logits before a token is drawn, and those that change nothing.
+PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 # A request has one of these.
 PROMPTS = ("text_input", "messages", "input_ids")
 _OTHERS = " or ".join(PROMPTS[1:])
@@ -79,6 +81,8 @@ class Parser:
             top_p=float(_one(values, "top_p", 1.0)),
             seed=self._at_least(values, "seed", 0, 0),
             top_k=int(_one(values, "top_k", 0)),
+            logit_bias=self._biases(values),
+            **{name: float(_one(values, name, default)) for name, default in PENALTIES.items()},
         )
         quality = _text(values, "quality")
         request = Request(
@@ -93,6 +97,24 @@ class Parser:
         sequence = Generated(prompt.tokens, request, self.tokenizer.stream(parts.form.markers if parts else ()))
         sequence.guide = self._guide(values, prompt)
         return Asked(sequence, bool(_one(values, "stream", False)), parts)
+
+    def _biases(self, values: Mapping[str, Array]) -> tuple[tuple[int, float], ...]:
+        text = _text(values, "logit_bias")
+        if text is None:
+            return ()
+        try:
+            found = json.loads(text)
+            biases = tuple((int(token), float(bias)) for token, bias in found.items())
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            raise GenerationError(
+                f"logit_bias is {text[:64]!r}; it must be a JSON object of token ids and what is added to their logits"
+            ) from None
+        for token, _ in biases:
+            if not 0 <= token < self.limits.vocabulary:
+                raise GenerationError(
+                    f"logit_bias has the token {token}, and the model has the tokens 0 to {self.limits.vocabulary - 1}"
+                )
+        return biases
 
     def _guide(self, values: Mapping[str, Array], prompt: _Prompt) -> Guide | None:
         text = _text(values, "guide")
