@@ -184,8 +184,18 @@ def test_tokenizers(text_artifact: Artifact, tmp_path: Path) -> None:
     words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}
     words |= {"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "normalizer": None}
     path.write_text(json.dumps({**words, "post_processor": None, "truncation": None, "padding": None}))
+    guides = Guides(path, 2, [])
+    guides.prepare()  # no trouble of those who ask for none
     with pytest.raises(GenerationError, match="answers of this model's tokenizer can't be guided: "):
-        Guides(path, 2, []).make('{"regex": ".*"}')
+        guides.make('{"regex": ".*"}')
+
+
+def test_the_tokenizer_is_read_before_it_is_asked_for(text_artifact: Artifact, tmp_path: Path) -> None:
+    path = tokenizer_with([], text_artifact, tmp_path)
+    guides = Guides(path, 256, [])
+    guides.prepare()
+    path.unlink()
+    assert guides.make('{"choice": ["a"]}').allowed().any()
 
 
 def test_a_model_without_the_library(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ thinks before its answer is free: the grammar is that of its whole answer, thoug
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -28,10 +29,15 @@ class Guides:
     """Makes guides for one model."""
 
     def __init__(self, tokenizer: Path, vocabulary: int, end_tokens: Iterable[int]) -> None:
-        """Of a `tokenizer.json` of the model's `vocabulary`; nothing is read before a guide is asked for."""
+        """Of a `tokenizer.json` of the model's `vocabulary`, which is read with the first guide, or by `prepare`."""
         self._path, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(end_tokens)
         self._tokenizer: Any = None
         self._added: dict[str, int] = {}
+
+    def prepare(self) -> None:
+        """Read the tokenizer, two seconds for one of 150,000 tokens; whoever asks for a guide is told if that fails."""
+        with contextlib.suppress(GenerationError):
+            self._tokens()
 
     def make(self, text: str, form: Form = PLAIN, prompt: str = "") -> Guide:
         """The guide that a request asks for, of an answer to a rendered prompt.

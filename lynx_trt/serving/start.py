@@ -56,6 +56,7 @@ def start_service(
     layers = [layer.name for layer in opened.manifest.model.moe_layers]
     limits, tokenizer = limits_of(opened.manifest), opened.path(TOKENIZER)
     guides = Guides(tokenizer, limits.vocabulary, limits.end_tokens)
+    guides.prepare()  # and not while the first who asks for one holds up all others
     parser = Parser(Tokenizer(tokenizer), limits, dial, settings, guides, _template(opened.folder))
     return Service(backend, parser, Metrics(ServerSink(utils, labels), layers, dial), dial_file)
 
