@@ -52,6 +52,10 @@ def main(
         int,
         typer.Option(help="Tokens that a prompt begins with as an earlier one, to take them from the cache; 0: never."),
     ] = 32,
+    check: Annotated[
+        int,
+        typer.Option(help="Decode steps of which one is done with all experts too, to see what fewer cost; 0: never."),
+    ] = 500,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,
     docker: Annotated[bool, typer.Option("--docker", help="Print the command for the vendor's container.")] = False,
@@ -105,6 +109,7 @@ def main(
         threads=threads,
         stream_interval=stream_interval,
         reuse=reuse,
+        check=check,
     )
     opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
     name = name or _name(opened)

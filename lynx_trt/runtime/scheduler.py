@@ -28,6 +28,7 @@ import numpy as np
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError, LynxError, first_line
 from lynx_trt.runtime.backend import NOT_FINITE, Array, Backend, StepSizes
+from lynx_trt.runtime.check import Check, Checks
 from lynx_trt.runtime.held import Held
 from lynx_trt.runtime.sampling import draws_of
 from lynx_trt.runtime.sequence import Generated, Limits
@@ -45,6 +46,7 @@ class Policy:
         prefill_first: no decode step before every admitted prompt is in the cache; a fixed batch then decodes
             together from its first token to its last.
         reuse: tokens of a prompt, at least, that are taken from a slot which has them; 0: none ever.
+        check: restricted decode steps of which one is done with all experts too, to see what that changes; 0: none.
     """
 
     queue: int = 64
@@ -53,6 +55,7 @@ class Policy:
     prefill_rows: int = 64
     prefill_first: bool = False
     reuse: int = 32
+    check: int = 0
 
     def within(self, sizes: StepSizes) -> Policy:
         """The policy as far as a backend can follow it."""
@@ -76,6 +79,7 @@ class StepReport:
         active: i32 [N], active experts of each MoE layer.
         restriction: the one in force.
         delayed: sequences in decode that a step of prefill kept waiting.
+        check: what the restriction changed, where that was looked at.
     """
 
     kind: str
@@ -86,6 +90,7 @@ class StepReport:
     active: Array
     restriction: Restriction
     delayed: int = 0
+    check: Check | None = None
 
 
 class Observer(Protocol):
@@ -125,6 +130,7 @@ class Scheduler:
         self._active = np.zeros(len(limits.experts))
         self._joined: dict[Generated, tuple[int, Array]] = {}
         self._held = Held(backend.slots, self.policy.reuse, backend.rewinds)
+        self._checks = Checks(backend, limits.experts, self.policy.check)
 
     @property
     def waiting(self) -> int:
@@ -369,8 +375,12 @@ class Scheduler:
         whole = [(place, s) for place, s in placed if s.cached + lengths[place] >= len(s.prompt)]
         edits = {place: made for place, s in whole if (made := s.edits()) is not None}
         draws = draws_of(len(ids), [(place, s.request.sampling, s.generator) for place, s in whole], edits)
+        check = None
         try:
-            result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
+            if kind == "decode":
+                result, check = self._checks.step(ids, past, lengths, restriction, draws)
+            else:
+                result = self._backend.next_tokens(ids, past, lengths, restriction, draws, first=first)
         except Exception as error:
             self._fail(rows, GenerationError(f"the model failed in a {kind} step: {first_line(error)}"))
             return
@@ -389,8 +399,9 @@ class Scheduler:
         if self._observer:
             seconds = time.perf_counter() - started
             tokens = int(lengths.sum())
-            report = StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction, delayed)
-            self._observer.on_step(report)
+            self._observer.on_step(
+                StepReport(kind, len(rows), len(ids), tokens, seconds, result.active, restriction, delayed, check)
+            )
 
     def _take(self, slot: int, sequence: Generated, token: int) -> None:
         if token == NOT_FINITE:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,10 +52,16 @@ SPECS = (
     Spec("lynx_pace", "gauge", "How far the default quality is turned towards the lowest to keep --tpot: 0 to 1"),
     Spec("lynx_floor_in_force", "gauge", "Votes for each voting token that an expert needed in the last decode steps"),
     Spec("lynx_floor_default", "gauge", "The same, of requests that ask for no quality"),
+    Spec("lynx_checked_tokens_total", "counter", "Tokens whose next one was looked at with all experts too"),
+    Spec("lynx_kl_total", "counter", "KL of their distributions with all experts from those with the selection, nats"),
+    Spec("lynx_agreed_tokens_total", "counter", "Of them those whose likeliest next token is the same"),
     Spec("lynx_queue_seconds", "histogram", "Time a request waited for a slot"),
     Spec("lynx_first_token_seconds", "histogram", "Time from a request's arrival to its first token"),
     Spec("lynx_token_seconds", "histogram", "Mean time of each further token of a request"),
 )
+
+
+CHECKED = ("lynx_checked_tokens_total", "lynx_kl_total", "lynx_agreed_tokens_total")
 
 
 class Sink(Protocol):
@@ -81,7 +87,8 @@ class Metrics:
         """`layers` [N] are the MoE layers' names."""
         self._sink, self._layers, self._dial = sink, layers, dial
         self._lock = threading.Lock()
-        self._sums: dict[tuple[str, str | None], float] = {}
+        # There from the start, so that a rate has something to begin with.
+        self._sums: dict[tuple[str, str | None], float] = {(name, None): 0.0 for name in CHECKED}
         self._values: list[tuple[str, float]] = []
         self._active = np.zeros(len(layers))
         self._steps = self._rows = 0
@@ -99,6 +106,9 @@ class Metrics:
             self._steps, self._rows = self._steps + 1, self._rows + report.rows
             self._active += report.active
             self._restriction = report.restriction
+            if report.check is not None:
+                for name, value in zip(CHECKED, astuple(report.check), strict=True):
+                    self._add(name, None, value)
 
     def on_end(self, sequence: Generated) -> None:
         """See Observer."""

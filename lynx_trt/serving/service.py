@@ -87,6 +87,7 @@ class Service:
             chunk=settings.chunk,
             prefill_tokens=settings.prefill_tokens,
             reuse=settings.reuse,
+            check=settings.check,
         )
         self._pace = Pace(self._target(DialSetting.of(settings)))
         self._dial_text: str | None = None

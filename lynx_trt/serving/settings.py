@@ -10,7 +10,7 @@ from lynx_trt.errors import UsageError
 from lynx_trt.runtime.quality import Dial
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
-LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001, "tpot": 0.0}
+LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001, "tpot": 0.0, "check": 0}
 # Far beyond what any machine serves, so that a slip of the hand is no repository; tokens are i32 in requests.
 MOST: dict[str, float] = {
     "slots": 65536,
@@ -23,6 +23,7 @@ MOST: dict[str, float] = {
     "stream_interval": 3600,
     "reuse": 2**31 - 1,
     "tpot": 3.6e6,
+    "check": 10**9,
 }
 
 
@@ -45,6 +46,8 @@ class Settings:
         tpot: milliseconds of a token after a request's first, at most; while they take longer, requests that ask for no
             quality get a lower one. 0: no such target; the dial file may have another.
         lowest: the lowest quality that they get for it.
+        check: decode steps with fewer experts of which one is done with all of them too, to see what that costs in
+            quality; 0: none.
 
     Raises UsageError if a value is out of its range.
     """
@@ -62,6 +65,7 @@ class Settings:
     reuse: int = 32
     tpot: float = 0.0
     lowest: str = "fast"
+    check: int = 500
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
