@@ -24,6 +24,23 @@ def tables(record: Record) -> str:
     return "\n\n".join([_place(record), _judged(record), _load(record)])
 
 
+def quality_table(record: Record) -> str:
+    """What serving_quality.py has recorded."""
+    head = ("quality", "--max-kl", "KL, nats a token", "same likeliest token", "active experts", "tokens looked at")
+    rows = [
+        (
+            row["quality"],
+            f"{row['max_kl']:g}" if row["max_kl"] else "-",
+            f"{row['kl']:.4f}",
+            f"{100 * row['agreement']:.1f} %",
+            f"{row['active_experts']:.1f}",
+            str(row["tokens"]),
+        )
+        for row in record["rows"]
+    ]
+    return "\n\n".join([_place(record), _markdown([head, *rows])])
+
+
 def pace_tables(record: Record) -> str:
     """What serving_pace.py has recorded."""
     head = ("clients", "quality", "tokens/s", "TPOT p50 / p90 ms", "answers within the target", "active experts")

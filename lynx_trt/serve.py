@@ -56,6 +56,10 @@ def main(
         int,
         typer.Option(help="Decode steps of which one is done with all experts too, to see what fewer cost; 0: never."),
     ] = 500,
+    max_kl: Annotated[
+        float,
+        typer.Option(help="Nats a token that fewer experts may cost by that, or else some come back; 0: no limit."),
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,
     docker: Annotated[bool, typer.Option("--docker", help="Print the command for the vendor's container.")] = False,
@@ -72,7 +76,8 @@ def main(
         str | None,
         typer.Option(help="Change the default quality of the repository --output, also while it is served; no more."),
     ] = None,
-    set_tpot: Annotated[float | None, typer.Option(help="The same for --tpot; both may be given.")] = None,
+    set_tpot: Annotated[float | None, typer.Option(help="The same for --tpot.")] = None,
+    set_max_kl: Annotated[float | None, typer.Option(help="The same for --max-kl.")] = None,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Install the server for --start in the user's cache; no more.")
     ] = False,
@@ -88,8 +93,9 @@ def main(
     if prepare:
         _prepare(json_output)
         return
-    if set_quality is not None or set_tpot is not None:
-        _set_dial(output, set_quality, set_tpot, json_output)
+    changes = {"quality": set_quality, "tpot": set_tpot, "max_kl": set_max_kl}
+    if any(value is not None for value in changes.values()):
+        _set_dial(output, changes, json_output)
         return
     if openai_port is not None:
         _check_openai(start)
@@ -110,6 +116,7 @@ def main(
         stream_interval=stream_interval,
         reuse=reuse,
         check=check,
+        max_kl=max_kl,
     )
     opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
     name = name or _name(opened)
@@ -149,7 +156,6 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
     from lynx_trt.artifact import TOKENIZER, Artifact, read
     from lynx_trt.machine import weights_problem
     from lynx_trt.preflight import engine_problems, preflight
-    from lynx_trt.runtime.quality import Dial
 
     opened = read(folder)
     # The engine has its own check: where it doesn't fit, ONNX Runtime serves all the same.
@@ -166,7 +172,7 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
-    settings.check_dial(Dial.of(opened.manifest))
+    settings.check_model(opened.manifest)
     if refused:
         _check_slots(opened, settings.slots, here=here)
     return opened
@@ -262,19 +268,23 @@ def _start(repository: Repository, address: Any, drain: int, more: list[str], js
     start(command, openai_command(repository, address, drain=drain) if address.openai is not None else ())
 
 
-def _set_dial(output: Path | None, quality: str | None, tpot: float | None, json_output: bool) -> None:
+def _set_dial(output: Path | None, changes: dict[str, Any], json_output: bool) -> None:
+    from dataclasses import asdict
+
     from lynx_trt.serving.repository import set_dial
 
     if output is None:
-        option = "--set-tpot" if quality is None else "--set-quality"
-        raise UsageError(f"{option} changes a repository; name it with --output")
-    setting = set_dial(output, quality=quality, tpot=tpot)
+        option = next(name for name, value in changes.items() if value is not None).replace("_", "-")
+        raise UsageError(f"--set-{option} changes a repository; name it with --output")
+    setting = set_dial(output, **changes)
     if json_output:
-        print_json({"repository": str(output), "quality": setting.quality, "tpot": setting.tpot})
+        print_json({"repository": str(output), **asdict(setting)})
         return
     target = f", lowered under load for a TPOT of {setting.tpot:g} ms" if setting.tpot else ""
+    limit = f", raised where it costs more than {setting.max_kl:g} nats a token" if setting.max_kl else ""
     typer.echo(
-        f"The default quality of {output} is {setting.quality}{target}; a running server takes it within two seconds"
+        f"The default quality of {output} is {setting.quality}{target}{limit}; a running server takes it within two "
+        "seconds"
     )
 
 

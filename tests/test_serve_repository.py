@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lynx_trt import console, partials, serve
-from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord
+from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord, StateRecord
 from lynx_trt.errors import LynxError, ServingError, UsageError
 from lynx_trt.serving import environment, server
 from lynx_trt.serving.config import Name, protobuf_text, text_config
@@ -123,7 +123,7 @@ def test_text_format_takes_any_string() -> None:
 
 def test_repository_is_whole(with_engine: Artifact, tmp_path: Path) -> None:
     folder = write(with_engine, tmp_path / "repository").folder
-    assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced", "tpot": 0.0}
+    assert json.loads((folder / "dial.json").read_text()) == {"quality": "balanced", "tpot": 0.0, "max_kl": 0.0}
     layers = (folder / "tiny" / "moe_layers.txt").read_text().splitlines()
     assert layers == [layer.name for layer in with_engine.manifest.model.moe_layers]
     assert sorted(path.name for path in folder.iterdir()) == ["dial.json", "lynx-repository.json", "tiny"]
@@ -211,7 +211,7 @@ def test_set_dial(text_artifact: Artifact, tmp_path: Path) -> None:
     written = write(text_artifact, tmp_path / "repository")
     inode = (written.folder / "dial.json").stat().st_ino
     set_dial(written.folder, quality="0.25")
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0}
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0, "max_kl": 0.0}
     assert (written.folder / "dial.json").stat().st_ino == inode
     with pytest.raises(LynxError, match="'best'"):
         set_dial(written.folder, quality="best")
@@ -219,12 +219,16 @@ def test_set_dial(text_artifact: Artifact, tmp_path: Path) -> None:
         set_dial(tmp_path, quality="max")
     with pytest.raises(UsageError, match="tpot is nan"):
         set_dial(written.folder, tpot=float("nan"))
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0}
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 0.0, "max_kl": 0.0}
     set_dial(written.folder, tpot=30.0)
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 30.0}
+    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "0.25", "tpot": 30.0, "max_kl": 0.0}
     (written.folder / "dial.json").write_text("{")  # what became of it is no obstacle
     set_dial(written.folder, tpot=20.0)
-    assert json.loads((written.folder / "dial.json").read_text()) == {"quality": "balanced", "tpot": 20.0}
+    assert json.loads((written.folder / "dial.json").read_text()) == {
+        "quality": "balanced",
+        "tpot": 20.0,
+        "max_kl": 0.0,
+    }
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"tpot": "soon"}', '{"tpot": -1}', '{"tpot": NaN}', '{"tpot": 1e300}'])
@@ -359,7 +363,7 @@ def test_command_writes_and_tells(text_artifact: Artifact, tmp_path: Path) -> No
     assert report["model"] == "tiny"
     changed = command("-o", str(tmp_path / "r"), "--set-quality", "fast")
     assert changed.returncode == 0
-    assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast", "tpot": 0.0}
+    assert json.loads((tmp_path / "r" / "dial.json").read_text()) == {"quality": "fast", "tpot": 0.0, "max_kl": 0.0}
 
 
 def without_tokenizer(artifact: Artifact, folder: Path) -> Path:
@@ -394,7 +398,12 @@ def test_slots_for_a_larger_machine(text_artifact: Artifact, tmp_path: Path) -> 
 def test_set_quality_for_machines(text_artifact: Artifact, tmp_path: Path) -> None:
     written = write(text_artifact, tmp_path / "r")
     result = command("-o", str(written.folder), "--set-quality", "0.3", "--json")
-    assert json.loads(result.stdout) == {"repository": str(written.folder), "quality": "0.3", "tpot": 0.0}
+    assert json.loads(result.stdout) == {
+        "repository": str(written.folder),
+        "quality": "0.3",
+        "tpot": 0.0,
+        "max_kl": 0.0,
+    }
     result = command("-o", str(written.folder), "--set-tpot", "12.5")
     assert "is 0.3, lowered under load for a TPOT of 12.5 ms; a running server" in result.stdout
     assert command("-o", str(written.folder), "--set-quality", "best").returncode == 2
@@ -423,6 +432,10 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
         (["OFF", "--quality", "fast"], 2, "'fast' means nothing for an artifact built with --preset off"),
         (["ARTIFACT", "--tpot", "-1"], 2, "tpot is -1.0"),
         (["ARTIFACT", "--tpot", "20", "--lowest", "worst"], 2, "'worst'"),
+        (["ARTIFACT", "--max-kl", "-1"], 2, "max-kl is -1.0"),
+        (["ARTIFACT", "--max-kl", "0.01", "--check", "0"], 2, "max-kl is 0.01, and check is 0"),
+        (["STATES", "--max-kl", "0.01"], 2, "layers of this model keep a state, which can't be taken back"),
+        (["--set-max-kl", "0.01"], 2, "--set-max-kl changes a repository; name it with --output"),
         (["OFF", "--tpot", "20"], 2, "tpot is 20 ms, but an artifact built with --preset off"),
         (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
         (["ARTIFACT", "--slots", "9" * 20], 2, "slots is 99999999999999999999; it must be 65536 or less"),
@@ -449,11 +462,13 @@ def test_command_mistakes(
 ) -> None:
     import shutil
 
-    places = {name: tmp_path / name.lower() for name in ("BARE", "CHANGED", "OFF", "HUGE", "GARBLED")}
+    places = {name: tmp_path / name.lower() for name in ("BARE", "CHANGED", "OFF", "HUGE", "GARBLED", "STATES")}
     places["ARTIFACT"] = text_artifact.folder
     without_tokenizer(text_artifact, places["BARE"])
     with_another_manifest(text_artifact, places["OFF"], selection={"preset": "off", "floors": [0.0, 0.0]})
     with_another_manifest(text_artifact, places["HUGE"], model={"cache_rows": 10**9})
+    state = StateRecord(name="1.convolution", shape=[8, 3], precision="fp32")
+    with_another_manifest(text_artifact, places["STATES"], model={"states": [state]})
     with_another_manifest(text_artifact, places["GARBLED"])
     (places["GARBLED"] / "tokenizer.json").write_text("{}")
     shutil.copytree(text_artifact.folder, places["CHANGED"])

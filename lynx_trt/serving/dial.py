@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lynx_trt.errors import UsageError
-from lynx_trt.serving.settings import MOST, Settings
+from lynx_trt.serving.settings import Settings
 
 NAME = "dial.json"
 
@@ -19,15 +19,17 @@ class DialSetting:
     Attributes:
         quality: of requests that ask for none.
         tpot: milliseconds of a token after a request's first, at most, for which that quality may be lowered; 0: none.
+        max_kl: nats a token that fewer experts may cost on the traffic, or else they come back; 0: as it comes.
     """
 
     quality: str
     tpot: float = 0.0
+    max_kl: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> DialSetting:
         """What a repository begins with."""
-        return cls(settings.quality, settings.tpot)
+        return cls(settings.quality, settings.tpot, settings.max_kl)
 
     @classmethod
     def read(cls, text: str, settings: Settings) -> DialSetting:
@@ -37,13 +39,20 @@ class DialSetting:
             UsageError: it is no such file.
         """
         try:
-            values = json.loads(text)
-            setting = cls(str(values.get("quality", settings.quality)), float(values.get("tpot", settings.tpot)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"it is no JSON object with a quality and a tpot: {error}") from None
-        if not 0 <= setting.tpot <= MOST["tpot"]:  # NaN is not either
-            raise UsageError(f"the tpot is {setting.tpot}; it must be from 0 (no target) to {MOST['tpot']:.10g} ms")
+            values = {**asdict(cls.of(settings)), **json.loads(text)}
+            setting = cls(str(values["quality"]), float(values["tpot"]), float(values["max_kl"]))
+            setting.within(settings)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"it is no JSON object with quality, tpot and max_kl: {error}") from None
         return setting
+
+    def within(self, settings: Settings) -> Settings:
+        """The settings with this in their place.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        return replace(settings, **asdict(self))
 
     def write(self, path: Path) -> None:
         """In place and not renamed: a file mounted into a container keeps its inode."""

@@ -50,6 +50,7 @@ SPECS = (
     Spec("lynx_quality_in_force", "gauge", "Budgets of the last decode steps as a fraction of all experts"),
     Spec("lynx_quality_default", "gauge", "Budgets of requests that ask for none, as a fraction of all experts"),
     Spec("lynx_pace", "gauge", "How far the default quality is turned towards the lowest to keep --tpot: 0 to 1"),
+    Spec("lynx_guard", "gauge", "How much of the default's restriction --max-kl leaves: 1 is all of it, 0 none"),
     Spec("lynx_floor_in_force", "gauge", "Votes for each voting token that an expert needed in the last decode steps"),
     Spec("lynx_floor_default", "gauge", "The same, of requests that ask for no quality"),
     Spec("lynx_checked_tokens_total", "counter", "Tokens whose next one was looked at with all experts too"),
@@ -134,7 +135,7 @@ class Metrics:
     def _add(self, name: str, label: str | None, amount: float) -> None:
         self._sums[name, label] = self._sums.get((name, label), 0.0) + amount
 
-    def flush(self, *, running: int, waiting: int, default: Restriction, pace: float) -> None:
+    def flush(self, *, running: int, waiting: int, default: Restriction, pace: float, guard: float) -> None:
         """Hand everything over to the sink."""
         with self._lock:
             sums, self._sums = self._sums, {}
@@ -159,6 +160,7 @@ class Metrics:
             "lynx_quality_default": self._dial.share(default),
             "lynx_floor_default": default.mean_floor,
             "lynx_pace": pace,
+            "lynx_guard": guard,
         }
         if restriction:
             gauges["lynx_quality_in_force"] = self._dial.share(restriction)

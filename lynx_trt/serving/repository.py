@@ -21,7 +21,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,10 @@ def write_repository(
     return Repository(target, name)
 
 
-def set_dial(folder: Path, *, quality: str | None = None, tpot: float | None = None) -> DialSetting:
-    """Change the default quality of a repository, the target, or both, also while it is served.
+def set_dial(
+    folder: Path, *, quality: str | None = None, tpot: float | None = None, max_kl: float | None = None
+) -> DialSetting:
+    """Change the default quality of a repository, its targets, or all of them, also while it is served.
 
     The server looks every second. What is None stays as it is.
 
@@ -114,7 +116,6 @@ def set_dial(folder: Path, *, quality: str | None = None, tpot: float | None = N
         UsageError: `folder` is no repository of ours, or there is no such quality or target for its artifact.
     """
     from lynx_trt.artifact import read
-    from lynx_trt.runtime.quality import Dial
 
     if not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
@@ -127,9 +128,9 @@ def set_dial(folder: Path, *, quality: str | None = None, tpot: float | None = N
     setting = DialSetting(
         setting.quality if quality is None else quality,
         setting.tpot if tpot is None else tpot,
+        setting.max_kl if max_kl is None else max_kl,
     )
-    dial = Dial.of(read(folder / made_from["name"] / "1" / "artifact").manifest)
-    replace(settings, quality=setting.quality, tpot=setting.tpot).check_dial(dial)
+    setting.within(settings).check_model(read(folder / made_from["name"] / "1" / "artifact").manifest)
     setting.write(folder / DIAL)
     return setting
 

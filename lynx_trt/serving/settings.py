@@ -6,11 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from lynx_trt.artifact import Manifest
 from lynx_trt.errors import UsageError
 from lynx_trt.runtime.quality import Dial
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
-LEAST: dict[str, float] = {"threads": 0, "reuse": 0, "stream_interval": 0.0, "deadline": 0.001, "tpot": 0.0, "check": 0}
+LEAST: dict[str, float] = {
+    "threads": 0,
+    "reuse": 0,
+    "stream_interval": 0.0,
+    "deadline": 0.001,
+    "tpot": 0.0,
+    "check": 0,
+    "max_kl": 0.0,
+}
 # Far beyond what any machine serves, so that a slip of the hand is no repository; tokens are i32 in requests.
 MOST: dict[str, float] = {
     "slots": 65536,
@@ -24,6 +33,7 @@ MOST: dict[str, float] = {
     "reuse": 2**31 - 1,
     "tpot": 3.6e6,
     "check": 10**9,
+    "max_kl": 1000.0,
 }
 
 
@@ -48,6 +58,7 @@ class Settings:
         lowest: the lowest quality that they get for it.
         check: decode steps with fewer experts of which one is done with all of them too, to see what that costs in
             quality; 0: none.
+        max_kl: nats a token that fewer experts may cost by that, or else some come back; 0: as it comes.
 
     Raises UsageError if a value is out of its range.
     """
@@ -66,6 +77,7 @@ class Settings:
     tpot: float = 0.0
     lowest: str = "fast"
     check: int = 500
+    max_kl: float = 0.0
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -79,15 +91,25 @@ class Settings:
                 name = field.name.replace("_", "-")
                 bound = f"{most:.10g} or less" if value > most else f"{least} or more"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
+        if self.max_kl and not self.check:
+            raise UsageError(
+                f"max-kl is {self.max_kl:g}, and check is 0, so nothing would find what fewer experts cost"
+            )
 
-    def check_dial(self, dial: Dial) -> None:
-        """Refuse a quality that the artifact's dial doesn't have, or a target that it can't serve.
+    def check_model(self, manifest: Manifest) -> None:
+        """Refuse a quality that the artifact's dial doesn't have, or targets that it can't be served with.
 
         Raises:
-            UsageError: it is no quality, or the artifact has no dial.
+            UsageError: it is no quality, or the artifact has no dial, or has states.
         """
+        dial = Dial.of(manifest)
         dial.check_default(self.quality)
         dial.check_quality(self.lowest)
+        if self.max_kl and not manifest.model.rewinds:
+            raise UsageError(
+                f"max-kl is {self.max_kl:g}, but layers of this model keep a state, which can't be taken back, so no "
+                "step can be done again with all experts; leave it out"
+            )
         if self.tpot and dial.fixed:
             raise UsageError(
                 f"tpot is {self.tpot:g} ms, but an artifact built with --preset off uses all experts, so there is "
