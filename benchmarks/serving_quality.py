@@ -4,7 +4,8 @@
     python benchmarks/serving_quality.py --show     # only the table of what is recorded
 
 The shipped model is served to 16 clients at each quality, looked at every tenth step: KL and agreement with all
-experts, from the server's metrics. Then two of them with a limit, from when it had found its place on. Everything goes to benchmarks/results/serving_quality.json; the table in docs/serving.md comes from that file alone.
+experts, from the server's metrics. Then two of them with a limit, from when it had found its place on. Everything goes
+to benchmarks/results/serving_quality.json; the table in docs/serving.md comes from that file alone.
 """
 
 from __future__ import annotations
