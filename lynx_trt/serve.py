@@ -37,7 +37,7 @@ def main(
         float,
         typer.Option(help="Milliseconds of a token (TPOT) for which that quality is lowered under load; 0: never."),
     ] = 0.0,
-    lowest: Annotated[str, typer.Option(help="The lowest quality for it.")] = "fast",
+    lowest: Annotated[str, typer.Option(help="The lowest quality that --tpot brings it to.")] = "fast",
     max_tokens: Annotated[int, typer.Option(help="New tokens of requests that don't say.")] = 128,
     deadline: Annotated[float, typer.Option(help="Seconds after which a request is ended, at most.")] = 300.0,
     backend: Annotated[
@@ -58,7 +58,7 @@ def main(
     ] = 500,
     max_kl: Annotated[
         float,
-        typer.Option(help="Nats a token that fewer experts may cost by that, or else some come back; 0: no limit."),
+        typer.Option(help="Nats a token that fewer experts may cost, by --check, or else some come back; 0: no limit."),
     ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that is there.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Serve it on this machine.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,17 @@ import pytest
 import torch
 from test_scheduler import LIMITS, FakeBackend, Seen, expected, finish, sequence
 from test_serve_service import PROMPT, Served
+from test_trt_backend import backend_of, with_engine
 
-from lynx_trt.artifact import Artifact
+from lynx_trt.artifact import TOKENIZER, Artifact
 from lynx_trt.budgets import Restriction
-from lynx_trt.runtime.check import ROWS, Check
+from lynx_trt.runtime.check import ROWS, Check, Checks
+from lynx_trt.runtime.open import limits_of
+from lynx_trt.runtime.ort import OrtBackend
+from lynx_trt.runtime.sampling import Sampling, draws_of
 from lynx_trt.runtime.scheduler import Policy, Scheduler
+from lynx_trt.runtime.sequence import Generated, Request
+from lynx_trt.runtime.text import Tokenizer
 from lynx_trt.serving.settings import Settings
 
 
@@ -127,3 +134,41 @@ def test_served(quality: str, text_artifact: Artifact) -> None:
         assert tokens > 30
         assert kl > 1e-4 * tokens
         assert 0 < agreed < tokens
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "tensorrt"])
+def test_with_a_real_model(kind: str, text_artifact: Artifact, tmp_path: Path) -> None:
+    """Each step looked at, rows of captured sizes, slots that are moved and used again: the same tokens; the same costs
+    of both backends."""
+    artifact = with_engine(text_artifact, tmp_path / "engined")
+    limits, tokenizer = limits_of(artifact.manifest), Tokenizer(artifact.path(TOKENIZER))
+    found, costs = {}, {}
+    for check in (0, 1):
+        backend = OrtBackend(artifact, 3, threads=1) if kind == "onnxruntime" else backend_of(artifact, 3)
+        seen = Seen()
+        scheduled = Scheduler(
+            backend, limits, restriction=Restriction((2, 2)), policy=Policy(check=check), observer=seen
+        )
+        made = []
+        for number in range(5):
+            sampling = Sampling(0.7, 0.9, seed=number)
+            request = Request(8 + 5 * number, sampling)
+            made.append(Generated(tokenizer.encode(PROMPT[number:]), request, tokenizer.stream()))
+            scheduled.submit(made[-1])
+        finish(scheduled)
+        found[check] = [one.tokens for one in made]
+        costs[check] = [step.check.kl for step in seen.steps if step.check]
+    assert found[0] == found[1]
+    assert costs[0] == []
+    assert sum(costs[1]) > 0.01
+    # One model, so what one backend finds the other does.
+    other = OrtBackend(artifact, 3, threads=1)
+    ids, past = np.array([[5, 6, 7]]), np.zeros(1, np.int64)
+    other.step(ids, past, np.array([3]), Restriction(limits.experts))
+    backend.step(ids, past, np.array([3]), Restriction(limits.experts))
+    draws = draws_of(1, [(0, Sampling(), np.random.default_rng(0))])
+    step = np.array([[8]]), np.array([3]), np.array([1])
+    checks = [Checks(each, limits.experts, 1).step(*step, Restriction((1, 1)), draws)[1] for each in (backend, other)]
+    assert checks[0] is not None
+    assert checks[1] is not None
+    assert checks[0].kl == pytest.approx(checks[1].kl, rel=1e-3)

@@ -118,6 +118,8 @@ def test_same_text_as_onnx_runtime(engined: Artifact, budget: int, floor: float,
         (Sampling(1.0, seed=4), "plain"),
         (Sampling(0.8, 0.9, seed=4, top_k=20), "nucleus"),  # all on the GPU
         (Sampling(3.0, 0.95, seed=4), "host"),  # of 256 tokens more than 64
+        (Sampling(0.8, seed=4, min_p=0.05), "host"),
+        (Sampling(repetition_penalty=1.3, presence_penalty=0.5), "host"),
     ],
 )
 def test_tokens_are_drawn_on_the_gpu(engined: Artifact, sampling: Sampling, where: str) -> None:
