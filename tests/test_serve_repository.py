@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lynx_trt import console, partials, serve
 from lynx_trt.artifact import MANIFEST, Artifact, EngineRecord, StateRecord
@@ -494,3 +496,19 @@ def test_help_is_quick() -> None:
         assert command("--help").returncode == 0
         fastest = min(fastest, time.monotonic() - started)
     assert fastest < 0.7
+
+
+def test_alerts_are_about_metrics_that_there_are() -> None:
+    """Each by its name as Prometheus has it; what they mean was tried with promtool and a Prometheus."""
+    from lynx_trt.serving.metrics import FINISHES, SPECS
+
+    path = Path(__file__).parent.parent / "examples" / "prometheus-alerts.yml"
+    rules = [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+    known = {spec.name for spec in SPECS if spec.kind != "histogram"}
+    known |= {f"{spec.name}_bucket" for spec in SPECS if spec.kind == "histogram"}
+    assert len(rules) >= 7
+    for rule in rules:
+        used = set(re.findall(r"\blynx_\w+", rule["expr"]))
+        assert used
+        assert used <= known
+        assert set(re.findall(r'finish="(\w+)"', rule["expr"])) <= set(FINISHES)

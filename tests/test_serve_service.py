@@ -393,6 +393,7 @@ def test_metrics(serve: Callable[..., Served]) -> None:
     assert values["lynx_decode_steps_total", None] == 30
     assert values["lynx_requests_total", "length"] == 3
     assert values["lynx_requests_total", "invalid"] == 1
+    assert values["lynx_requests_total", "error"] == 0  # there before the first, or no rate would see that
     layers = {label for name, label in values if name == "lynx_active_experts_total"}
     assert len(layers) == 2
     assert all(values["lynx_active_experts_total", layer] == 60 for layer in layers)

@@ -62,6 +62,8 @@ SPECS = (
 )
 
 
+# How a request ends: see Generated.finish; the last two were not taken.
+FINISHES = ("end", "stop", "length", "deadline", "cancelled", "error", "busy", "invalid")
 CHECKED = ("lynx_checked_tokens_total", "lynx_kl_total", "lynx_agreed_tokens_total")
 
 
@@ -88,8 +90,9 @@ class Metrics:
         """`layers` [N] are the MoE layers' names."""
         self._sink, self._layers, self._dial = sink, layers, dial
         self._lock = threading.Lock()
-        # There from the start, so that a rate has something to begin with.
+        # There from the start: of a series that begins at 1 no rate sees the first.
         self._sums: dict[tuple[str, str | None], float] = {(name, None): 0.0 for name in CHECKED}
+        self._sums |= {("lynx_requests_total", finish): 0.0 for finish in FINISHES}
         self._values: list[tuple[str, float]] = []
         self._active = np.zeros(len(layers))
         self._steps = self._rows = 0
