@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 app = new_app()
 
+CHECK_TO_GUARD = 50  # --check where its findings decide something: the guard looks every 64 of them
+
 
 @app.command()
 def main(
@@ -53,9 +55,12 @@ def main(
         typer.Option(help="Tokens that a prompt begins with as an earlier one, to take them from the cache; 0: never."),
     ] = 32,
     check: Annotated[
-        int,
-        typer.Option(help="Decode steps of which one is done with all experts too, to see what fewer cost; 0: never."),
-    ] = 500,
+        int | None,
+        typer.Option(
+            help="Decode steps of which one is done with all experts too, to see what fewer cost; 0: never [default: "
+            "500, with --max-kl 50]."
+        ),
+    ] = None,
     max_kl: Annotated[
         float,
         typer.Option(help="Nats a token that fewer experts may cost, by --check, or else some come back; 0: no limit."),
@@ -115,7 +120,7 @@ def main(
         threads=threads,
         stream_interval=stream_interval,
         reuse=reuse,
-        check=check,
+        check=check if check is not None else CHECK_TO_GUARD if max_kl else Settings.check,
         max_kl=max_kl,
     )
     opened = _opened(artifact, settings, verify, here=start, quiet=json_output)
@@ -154,8 +159,10 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
         LynxError: it doesn't fit this machine, or a setting doesn't fit it.
     """
     from lynx_trt.artifact import TOKENIZER, Artifact, read
+    from lynx_trt.budgets import Restriction
     from lynx_trt.machine import weights_problem
     from lynx_trt.preflight import engine_problems, preflight
+    from lynx_trt.runtime.quality import Dial
 
     opened = read(folder)
     # The engine has its own check: where it doesn't fit, ONNX Runtime serves all the same.
@@ -172,7 +179,14 @@ def _opened(folder: Path, settings: Settings, verify: bool, *, here: bool, quiet
     if problems:
         more = f" (and {len(problems) - 1} more: python -m lynx_trt.inspect {folder})" if len(problems) > 1 else ""
         raise ServingError(problems[0] + more)
-    settings.check_model(opened.manifest)
+    dial = Dial.of(opened.manifest)
+    settings.check_model(dial, opened.manifest.model.rewinds)
+    default = dial.restriction(settings.quality)
+    if settings.tpot and Restriction.strictest([default, dial.restriction(settings.lowest)]) == default:
+        raise UsageError(
+            f"tpot is {settings.tpot:g} ms, but the quality {settings.lowest!r} is nowhere lower than "
+            f"{settings.quality!r}, so there is nothing to lower for it; give a higher --quality or a lower --lowest"
+        )
     if refused:
         _check_slots(opened, settings.slots, here=here)
     return opened

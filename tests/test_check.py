@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def test_what_is_counted() -> None:
     assert check.agreed == int((full[rows].argmax(1) == own[rows].argmax(1)).sum())
     assert Check.of(full, full) == Check(4, 0.0, 4)
     assert Check.of(full[4:], own[4:]) == Check(0, 0.0, 0)
+    full[:, 5] = own[:, 5] = -np.inf  # a token that the model never gives
+    logs = [torch.tensor(np.delete(x[rows], 5, 1), dtype=torch.float64).log_softmax(1) for x in (own, full)]
+    wanted = torch.nn.functional.kl_div(*logs, log_target=True, reduction="sum").item()
+    assert Check.of(full, own).tokens == 3
+    assert Check.of(full, own).kl == pytest.approx(wanted, rel=1e-4)
+    own[0, 5] = 0.0  # one that the selection alone gives, or doesn't
+    assert Check.of(full, own).tokens == 2
 
 
 def run(backend: FakeBackend, restriction: Restriction, check: int, sequences: int = 3) -> Seen:
@@ -72,7 +80,10 @@ def test_one_in_so_many() -> None:
     full = [budgets == list(LIMITS.experts) for budgets in backend.budgets]
     assert sum(full) == len(checked) + sum(step.kind == "prefill" for step in seen.steps)
     first = decodes[3].check
-    assert first == Check(decodes[3].rows, 0.0, decodes[3].rows)  # this model's tokens hang on no expert
+    assert first is not None
+    assert 0 < first.seconds < decodes[3].seconds
+    # This model's tokens hang on no expert.
+    assert dataclasses.replace(first, seconds=0) == Check(decodes[3].rows, 0.0, decodes[3].rows)
 
 
 @pytest.mark.parametrize(

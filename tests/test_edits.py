@@ -92,6 +92,17 @@ def test_min_p(min_p: float, temperature: float) -> None:
     assert draw(LOGITS[None], draws_of(1, [(0, Sampling(min_p=min_p), np.random.default_rng(0))]))[0] == LOGITS.argmax()
 
 
+@pytest.mark.parametrize("way", [Sampling(0.9, 0.95, top_k=40), Sampling(0.9, 0.95), Sampling(0.9, top_k=7)])
+def test_among_few_that_are_left(way: Sampling) -> None:
+    """The same draws as from logits that have the others at -inf from the start."""
+    logits = (2 * RNG.standard_normal(VOCABULARY)).astype(np.float32)
+    edits = only(*range(0, VOCABULARY, 3))
+    masked = edits.apply(logits)[None]
+    for seed in range(50):
+        made = [(0, way, np.random.default_rng(seed))], [(0, way, np.random.default_rng(seed))]
+        assert draw(logits[None], draws_of(1, made[0], {0: edits})) == draw(masked, draws_of(1, made[1]))
+
+
 def test_min_p_before_the_others() -> None:
     """Of two tokens that it leaves, with 2/3 and 1/3, top-p 0.6 leaves the first alone."""
     logits = np.log(np.array([[0.4, 0.2, 0.19, 0.11, 0.1]], np.float32))
@@ -171,8 +182,8 @@ def test_a_served_answer(served: Served) -> None:
         ({"min_p": -0.1}, "min-p is -0.1"),
         ({"min_p": float("nan")}, "min-p is nan"),
         (
-            {"repetition_penalty": 0.0},
-            "the repetition penalty is 0.0; it must be above 0 and at most 10, and 1 is none",
+            {"repetition_penalty": 1e-40},
+            "it must be from 0.1 to 10, and 1 is none",
         ),
         ({"repetition_penalty": float("inf")}, "the repetition penalty is inf"),
         ({"presence_penalty": 2.5}, "the presence penalty is 2.5; it must be from -2 to 2"),
@@ -184,6 +195,13 @@ def test_a_served_answer(served: Served) -> None:
         ({"logit_bias": "[1]"}, "it must be a JSON object of token ids"),
         ({"logit_bias": "{"}, "it must be a JSON object of token ids"),
         ({"logit_bias": '{"5": null}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"5": true}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"5": "3"}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{" 5": 1}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"1_0": 1}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"-1": 1}'}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"5": 1' + "0" * 400 + "}"}, "it must be a JSON object of token ids"),
+        ({"logit_bias": '{"5": 1, "05": -1}'}, "logit_bias has a token twice"),
     ],
 )
 def test_mistakes(served: Served, values: dict[str, Any], words: str) -> None:

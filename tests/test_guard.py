@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,11 +17,18 @@ from lynx_trt.artifact import Artifact
 from lynx_trt.budgets import Restriction
 from lynx_trt.errors import UsageError
 from lynx_trt.runtime.check import Check
+from lynx_trt.runtime.control import Control
 from lynx_trt.runtime.guard import WINDOW, Guard
+from lynx_trt.runtime.pace import Target
+from lynx_trt.runtime.scheduler import StepReport
 from lynx_trt.serving.settings import Settings
 
 EXPERTS = (32, 32)
 ASKED = Restriction((32, 16), (0.04, 0.0))
+
+
+def report(check: Check | None, restriction: Restriction = ASKED, kind: str = "decode") -> StepReport:
+    return StepReport(kind, 4, 4, 4, 0.01, np.zeros(2), restriction, check=check)
 
 
 class Traffic:
@@ -40,7 +49,7 @@ class Traffic:
         for _ in range(tokens // 4):
             check = self.check(cost, guard.applied(ASKED))
             costs.append(check.kl / check.tokens)
-            guard.on_check(check)
+            guard.on_step(report(check))
         return costs
 
 
@@ -60,7 +69,7 @@ def test_a_promise_is_kept(seed: int) -> None:
 def test_what_it_leaves() -> None:
     guard = Guard(EXPERTS, 0.01)
     for _ in range(WINDOW // 4):
-        guard.on_check(Check(4, 4 * 0.02, 3))
+        guard.on_step(report(Check(4, 4 * 0.02, 3)))
     assert guard.share == pytest.approx((0.8 * 0.01 / 0.02) ** 0.5)
     left = guard.applied(ASKED)
     assert left.budgets == (32, 22)
@@ -82,10 +91,67 @@ def test_no_cost_at_all() -> None:
     """And no tokens: rows that were no numbers."""
     guard = Guard(EXPERTS, 0.01)
     guard.share = 0.5
-    guard.on_check(Check(0, 0.0, 0))
+    guard.on_step(report(Check(0, 0.0, 0)))
     for _ in range(20 * WINDOW // 4):
-        guard.on_check(Check(4, 0.0, 4))
+        guard.on_step(report(Check(4, 0.0, 4)))
     assert guard.share == 1.0
+
+
+def test_the_way_back_from_nothing() -> None:
+    """Of few experts so little may be left of a budget that it restricts none, which nobody checks: traffic that got
+    harmless, or another limit, still ends that."""
+    experts, asked, every = (8, 8), Restriction((4, 4)), 3
+    guard = Guard(experts, 0.02, every)
+    everything = Restriction(experts)
+
+    def run(cost: dict[int, float], steps: int) -> None:
+        for number in range(steps):
+            restriction = guard.applied(asked)
+            free = restriction == everything
+            check = None if free or number % every else Check(4, 4 * cost[restriction.budgets[0]], 4)
+            guard.on_step(report(check, restriction))
+            guard.on_step(report(None, everything, "prefill"))
+
+    run({4: 0.2, 5: 0.1, 6: 0.06, 7: 0.03}, 30_000)
+    assert guard.applied(asked).budgets[0] >= 7
+    run({4: 0.001, 5: 0.0005, 6: 0.0002, 7: 0.0001}, 20_000)
+    assert guard.share == 1.0
+    run(dict.fromkeys(range(4, 9), 9.0), 100_000)  # cost that doesn't go away with it
+    assert guard.share >= 0.02
+    guard.set_max_kl(100.0)
+    run(dict.fromkeys(range(4, 9), 9.0), 10_000)
+    assert guard.share == 1.0
+
+
+def test_an_operator_and_a_step_at_once() -> None:
+    """Two threads: what an operator has taken away is gone, whatever the other was doing at that moment."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    default, lowest = Restriction((128,) * 48), Restriction((32,) * 48, (0.04,) * 48)
+    control = Control((128,) * 48, Target(default, lowest), 0.0, every=1)
+    stopping = threading.Event()
+
+    def steps() -> None:
+        number = 0
+        while not stopping.is_set():
+            number += 1
+            check = Check(WINDOW, WINDOW * 0.02, 4) if number % 3 else None
+            seconds = 0.02 if number // 400 % 2 else 0.002
+            control.on_step(StepReport("decode", 4, 4, 4, seconds, np.zeros(2), control.restriction, check=check))
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    try:
+        for _ in range(400):
+            control.set(Target(default, lowest, 0.01), 0.01)
+            time.sleep(0.001)
+            control.set(Target(default, lowest), 0.0)
+            time.sleep(0.001)
+            assert (control.restriction, control.pace.position, control.guard.share) == (default, 0.0, 1.0)
+    finally:
+        stopping.set()
+        thread.join()
+        sys.setswitchinterval(before)
 
 
 def test_served(text_artifact: Artifact, tmp_path: Path) -> None:
@@ -111,16 +177,16 @@ def test_served(text_artifact: Artifact, tmp_path: Path) -> None:
         allow(1e-6)
         for _ in range(6):
             active(quality="0.2")
-        assert served.service._guard.share == 1.0
+        assert served.service._control.guard.share == 1.0
         for _ in range(6):
             active()
-        assert served.service._guard.share < 0.5
+        assert served.service._control.guard.share < 0.5
         assert active() > few
         served.service._flush()
-        assert served.sink.values["lynx_guard", None] == served.service._guard.share
+        assert served.sink.values["lynx_guard", None] == served.service._control.guard.share
         assert served.sink.values["lynx_quality_default", None] > 0.125
         allow(0)
-        assert served.service._guard.share == 1.0
+        assert served.service._control.guard.share == 1.0
         assert active() == few
     finally:
         served.service.close()

@@ -437,7 +437,7 @@ class Calling:
     async def answer(self, _: Any) -> AsyncIterator[Piece]:
         for name in ("find", "stop"):
             yield Piece("", None, "", (json.dumps({"id": "1", "name": name, "arguments": "{}"}),))
-        yield Piece("", End("end", 5, 0, 9, 0.0, 0.1, 0.01, [2.0]))
+        yield Piece("", End("end", 5, 9, 0.0, 0.1, 0.01, [2.0]))
 
     async def close(self) -> None:
         pass
@@ -582,7 +582,7 @@ def test_calls_of_tools_in_an_answer() -> None:
     """As OpenAI's own types read them; a stream counts on where it was."""
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-    end = End("end", 5, 0, 9, 0.0, 0.1, 0.01, [2.0])
+    end = End("end", 5, 9, 0.0, 0.1, 0.01, [2.0])
     calls = tuple(json.dumps({"id": name[0], "name": name, "arguments": '{"a": 1}'}) for name in ("find", "stop"))
     pieces = [Piece("Let me see."), Piece("", None, "", calls[:1]), Piece("", None, "", calls[1:]), Piece("", end)]
     form = Form.new("tiny", chat=True)
@@ -624,8 +624,6 @@ def test_what_a_request_asks_of_the_model() -> None:
         "temperature": 0.6,
         "top_p": 0.95,
         "top_k": 20,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
         "stream": True,
     }
     penalties = {"min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 1, "frequency_penalty": -0.5}

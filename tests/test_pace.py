@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynx_trt.budgets import Restriction
+from lynx_trt.runtime.check import Check
 from lynx_trt.runtime.pace import WINDOW, Pace, Target
 from lynx_trt.runtime.scheduler import StepReport
 
@@ -115,6 +117,26 @@ def test_one_slow_step_is_no_reason() -> None:
         pace.on_step(report(seconds))
         assert pace.position <= 0.2
     assert pace.position == 0.0
+
+
+@pytest.mark.parametrize("every", [500, 50])
+def test_checks_cost_no_quality_but_what_they_take(every: int) -> None:
+    """A look in which a check was is no slower than the others: in all of them it is counted a little."""
+    found = {}
+    for checked in (False, True):
+        pace = Pace(Target(DEFAULT, LOWEST, seconds=0.01), every)
+        positions = []
+        for number in range(40_000):
+            seconds = 0.012 * (1 - 0.4 * pace.position)
+            one = report(seconds)
+            if checked and number % every == 0:
+                # As in a real one, three steps in the place of one.
+                one = dataclasses.replace(one, seconds=3 * seconds, check=Check(4, 0.0, 4, seconds=2 * seconds))
+            pace.on_step(one)
+            positions.append(pace.position)
+        found[checked] = statistics.mean(positions[-20_000:])
+    # A step that brings it back below MOST, and 2 / every more time, of which 0.4 can be saved.
+    assert 0 <= found[True] - found[False] < 0.1 + 2 / every / 0.4
 
 
 def test_another_target() -> None:

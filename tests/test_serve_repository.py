@@ -233,9 +233,26 @@ def test_set_dial(text_artifact: Artifact, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tpot": "soon"}', '{"tpot": -1}', '{"tpot": NaN}', '{"tpot": 1e300}'])
-def test_what_is_no_dial_file(text: str) -> None:
-    with pytest.raises(UsageError, match="tpot"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("[]", "it has to be a JSON object with quality, tpot, max_kl, and nothing else"),
+        ('{"max-kl": 0.02}', "and nothing else"),
+        ('{"tpot": "soon"}', 'its tpot is "soon"'),
+        ('{"tpot": true}', "its tpot is true"),
+        ('{"quality": null}', "its quality is null"),
+        ('{"max_kl": [1]}', r"its max_kl is \[1\]"),
+        ('{"tpot": -1}', r"tpot is -1\.0"),
+        ('{"tpot": NaN}', "tpot is nan"),
+        ('{"tpot": 1e300}', r"tpot is 1e\+300"),
+        ('{"tpot": 1' + "0" * 400 + "}", "its tpot is a number of 401 digits"),
+        ('{"max_kl": 2000}', "max-kl is 2000"),
+    ],
+)
+def test_what_is_no_dial_file(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
         DialSetting.read(text, Settings())
 
 
@@ -245,6 +262,7 @@ def test_a_dial_file_that_says_less() -> None:
     assert DialSetting.read("{}", settings) == DialSetting("max", 25.0)
     assert DialSetting.read('{"quality": "fast"}', settings) == DialSetting("fast", 25.0)
     assert DialSetting.read('{"tpot": 0}', settings) == DialSetting("max", 0.0)
+    assert DialSetting.read('{"quality": 0.5}', settings) == DialSetting("0.5", 25.0)
 
 
 # --- Flags, ports, environment.
@@ -421,7 +439,7 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
         with pytest.raises(UsageError, match=f"'{quality}' means nothing .* --preset off"):
             set_dial(written.folder, quality=quality)
     set_dial(written.folder, quality="max")
-    with pytest.raises(UsageError, match=r"tpot is 30 ms, but an artifact built with --preset off"):
+    with pytest.raises(UsageError, match=r"tpot is 30, but an artifact built with --preset off"):
         set_dial(written.folder, tpot=30.0)
 
 
@@ -436,9 +454,11 @@ def test_an_artifact_without_a_dial(text_artifact: Artifact, tmp_path: Path) -> 
         (["ARTIFACT", "--tpot", "20", "--lowest", "worst"], 2, "'worst'"),
         (["ARTIFACT", "--max-kl", "-1"], 2, "max-kl is -1.0"),
         (["ARTIFACT", "--max-kl", "0.01", "--check", "0"], 2, "max-kl is 0.01, and check is 0"),
+        (["OFF", "--max-kl", "0.01"], 2, "max-kl is 0.01, but an artifact built with --preset off"),
+        (["ARTIFACT", "--quality", "0.2", "--tpot", "9", "--lowest", "0.3"], 2, "'0.3' is nowhere lower than '0.2'"),
         (["STATES", "--max-kl", "0.01"], 2, "layers of this model keep a state, which can't be taken back"),
         (["--set-max-kl", "0.01"], 2, "--set-max-kl changes a repository; name it with --output"),
-        (["OFF", "--tpot", "20"], 2, "tpot is 20 ms, but an artifact built with --preset off"),
+        (["OFF", "--tpot", "20"], 2, "tpot is 20, but an artifact built with --preset off"),
         (["ARTIFACT", "--slots", "0"], 2, "slots is 0"),
         (["ARTIFACT", "--slots", "9" * 20], 2, "slots is 99999999999999999999; it must be 65536 or less"),
         (["HUGE", "--slots", "9999", "--start"], 2, "9999 sequences need"),

@@ -312,15 +312,23 @@ def test_dial_file_changes_the_default(serve: Callable[..., Served], tmp_path: P
     dial = tmp_path / "dial.json"
     dial.write_text('{"quality": "fast"}')
     served = serve(dial_file=dial)
-    assert served.service._pace.restriction == Restriction((1, 1))
+    assert served.service._control.restriction == Restriction((1, 1))
     for content, default in (('{"quality": "max"}', (8, 8)), ("{", (8, 8)), ('{"quality": "0.5"}', (4, 4))):
         dial.write_text(content)
         end = time.monotonic() + 5
-        while served.service._dial_text != content or served.service._pace.restriction.budgets != default:
+        while served.service._dial_text != content or served.service._control.restriction.budgets != default:
             assert time.monotonic() < end
             time.sleep(0.02)
     log = capfd.readouterr().err
     assert "the default quality is 0.5" in log
+    assert served.service._rewinds > 0
+    served.service._rewinds = 0  # as of a model with states
+    dial.write_text('{"quality": "0.2", "max_kl": 0.01}')
+    end = time.monotonic() + 5
+    while "layers of this model keep a state" not in capfd.readouterr().err:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert served.service._control.restriction.budgets == (4, 4)
     assert "can't be read" in log
 
 
@@ -338,7 +346,7 @@ def test_quality_is_lowered_for_a_target(serve: Callable[..., Served], tmp_path:
         slower.setattr(served.backend, "next_tokens", slowly(served.backend.next_tokens))
         active()
         active()
-        assert served.service._pace.position == 1.0
+        assert served.service._control.pace.position == 1.0
         assert (active(quality="max"), active()) == (2.0, 1.0)
         served.service._flush()
         assert served.sink.values["lynx_pace", None] == 1.0
@@ -346,7 +354,7 @@ def test_quality_is_lowered_for_a_target(serve: Callable[..., Served], tmp_path:
     dial.write_text('{"tpot": 0}')
     while served.service._dial_text != '{"tpot": 0}':
         time.sleep(0.02)
-    assert served.service._pace.position == 0.0
+    assert served.service._control.pace.position == 0.0
     assert active() == 2.0
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lynx_trt.openai_api.errors import ApiError
-from lynx_trt.serving.schema import INPUTS
+from lynx_trt.serving.schema import INPUTS, PENALTIES
 
 # What OpenAI's API and its servers' extensions have and this one hasn't, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -165,9 +165,11 @@ class Body(BaseModel):
         for name, value in asdict(sampling).items():
             settings[name] = value if getattr(self, name) is None else getattr(self, name)
         settings["top_k"] = max(settings["top_k"], 0)  # the others' extension has -1 for all tokens
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                settings[name] = getattr(self, name)
+        settings |= {"presence_penalty": self.presence_penalty or 0, "frequency_penalty": self.frequency_penalty or 0}
+        # What asks for nothing is left away, for a server that is older than this.
+        for name, nothing in PENALTIES.items():
+            if settings[name] == nothing:
+                del settings[name]
         if self.logit_bias:
             settings["logit_bias"] = json.dumps(self.logit_bias)
         if self.stop:

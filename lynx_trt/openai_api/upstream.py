@@ -30,12 +30,12 @@ class End:
 
     finish_reason: str
     prompt_tokens: int
-    cached_tokens: int
     output_tokens: int
     queue_seconds: float
     first_token_seconds: float
     token_seconds: float
     active_experts: list[float]
+    cached_tokens: int = 0  # which servers of before don't say
 
     def rounded(self) -> dict[str, Any]:
         """For people to read: microseconds, and hundredths of experts."""
@@ -158,7 +158,7 @@ def _piece(found: Mapping[str, Any]) -> Piece:
     """A response's outputs."""
     end = None
     if "finish_reason" in found:
-        values = {field.name: found[field.name] for field in fields(End)}
+        values = {field.name: found[field.name] for field in fields(End) if field.name in found}
         end = End(**{**values, "active_experts": _list(values["active_experts"])})
     return Piece(found["text_output"], end, found.get("thought_output", ""), tuple(_list(found.get("tool_calls", []))))
 

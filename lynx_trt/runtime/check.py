@@ -7,7 +7,8 @@ what a step's own restriction changes; what earlier ones have left in the caches
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,25 +27,32 @@ class Check:
         tokens: how many.
         kl: of the distribution with all experts from that with the selection, nats.
         agreed: tokens whose likeliest next one is the same.
+        seconds: that it took beside the step itself.
     """
 
     tokens: int
     kl: float
     agreed: int
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, full: Array, own: Array) -> Check:
-        """Of logits f32 [n,V] with all experts and with the selection; rows that are no numbers are left out."""
-        finite = np.isfinite(full).all(1) & np.isfinite(own).all(1)
-        full, own = full[finite], own[finite]
+        """Of logits f32 [n,V] with all experts and with the selection; rows that are no numbers are left out.
+
+        A logit may be -inf: a token that the model never gives, either way.
+        """
+        broken = np.isnan(full) | np.isnan(own) | (np.isneginf(full) != np.isneginf(own))
+        best = np.stack([full.max(1), own.max(1)])
+        good = ~broken.any(1) & np.isfinite(best).all(0)
+        full, own = full[good], own[good]
         if not len(full):
             return cls(0, 0.0, 0)
         agreed = int((full.argmax(1) == own.argmax(1)).sum())
         full, own = full - full.max(1, keepdims=True), own - own.max(1, keepdims=True)
         weights = np.exp(full)
         total, other = weights.sum(1, dtype=np.float64), np.exp(own).sum(1, dtype=np.float64)
-        difference = (weights * (full - own)).sum(1, dtype=np.float64) / total
-        kl = difference + np.log(other) - np.log(total)
+        difference = np.subtract(full, own, out=np.zeros_like(full), where=weights > 0)
+        kl = (weights * difference).sum(1, dtype=np.float64) / total + np.log(other) - np.log(total)
         return cls(len(full), float(np.maximum(kl, 0).sum()), agreed)  # rounding can make a zero negative
 
 
@@ -63,6 +71,7 @@ class Checks:
         """A decode step from the first slot; see Backend.next_tokens, which also says what it raises."""
         check = None
         if self._due(restriction):
+            started = time.perf_counter()
             decoding = np.flatnonzero(lengths)
             # Others each time, so that no sequence stands for all.
             rows = np.roll(decoding, -ROWS * (self._steps // self._every))[:ROWS]
@@ -70,7 +79,7 @@ class Checks:
                 self._backend.step(input_ids, past_lengths, lengths, how).logits[rows].copy()
                 for how in (self._everything, restriction)
             )
-            check = Check.of(full, own)
+            check = replace(Check.of(full, own), seconds=time.perf_counter() - started)
         # Its own draws, wherever the backend makes them: a step that was looked at gives what any other would.
         return self._backend.next_tokens(input_ids, past_lengths, lengths, restriction, draws), check
 

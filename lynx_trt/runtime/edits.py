@@ -7,7 +7,7 @@ nothing brings it back. Sequences with any of it are drawn on the host, as their
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +55,16 @@ class History:
         self._sampling = sampling
         biases = dict(sampling.logit_bias)
         self._biased = np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
-        self._seen: dict[int, None] = dict.fromkeys(prompt if sampling.repetition_penalty != 1 else ())
+        self._prompt = np.unique(np.array(prompt if sampling.repetition_penalty != 1 else (), np.int64))
+        self._known = set(self._prompt.tolist())
+        self._new: list[int] = []  # that the prompt hasn't
         self._written: Counter[int] = Counter()
 
     def take(self, token: int) -> None:
         """One more token of the answer."""
-        if self._sampling.repetition_penalty != 1:
-            self._seen[token] = None
+        if self._sampling.repetition_penalty != 1 and token not in self._known:
+            self._known.add(token)
+            self._new.append(token)
         if self._sampling.presence_penalty or self._sampling.frequency_penalty:
             self._written[token] += 1
 
@@ -71,13 +74,9 @@ class History:
         counts = np.fromiter(self._written.values(), np.float32, len(self._written))
         return Edits(
             *self._biased,
-            seen=_ids(self._seen),
+            seen=np.concatenate([self._prompt, np.array(self._new, np.int64)]),
             repetition=sampling.repetition_penalty,
-            written=_ids(self._written),
+            written=np.array(list(self._written), np.int64),
             penalties=np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts,
             allowed=allowed,
         )
-
-
-def _ids(tokens: Iterable[int]) -> Array:
-    return np.array(list(tokens), np.int64)

@@ -46,11 +46,12 @@ class Target:
 class Pace:
     """Where on that way a served model is; `on_step` moves it."""
 
-    def __init__(self, target: Target) -> None:
-        """Begin at the default."""
+    def __init__(self, target: Target, every: int = 0) -> None:
+        """Begin at the default. `every`: decode steps of which one is checked, see check.py."""
         self._target, self.position = target, 0.0
         self.restriction = target.default
         self._seconds, self._steps = 0.0, 0
+        self._every, self._unchecked, self._check_seconds = every, 0, 0.0
 
     def set_target(self, target: Target) -> None:
         """Another target from the next step on; how far quality is turned down stays until the next look."""
@@ -62,6 +63,7 @@ class Pace:
         """Take one step's time, where sequences waited for it that decode."""
         if report.kind == "decode":
             self._steps += 1
+            self._seconds += self._checks(report)
         elif not report.delayed:
             return
         self._seconds += report.seconds
@@ -74,6 +76,16 @@ class Pace:
         took = mean / self._target.seconds
         if not AIM <= took <= MOST:
             self._place(self.position + max(-STRIDE, min(STRIDE, GAIN * (took - AIM))))
+
+    def _checks(self, report: StepReport) -> float:
+        """What checks add to this step: clients wait for them, but not for all of one in a single window of many."""
+        self._unchecked += 1
+        if report.check is not None:
+            self._unchecked, self._check_seconds = 0, report.check.seconds
+            return self._check_seconds / self._every - self._check_seconds
+        if self._unchecked > 2 * self._every:  # nothing is restricted any more
+            return 0.0
+        return self._check_seconds / self._every
 
     def _place(self, position: float) -> None:
         self.position = max(0.0, min(1.0, position)) if self._target.seconds else 0.0

@@ -20,8 +20,9 @@ from lynx_trt.runtime.backend import NOT_FINITE, NOT_WANTED, Array, Draws, RowEd
 
 # The likeliest tokens are looked for among so many first; they are in order, which all are too many to be.
 LEADING = (256, 8192)
-# As in OpenAI's API, which has no repetition penalty; what that is beyond 10, 10 is as well.
-MOST_PENALTY, MOST_BIAS, MOST_REPETITION = 2.0, 100.0, 10.0
+# As in OpenAI's API, which has no penalty of repetition.
+MOST_PENALTY, MOST_BIAS = 2.0, 100.0
+LEAST_REPETITION, MOST_REPETITION = 0.1, 10.0  # far from any that is of use, and near enough for float32
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Sampling:
             raise UsageError(f"top-k is {self.top_k}; it must be 0 (no limit) or a number of tokens")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min-p is {self.min_p}; it must be from 0 (no limit) to 1")
-        if not 0 < self.repetition_penalty <= MOST_REPETITION:
+        if not LEAST_REPETITION <= self.repetition_penalty <= MOST_REPETITION:
             raise UsageError(
-                f"the repetition penalty is {self.repetition_penalty}; it must be above 0 and at most "
+                f"the repetition penalty is {self.repetition_penalty}; it must be from {LEAST_REPETITION:g} to "
                 f"{MOST_REPETITION:g}, and 1 is none"
             )
         for name in ("presence", "frequency"):
@@ -84,7 +85,7 @@ class Sampling:
     def edits(self) -> bool:
         """Whether logits are changed before a token is drawn; see lynx_trt.runtime.edits."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return penalties or bool(self.logit_bias)
+        return penalties or any(bias for _, bias in self.logit_bias)
 
     def generator(self, sequence: int) -> np.random.Generator:
         """The generator of one sequence: it depends on the seed and its number, not on what else is in the batch."""
@@ -146,10 +147,13 @@ def draw(logits: Array, draws: Draws) -> Array:
             # Probabilities, but for a factor. Next to no temperature takes the others far below every number.
             with np.errstate(over="ignore"):
                 weights = np.exp((values - largest) * scale[row])
-            if draws.min_p[row]:
-                left_out = weights < draws.min_p[row]
-                values, weights = np.where(left_out, np.float32(-np.inf), values), np.where(left_out, 0, weights)
-            tokens[row] = _from(values, weights, draws.top_p[row], int(draws.top_k[row]), draws.uniform[row])
+            how = draws.top_p[row], int(draws.top_k[row]), draws.uniform[row]
+            if draws.min_p[row] or row in draws.edits:
+                # Often few are left, and what is looked for among them needn't go through all.
+                left = np.flatnonzero((weights >= draws.min_p[row]) & (weights > 0))
+                tokens[row] = left[_from(values[left], weights[left], *how)]
+            else:
+                tokens[row] = _from(values, weights, *how)
     return tokens
 
 

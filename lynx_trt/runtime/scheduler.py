@@ -404,12 +404,12 @@ class Scheduler:
             )
 
     def _take(self, slot: int, sequence: Generated, token: int) -> None:
+        if sequence.guide is not None and (problem := sequence.guide.problem):
+            self._fail([sequence], GenerationError(f"the guide can't go on: {problem}"))
+            return
         if token == NOT_FINITE:
             reason = "the model gave logits that are no numbers (NaN or infinite)"
             self._fail([sequence], GenerationError(f"{reason}; its weights or its precision are broken"))
-            return
-        if sequence.guide is not None and (problem := sequence.guide.problem):
-            self._fail([sequence], GenerationError(f"the guide can't go on: {problem}"))
             return
         if not sequence.tokens:
             self._joined[sequence] = (self._steps, self._active.copy())

@@ -91,8 +91,9 @@ class Generated:
         """What is done to the logits before its next token is drawn, if anything is."""
         if self._history is None and self.guide is None:
             return None
-        history = self._history or History((), self.request.sampling)
-        return history.edits(self.guide.allowed() if self.guide is not None else None)
+        if self._history is None:
+            self._history = History((), self.request.sampling)
+        return self._history.edits(self.guide.allowed() if self.guide is not None else None)
 
     def add(self, token: int, limits: Limits) -> None:
         """Take the next token: text grows and is passed on, and the sequence may have its end."""

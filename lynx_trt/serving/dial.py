@@ -39,11 +39,22 @@ class DialSetting:
             UsageError: it is no such file.
         """
         try:
-            values = {**asdict(cls.of(settings)), **json.loads(text)}
-            setting = cls(str(values["quality"]), float(values["tpot"]), float(values["max_kl"]))
-            setting.within(settings)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"it is no JSON object with quality, tpot and max_kl: {error}") from None
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"it is no JSON: {error}") from None
+        values = asdict(cls.of(settings))
+        if not isinstance(found, dict) or not found.keys() <= values.keys():
+            raise UsageError(f"it has to be a JSON object with {', '.join(values)}, and nothing else")
+        for name, value in found.items():
+            kinds = str | int | float if name == "quality" else int | float
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UsageError(f"its {name} is {json.dumps(value)[:64]}, which is none")
+            try:
+                values[name] = str(value) if name == "quality" else float(value)
+            except OverflowError:
+                raise UsageError(f"its {name} is a number of {len(str(value))} digits") from None
+        setting = cls(**values)
+        setting.within(settings)
         return setting
 
     def within(self, settings: Settings) -> Settings:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,7 +111,8 @@ class Metrics:
             self._active += report.active
             self._restriction = report.restriction
             if report.check is not None:
-                for name, value in zip(CHECKED, astuple(report.check), strict=True):
+                check = report.check
+                for name, value in zip(CHECKED, (check.tokens, check.kl, check.agreed), strict=True):
                     self._add(name, None, value)
 
     def on_end(self, sequence: Generated) -> None:

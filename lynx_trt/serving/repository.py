@@ -21,7 +21,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def set_dial(
         UsageError: `folder` is no repository of ours, or there is no such quality or target for its artifact.
     """
     from lynx_trt.artifact import read
+    from lynx_trt.runtime.quality import Dial
 
     if not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is no repository that python -m lynx_trt.serve has written")
@@ -125,12 +126,10 @@ def set_dial(
         setting = DialSetting.read((folder / DIAL).read_text(encoding="utf-8"), settings)
     except (OSError, UsageError):  # whatever became of it: it is written anew
         setting = DialSetting.of(settings)
-    setting = DialSetting(
-        setting.quality if quality is None else quality,
-        setting.tpot if tpot is None else tpot,
-        setting.max_kl if max_kl is None else max_kl,
-    )
-    setting.within(settings).check_model(read(folder / made_from["name"] / "1" / "artifact").manifest)
+    changes: dict[str, Any] = {"quality": quality, "tpot": tpot, "max_kl": max_kl}
+    setting = replace(setting, **{name: value for name, value in changes.items() if value is not None})
+    manifest = read(folder / made_from["name"] / "1" / "artifact").manifest
+    setting.within(settings).check_model(Dial.of(manifest), manifest.model.rewinds)
     setting.write(folder / DIAL)
     return setting
 

@@ -18,14 +18,12 @@ from lynx_trt.runtime.sampling import Sampling
 from lynx_trt.runtime.scheduler import check_prompt
 from lynx_trt.runtime.sequence import Generated, Limits, Request
 from lynx_trt.runtime.text import Tokenizer
-from lynx_trt.serving.schema import INPUTS
+from lynx_trt.serving.schema import INPUTS, PENALTIES
 from lynx_trt.serving.settings import Settings
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_GUIDE_CHARACTERS = 1 << 20
-# Values that change logits before a token is drawn, and those that change nothing.
-PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 # A request has one of these.
 PROMPTS = ("text_input", "messages", "input_ids")
 _OTHERS = " or ".join(PROMPTS[1:])
@@ -104,17 +102,21 @@ class Parser:
             return ()
         try:
             found = json.loads(text)
-            biases = tuple((int(token), float(bias)) for token, bias in found.items())
-        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not all(map(_is_bias, found, found.values())):
             raise GenerationError(
                 f"logit_bias is {text[:64]!r}; it must be a JSON object of token ids and what is added to their logits"
-            ) from None
-        for token, _ in biases:
-            if not 0 <= token < self.limits.vocabulary:
+            )
+        biases = {int(token): float(bias) for token, bias in found.items()}
+        if len(biases) < len(found):
+            raise GenerationError("logit_bias has a token twice")
+        for token in biases:
+            if token >= self.limits.vocabulary:
                 raise GenerationError(
                     f"logit_bias has the token {token}, and the model has the tokens 0 to {self.limits.vocabulary - 1}"
                 )
-        return biases
+        return tuple(biases.items())
 
     def _guide(self, values: Mapping[str, Array], prompt: _Prompt) -> Guide | None:
         text = _text(values, "guide")
@@ -186,6 +188,12 @@ class Parser:
         if not value > 0:  # NaN is not either
             raise GenerationError(f"the deadline is {value}; it must be above 0 seconds")
         return min(value, self.settings.deadline)
+
+
+def _is_bias(token: str, bias: Any) -> bool:
+    """A token's id, and a number that a float holds."""
+    number = isinstance(bias, int | float) and not isinstance(bias, bool) and not abs(bias) > 1e300
+    return number and token.isascii() and token.isdigit() and len(token) < 12
 
 
 def _refuse_parameters(parameters: str) -> None:

@@ -44,6 +44,9 @@ INPUTS = (
     Tensor("deadline", "TYPE_FP32", (1,), True, "seconds from arrival after which the answer ends where it is"),
 )
 
+# Inputs that leave out or change logits before a token is drawn, and their values that do nothing.
+PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
 # Every response has the first, and the parts that were asked for; the last one of a request has all the others too.
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", (1,), False, "the new text since the response before"),

@@ -19,13 +19,12 @@ from typing import Protocol
 
 import numpy as np
 
-from lynx_trt.budgets import Restriction
 from lynx_trt.errors import BusyError, GenerationError, LynxError, UsageError
 from lynx_trt.runtime.answers import Parts
 from lynx_trt.runtime.backend import Array, Backend
+from lynx_trt.runtime.control import Control
 from lynx_trt.runtime.engine import Engine
-from lynx_trt.runtime.guard import Guard
-from lynx_trt.runtime.pace import Pace, Target
+from lynx_trt.runtime.pace import Target
 from lynx_trt.runtime.scheduler import Policy, Scheduler, StepReport
 from lynx_trt.runtime.sequence import Generated
 from lynx_trt.serving.dial import DialSetting
@@ -91,12 +90,14 @@ class Service:
             reuse=settings.reuse,
             check=settings.check,
         )
-        setting = DialSetting.of(settings)
-        self._pace = Pace(self._target(setting))
-        self._guard = Guard(parser.limits.experts, setting.max_kl)
+        self._rewinds = backend.rewinds
+        self._control = Control(
+            parser.limits.experts, self._target(DialSetting.of(settings)), settings.max_kl, settings.check
+        )
         self._dial_text: str | None = None
         self._read_dial()
-        self._scheduler = Scheduler(backend, parser.limits, restriction=self._default, policy=policy, observer=self)
+        restriction = self._control.restriction
+        self._scheduler = Scheduler(backend, parser.limits, restriction=restriction, policy=policy, observer=self)
         self._engine = Engine(self._scheduler)
         self._answers: list[_Answer] = []
         self._lock = threading.Lock()
@@ -149,13 +150,10 @@ class Service:
     # --- On the engine's thread, see Observer.
 
     def on_step(self, report: StepReport) -> None:
-        """Count a step, and let it move pace and guard."""
+        """Count a step, and let it turn the default quality."""
         self._metrics.on_step(report)
-        # What a request asked for itself is its own affair.
-        if report.check is not None and report.restriction == self._default:
-            self._guard.on_check(report.check)
-        self._pace.on_step(report)
-        self._scheduler.set_restriction(self._default)
+        self._control.on_step(report)
+        self._scheduler.set_restriction(self._control.restriction)
 
     def on_end(self, sequence: Generated) -> None:
         """Count a request that has ended."""
@@ -183,7 +181,7 @@ class Service:
                 if now >= next_dial:
                     next_dial = now + DIAL_SECONDS
                     self._read_dial()
-                    self._scheduler.set_restriction(self._default)
+                    self._scheduler.set_restriction(self._control.restriction)
             except Exception as error:  # the thread serves all, so it goes on
                 _log(f"{type(error).__name__}: {error}")
             due = min(next_cancel, next_metrics, next_pieces if streaming and interval else next_cancel)
@@ -236,13 +234,13 @@ class Service:
                 self._engine.cancel(answer.sequence)
 
     def _flush(self) -> None:
-        scheduler, pace = self._scheduler, self._pace
+        scheduler, control = self._scheduler, self._control
         self._metrics.flush(
             running=scheduler.running,
             waiting=scheduler.waiting,
-            default=self._default,
-            pace=pace.position,
-            guard=self._guard.share,
+            default=control.restriction,
+            pace=control.pace.position,
+            guard=control.guard.share,
         )
 
     def _read_dial(self) -> None:
@@ -258,8 +256,8 @@ class Service:
         self._dial_text = text
         try:
             setting = DialSetting.read(text, self._parser.settings)
-            self._pace.set_target(self._target(setting))
-            self._guard.set_max_kl(setting.max_kl)
+            setting.within(self._parser.settings).check_model(self._parser.dial, self._rewinds)
+            self._control.set(self._target(setting), setting.max_kl)
         except (UsageError, GenerationError) as error:
             _log(f"{self._dial_file} can't be read ({error}); the default quality stays")
             return
@@ -267,11 +265,6 @@ class Service:
         limit = f", at a cost of up to {setting.max_kl:g} nats a token"
         words = f"{lowered if setting.tpot else ''}{limit if setting.max_kl else ''}"
         _log(f"the default quality is {setting.quality}{words}")
-
-    @property
-    def _default(self) -> Restriction:
-        """Of requests that ask for no quality, as it is now."""
-        return self._guard.applied(self._pace.restriction)
 
     def _target(self, setting: DialSetting) -> Target:
         dial, lowest = self._parser.dial, self._parser.settings.lowest

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from lynx_trt.artifact import Manifest
 from lynx_trt.errors import UsageError
 from lynx_trt.runtime.quality import Dial
 
@@ -96,25 +95,25 @@ class Settings:
                 f"max-kl is {self.max_kl:g}, and check is 0, so nothing would find what fewer experts cost"
             )
 
-    def check_model(self, manifest: Manifest) -> None:
-        """Refuse a quality that the artifact's dial doesn't have, or targets that it can't be served with.
+    def check_model(self, dial: Dial, rewinds: int) -> None:
+        """Refuse a quality that a model's dial doesn't have, or targets that it can't be served with.
 
         Raises:
-            UsageError: it is no quality, or the artifact has no dial, or has states.
+            UsageError: it is no quality, or the model has no dial, or (`rewinds` is 0) states.
         """
-        dial = Dial.of(manifest)
         dial.check_default(self.quality)
         dial.check_quality(self.lowest)
-        if self.max_kl and not manifest.model.rewinds:
+        if self.max_kl and not rewinds:
             raise UsageError(
                 f"max-kl is {self.max_kl:g}, but layers of this model keep a state, which can't be taken back, so no "
                 "step can be done again with all experts; leave it out"
             )
-        if self.tpot and dial.fixed:
-            raise UsageError(
-                f"tpot is {self.tpot:g} ms, but an artifact built with --preset off uses all experts, so there is "
-                "nothing to lower for it; leave it out, or build with another preset"
-            )
+        for name, value in (("tpot", self.tpot), ("max-kl", self.max_kl)):
+            if value and dial.fixed:
+                raise UsageError(
+                    f"{name} is {value:g}, but an artifact built with --preset off uses all experts, so there is "
+                    "nothing to turn for it; leave it out, or build with another preset"
+                )
 
     def parameters(self) -> dict[str, str]:
         """As the model's configuration holds them."""
