@@ -491,9 +491,10 @@ def test_a_minute_of_random_load(server: Server) -> None:
 
 
 def test_full_queue_and_three_ends(long_artifact: Artifact, tmp_path: Path) -> None:
-    """A small server: a full queue refuses at once; when its model's process dies it ends, instead of calling itself
-    ready; kill -9 leaves no process and nothing that hinders the next start; SIGTERM lets requests in flight end."""
-    options = ("--slots", "1", "--queue", "2", "--drain", "20")
+    """A small server: a full queue refuses at once, and of a target that it can't keep it goes to the lowest quality;
+    when its model's process dies it ends, instead of calling itself ready; kill -9 leaves no process and nothing that
+    hinders the next start; SIGTERM lets requests in flight end."""
+    options = ("--slots", "1", "--queue", "2", "--drain", "20", "--tpot", "0.001", "--check", "10")
     for check in (_check_full_queue_and_dead_model, _check_kill, _check_drain):
         server = Server(long_artifact, tmp_path, *options).wait()
         try:
@@ -534,6 +535,8 @@ def _check_full_queue(server: Server) -> None:
     for answer in refused:
         assert "the queue is full" in answer.error
         assert answer.status == 400
+    server.until("lynx_pace", 1)
+    server.until("lynx_checked_tokens_total", at_least=10)
     slowest = max(answer.ended - answer.started for answer in refused)
     assert slowest < min(answer.ended - answer.started for answer in answers if not answer.error)
 
