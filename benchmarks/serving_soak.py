@@ -32,6 +32,8 @@ WRONG: list[dict[str, Any]] = [
     {"text_input": "x", "temperature": -1},
     {"text_input": "x" * 200_000},
     {"text_input": "x", "tokens": 3},
+    {"text_input": "x", "repetition_penalty": 1e-30},
+    {"text_input": "x", "logit_bias": '{"x": 1}'},
 ]
 WORDS = ["def", "class", "import", "return", "(", ")", ":", "=", "\n", "    ", "# żółw", '"', "0", "1", "foo", "bar"]
 
@@ -76,6 +78,10 @@ def request(chance: random.Random, longest: int) -> dict[str, Any]:
         body["seed"] = chance.randrange(1 << 40)
     if chance.random() < 0.5:
         body["quality"] = chance.choice(["max", "balanced", "fast", "0.3"])
+    if chance.random() < 0.2:
+        body |= {"repetition_penalty": chance.uniform(0.5, 2.0), "presence_penalty": chance.uniform(-2.0, 2.0)}
+        body |= {"frequency_penalty": chance.uniform(-2.0, 2.0), "min_p": chance.choice([0.0, 0.05, 1.0])}
+        body["logit_bias"] = json.dumps({str(chance.randrange(200)): chance.uniform(-100, 100) for _ in range(5)})
     if chance.random() < 0.2:
         body["stop"] = ["\n\n", "def "]
     return body
