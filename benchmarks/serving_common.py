@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +30,20 @@ class Target:
     metrics: int
     model: str
     pid: int
+
+
+def recorded(
+    options: argparse.Namespace,
+    measure: Callable[[Path], dict[str, Any]],
+    text: Callable[[dict[str, Any]], str] = lambda record: json.dumps(record, indent=1),
+) -> dict[str, Any]:
+    """What is recorded in `options.output`; unless `options.show`, `measure` makes it anew, in a folder of its own."""
+    if not options.show:
+        with tempfile.TemporaryDirectory() as folder:
+            record = measure(Path(folder))
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(text(record) + "\n", encoding="utf-8")
+    return dict(json.loads(options.output.read_text(encoding="utf-8")))
 
 
 def metric(target: Target, name: str) -> float:

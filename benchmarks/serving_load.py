@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 from http_stream import Answer, ask
-from serving_common import RESULTS, Target, metric, where
+from serving_common import RESULTS, Target, metric, recorded, where
 from serving_report import insert, plot, tables
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
@@ -299,12 +298,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="where the tables go")
     parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
-    if not options.show:
-        with tempfile.TemporaryDirectory() as folder:
-            record = measure(options, Path(folder))
-        options.output.parent.mkdir(exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    record = json.loads(options.output.read_text(encoding="utf-8"))
+    record = recorded(options, lambda folder: measure(options, folder))
     plot(record, options.plot)
     insert(tables(record), options.page, "serving_load")
     print(tables(record))

@@ -19,7 +19,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 from compare_models import large_checkpoint
 from http_stream import Answer, ask
-from serving_common import RESULTS, Target, where
+from serving_common import RESULTS, Target, recorded, where
 from serving_load import DOCS, PAGE, crowd, percentiles, prompts, serving, told
 from serving_report import insert, pace_tables, plot_pace
 
@@ -47,10 +46,11 @@ def built(folder: Path) -> Path:
     return folder / "artifact"
 
 
-def set_dial(repository: Path, quality: str, milliseconds: float) -> None:
+def turn(repository: Path, quality: str, milliseconds: float) -> None:
     """As an operator does it, and wait until it is taken."""
-    command = [sys.executable, "-m", "lynx_trt.serve", "-o", str(repository), "--set-quality", quality]
-    subprocess.run([*command, "--set-tpot", str(milliseconds)], check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    from lynx_trt.serving.repository import set_dial
+
+    set_dial(repository, quality=quality, tpot=milliseconds)
     time.sleep(TAKEN_SECONDS)
 
 
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             options.share * 1e3 * float(np.median([token_seconds(one) for one in first if not one.error])), 1
         )
         for way, (quality, aimed) in WAYS.items():
-            set_dial(repository, quality, record["tpot_ms"] if aimed else 0)
+            turn(repository, quality, record["tpot_ms"] if aimed else 0)
             found = asyncio.run(profile(target, clients, options.seconds, seed=7))
             record["phases"] += [told(row) for row in phases(way, clients, found, record["tpot_ms"])]
             for number, phase in enumerate(found):
@@ -148,6 +148,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return record
 
 
+def as_text(record: dict[str, Any]) -> str:
+    """JSON with a line for each answer: the file stays small and its changes readable."""
+    lines = ",\n  ".join(json.dumps(answer) for answer in record["answers"])
+    text = json.dumps({**record, "answers": []}, indent=1)
+    return text.replace('"answers": []', f'"answers": [\n  {lines}\n ]')
+
+
 def main() -> None:
     """Measure, record, and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,16 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_pace.json")
     parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
-    if not options.show:
-        with tempfile.TemporaryDirectory() as folder:
-            record = measure(options, Path(folder))
-        # A line for each answer: the file stays small and its changes readable.
-        text = json.dumps({**record, "answers": []}, indent=1)
-        lines = ",\n  ".join(json.dumps(answer) for answer in record["answers"])
-        options.output.write_text(
-            text.replace('"answers": []', f'"answers": [\n  {lines}\n ]') + "\n", encoding="utf-8"
-        )
-    record = json.loads(options.output.read_text(encoding="utf-8"))
+    record = recorded(options, lambda folder: measure(options, folder), as_text)
     plot_pace(record, DOCS / "images" / "serving_pace.png")
     insert(pace_tables(record), PAGE, "serving_pace")
     print(pace_tables(record))

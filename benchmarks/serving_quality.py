@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from serving_common import RESULTS, Target, metric, where
+from serving_common import RESULTS, Target, metric, recorded, where
 from serving_load import FLUSH_SECONDS, PAGE, crowd, prompts, serving, shipped, told
 from serving_report import insert, quality_table
 
@@ -89,11 +87,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_quality.json")
     parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
-    if not options.show:
-        with tempfile.TemporaryDirectory() as folder:
-            record = measure(options, Path(folder))
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    record = json.loads(options.output.read_text(encoding="utf-8"))
+    record = recorded(options, lambda folder: measure(options, folder))
     insert(quality_table(record), PAGE, "serving_quality")
     print(quality_table(record))
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving_common import RESULTS, where
+from serving_common import RESULTS, recorded, where
 from serving_load import PAGE, prompts, shipped
 from serving_report import insert, steps_tables
 
@@ -168,11 +167,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="where the tables go")
     parser.add_argument("--show", action="store_true", help="only what is recorded")
     options = parser.parse_args()
-    if not options.show:
-        with tempfile.TemporaryDirectory() as folder:
-            record = measure(options.artifact, options.rounds, Path(folder))
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    record = json.loads(options.output.read_text(encoding="utf-8"))
+    record = recorded(options, lambda folder: measure(options.artifact, options.rounds, folder))
     insert(steps_tables(record), options.page, "serving_steps")
     print(steps_tables(record))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,20 +58,20 @@ class Restriction:
     def mildest(several: Iterable[Restriction]) -> Restriction:
         """In each layer the largest of the budgets and the lowest of the floors."""
         several = list(several)
-        if len(several) == 1:
-            return several[0]
-        return Restriction(
-            tuple(max(layer) for layer in zip(*(each.budgets for each in several), strict=True)),
-            tuple(min(layer) for layer in zip(*(each.floors for each in several), strict=True)),
-        )
+        return several[0] if len(several) == 1 else Restriction._by_layer(several, max, min)
 
     @staticmethod
     def strictest(several: Iterable[Restriction]) -> Restriction:
         """In each layer the smallest of the budgets and the highest of the floors."""
-        several = list(several)
+        return Restriction._by_layer(list(several), min, max)
+
+    @staticmethod
+    def _by_layer(
+        several: Sequence[Restriction], budget: Callable[..., int], floor: Callable[..., float]
+    ) -> Restriction:
         return Restriction(
-            tuple(min(layer) for layer in zip(*(each.budgets for each in several), strict=True)),
-            tuple(max(layer) for layer in zip(*(each.floors for each in several), strict=True)),
+            tuple(budget(layer) for layer in zip(*(each.budgets for each in several), strict=True)),
+            tuple(floor(layer) for layer in zip(*(each.floors for each in several), strict=True)),
         )
 
     def towards(self, other: Restriction, share: float) -> Restriction:

@@ -218,7 +218,16 @@ def main(
             raise UsageError(f"{name} is for chat models' templates; add --chat, or leave it out")
     options = None if chat_options is None else parse_options(chat_options)
     prompts = prompt or []
-    sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )
     with Progress(quiet=json_output) as progress:
         opened = open_artifact(artifact, verify=verify, on_progress=progress.sums())
     if not chat and not json_output and (opened.folder / CHAT_TEMPLATE).is_file():

@@ -294,12 +294,8 @@ def _set_dial(output: Path | None, changes: dict[str, Any], json_output: bool) -
     if json_output:
         print_json({"repository": str(output), **asdict(setting)})
         return
-    target = f", lowered under load for a TPOT of {setting.tpot:g} ms" if setting.tpot else ""
-    limit = f", raised where it costs more than {setting.max_kl:g} nats a token" if setting.max_kl else ""
-    typer.echo(
-        f"The default quality of {output} is {setting.quality}{target}{limit}; a running server takes it within two "
-        "seconds"
-    )
+    words = setting.in_words()
+    typer.echo(f"The default quality of {output} is {words}; a running server takes it within two seconds")
 
 
 def _prepare(json_output: bool) -> None:

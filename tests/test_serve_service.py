@@ -98,7 +98,17 @@ class Served:
         self.sink = Sink()
         layers = [layer.name for layer in artifact.manifest.model.moe_layers]
         self.backend = open_backend(artifact, settings.slots, threads=1)
+        self.dial_file = dial_file
         self.service = Service(self.backend, self.parser, Metrics(self.sink, layers, dial), dial_file)
+
+    def turn(self, text: str) -> None:
+        """Write the dial file, and wait until it is taken."""
+        assert self.dial_file is not None
+        self.dial_file.write_text(text)
+        end = time.monotonic() + 5
+        while self.service._dial_text != text:
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
     def ask(self, parameters: str = "{}", **values: Any) -> Reply:
         reply = Reply()
@@ -351,9 +361,7 @@ def test_quality_is_lowered_for_a_target(serve: Callable[..., Served], tmp_path:
         served.service._flush()
         assert served.sink.values["lynx_pace", None] == 1.0
         assert served.sink.values["lynx_quality_default", None] == 0.125
-    dial.write_text('{"tpot": 0}')
-    while served.service._dial_text != '{"tpot": 0}':
-        time.sleep(0.02)
+    served.turn('{"tpot": 0}')
     assert served.service._control.pace.position == 0.0
     assert active() == 2.0
 

@@ -162,14 +162,12 @@ class Body(BaseModel):
             # Also of an answer that goes out as a whole: the server notices that we hung up when it has to write.
             "stream": True,
         }
-        for name, value in asdict(sampling).items():
-            settings[name] = value if getattr(self, name) is None else getattr(self, name)
+        for name, own in {**PENALTIES, **asdict(sampling)}.items():
+            value = own if getattr(self, name) is None else getattr(self, name)
+            # What asks for nothing is left away, for a server that is older than this.
+            if value != PENALTIES.get(name):
+                settings[name] = value
         settings["top_k"] = max(settings["top_k"], 0)  # the others' extension has -1 for all tokens
-        settings |= {"presence_penalty": self.presence_penalty or 0, "frequency_penalty": self.frequency_penalty or 0}
-        # What asks for nothing is left away, for a server that is older than this.
-        for name, nothing in PENALTIES.items():
-            if settings[name] == nothing:
-                del settings[name]
         if self.logit_bias:
             settings["logit_bias"] = json.dumps(self.logit_bias)
         if self.stop:

@@ -75,7 +75,9 @@ class Pace:
             return
         took = mean / self._target.seconds
         if not AIM <= took <= MOST:
-            self._place(self.position + max(-STRIDE, min(STRIDE, GAIN * (took - AIM))))
+            position = max(0.0, min(1.0, self.position + max(-STRIDE, min(STRIDE, GAIN * (took - AIM)))))
+            if position != self.position:  # at either end it stays the same object, whose arrays are made once
+                self._place(position)
 
     def _checks(self, report: StepReport) -> float:
         """What checks add to this step: clients wait for them, but not for all of one in a single window of many."""
@@ -88,5 +90,5 @@ class Pace:
         return self._check_seconds / self._every
 
     def _place(self, position: float) -> None:
-        self.position = max(0.0, min(1.0, position)) if self._target.seconds else 0.0
+        self.position = position if self._target.seconds else 0.0
         self.restriction = self._target.at(self.position)

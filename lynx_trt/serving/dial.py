@@ -9,7 +9,7 @@ from pathlib import Path
 from lynx_trt.errors import UsageError
 from lynx_trt.serving.settings import Settings
 
-NAME = "dial.json"
+DIAL = "dial.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ class DialSetting:
             UsageError: a value is out of its range.
         """
         return replace(settings, **asdict(self))
+
+    def in_words(self) -> str:
+        """For a person."""
+        target = f", lowered under load for a TPOT of {self.tpot:g} ms" if self.tpot else ""
+        limit = f", raised where it costs more than {self.max_kl:g} nats a token" if self.max_kl else ""
+        return f"{self.quality}{target}{limit}"
 
     def write(self, path: Path) -> None:
         """In place and not renamed: a file mounted into a container keeps its inode."""

@@ -19,6 +19,7 @@ import numpy as np
 import triton_python_backend_utils as utils
 
 from lynx_trt.serving import watchdog
+from lynx_trt.serving.dial import DIAL
 from lynx_trt.serving.schema import INPUTS
 from lynx_trt.serving.start import start_service
 
@@ -57,7 +58,7 @@ class TritonPythonModel:
         labels = {"model": args["model_name"], "version": args["model_version"]}
         folder = Path(args["model_repository"])
         self._service = start_service(
-            folder / args["model_version"] / "artifact", parameters, folder.parent / "dial.json", utils, labels
+            folder / args["model_version"] / "artifact", parameters, folder.parent / DIAL, utils, labels
         )
 
     def execute(self, requests: list[Any]) -> None:

@@ -31,8 +31,7 @@ from lynx_trt.errors import ServingError, UsageError
 from lynx_trt.partials import partial
 from lynx_trt.runtime.sampling import recommended
 from lynx_trt.serving.config import LAYER_LABELS, WARM_UP_TEXT, text_config
-from lynx_trt.serving.dial import NAME as DIAL
-from lynx_trt.serving.dial import DialSetting
+from lynx_trt.serving.dial import DIAL, DialSetting
 from lynx_trt.serving.settings import Settings
 
 MARKER = "lynx-repository.json"

@@ -97,8 +97,7 @@ class Service:
         self._dial_text: str | None = None
         self._read_dial()
         restriction = self._control.restriction
-        self._scheduler = Scheduler(backend, parser.limits, restriction=restriction, policy=policy, observer=self)
-        self._engine = Engine(self._scheduler)
+        self._engine = Engine(Scheduler(backend, parser.limits, restriction=restriction, policy=policy, observer=self))
         self._answers: list[_Answer] = []
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -153,7 +152,7 @@ class Service:
         """Count a step, and let it turn the default quality."""
         self._metrics.on_step(report)
         self._control.on_step(report)
-        self._scheduler.set_restriction(self._control.restriction)
+        self._engine.scheduler.set_restriction(self._control.restriction)
 
     def on_end(self, sequence: Generated) -> None:
         """Count a request that has ended."""
@@ -181,7 +180,7 @@ class Service:
                 if now >= next_dial:
                     next_dial = now + DIAL_SECONDS
                     self._read_dial()
-                    self._scheduler.set_restriction(self._control.restriction)
+                    self._engine.scheduler.set_restriction(self._control.restriction)
             except Exception as error:  # the thread serves all, so it goes on
                 _log(f"{type(error).__name__}: {error}")
             due = min(next_cancel, next_metrics, next_pieces if streaming and interval else next_cancel)
@@ -234,7 +233,7 @@ class Service:
                 self._engine.cancel(answer.sequence)
 
     def _flush(self) -> None:
-        scheduler, control = self._scheduler, self._control
+        scheduler, control = self._engine.scheduler, self._control
         self._metrics.flush(
             running=scheduler.running,
             waiting=scheduler.waiting,
@@ -253,18 +252,16 @@ class Service:
             return
         if text == self._dial_text:
             return
-        self._dial_text = text
         try:
             setting = DialSetting.read(text, self._parser.settings)
             setting.within(self._parser.settings).check_model(self._parser.dial, self._rewinds)
             self._control.set(self._target(setting), setting.max_kl)
         except (UsageError, GenerationError) as error:
             _log(f"{self._dial_file} can't be read ({error}); the default quality stays")
-            return
-        lowered = f", and as low as {self._parser.settings.lowest} for a TPOT of {setting.tpot:g} ms"
-        limit = f", at a cost of up to {setting.max_kl:g} nats a token"
-        words = f"{lowered if setting.tpot else ''}{limit if setting.max_kl else ''}"
-        _log(f"the default quality is {setting.quality}{words}")
+        else:
+            _log(f"the default quality is {setting.in_words()}")
+        finally:
+            self._dial_text = text  # whatever it was, it isn't read again
 
     def _target(self, setting: DialSetting) -> Target:
         dial, lowest = self._parser.dial, self._parser.settings.lowest
